@@ -1,0 +1,1943 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.10", "numpy"]
+# ///
+"""P-DARTS: Progressive Differentiable Architecture Search, in one module that reads like the paper.
+
+Chen, Xie, Wu, Tian: "Progressive Differentiable Architecture Search: Bridging the Depth Gap between Search and
+Evaluation", ICCV 2019, arXiv 1904.12760. "The paper" below; "DARTS" is Liu et al., arXiv 1806.09055.
+
+    python pdarts.py search                              # a whole search in minutes, on generated pictures
+    python pdarts.py search --preset cifar10 --data DIR  # the paper's search
+    python pdarts.py evaluate PDARTS --preset cifar10 --data DIR
+    python pdarts.py draw PDARTS
+
+The method in three sentences. A cell is a small graph whose edges apply one of 8 candidate operations; during the search
+every edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent. The
+search runs in stages with ever deeper networks (5, 11, 17 cells), and each stage hands on only the strongest
+candidates of every edge (8, 5, 3). Skip-connects, which win too easily in deep networks, are held back by dropout while
+searching and limited to M in the final cell.
+
+Glossary
+    N, C, H, W   pictures in a batch, channels, height, width
+    K            candidates of an edge in the current stage (|O| in the paper)
+    alphas       architecture parameters, [14 edges, K], one matrix for normal and one for reduction cells
+    candidates   for each of the 14 edges, the names of its K operations, in the order of PRIMITIVES
+    genotype     the discrete cell: two (operation, input) pairs per node; inputs 0 and 1 are the outputs of the two
+                 cells before it, inputs 2, 3, ... its own nodes
+    weights      all parameters that are not alphas
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import pickle
+import platform
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """Something given to this program cannot be used; the message says what was wrong and what was expected."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyper-parameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option(default, help, low=None, high=None):
+    """A hyper-parameter: default, help text (with its source) and inclusive bounds, which the command line reads too."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+class _Checked:
+    """Checks the bounds of every `option` of a dataclass when it is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            bounds = f"{'' if low is None else f'at least {low}'}{'' if high is None else f' and at most {high}'}"
+            for x in value if isinstance(value, tuple) else (value,):
+                if (
+                    isinstance(x, float)
+                    and not math.isfinite(x)
+                    or low is not None
+                    and x < low
+                    or high is not None
+                    and x > high
+                ):
+                    raise InputError(f"{field.name} is {value}; expected {bounds or 'a finite number'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(_Checked):
+    """A search. The defaults are the paper's for CIFAR-10 (section 4.1.1 and 4.2 and the official code)."""
+
+    dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
+    pictures: int = option(0, "training pictures used, 0 = all", 0)
+    cells: tuple[int, ...] = option((5, 11, 17), "cells of each stage's network (paper, sec. 4.1.1)", 3)
+    candidates: tuple[int, ...] = option((8, 5, 3), "candidates K per edge in each stage (paper, sec. 4.1.1)", 1, 8)
+    skip_dropout: tuple[float, ...] = option(
+        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, sec. 4.1.1)", 0, 1
+    )
+    max_skips: int = option(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
+    channels: int = option(16, "channels C of the first cell (paper, sec. 4.1.1)", 1)
+    stem_stride: int = option(1, "stride of the stem; 2 for large pictures or a fast search (1 in the official code)", 1, 8)
+    epochs: int = option(25, "epochs of each stage (paper, sec. 4.1.1)", 1)
+    warmup: int = option(10, "first epochs of each stage that train weights only (paper, sec. 4.1.1)", 0)
+    batch: int = option(96, "pictures per step (paper, sec. 4.1.1)", 2)
+    lr: float = option(0.025, "learning rate of the weights, cosine to 0 (official code)", 0)
+    momentum: float = option(0.9, "momentum of the weights (official code)", 0, 1)
+    weight_decay: float = option(3e-4, "weight decay of the weights (official code)", 0)
+    alpha_lr: float = option(6e-4, "Adam's learning rate of the alphas (paper, sec. 4.1.1)", 0)
+    alpha_weight_decay: float = option(1e-3, "weight decay of the alphas (paper, sec. 4.1.1)", 0)
+    clip: float = option(5.0, "largest gradient norm, of weights and of alphas (official code)", 0)
+    unrolled: bool = option(False, "second-order alphas (DARTS, eq. 7) instead of first-order")
+    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0)
+    flip: bool = option(True, "random horizontal flip (official code)")
+    seed: int = option(0, "seed of everything random", 0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        stages = len(self.cells)
+        if not stages or stages != len(self.candidates) or stages != len(self.skip_dropout):
+            raise InputError(
+                f"cells {self.cells}, candidates {self.candidates} and skip_dropout {self.skip_dropout} describe "
+                "different numbers of stages; expected one value per stage in each"
+            )
+        if self.candidates[0] != len(PRIMITIVES):
+            raise InputError(f"candidates starts with {self.candidates[0]}; expected {len(PRIMITIVES)}, all primitives")
+        if any(b > a for a, b in itertools.pairwise(self.candidates)):
+            raise InputError(
+                f"candidates is {self.candidates}; expected no stage to keep more than the one before it has"
+            )
+        if self.candidates[-1] < 3:
+            # With none and skip_connect gone, one candidate must be left for the refinement to choose.
+            raise InputError(f"candidates ends with {self.candidates[-1]}; expected at least 3 in the last stage")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(_Checked):
+    """Training of a found cell from scratch. The defaults are the paper's for CIFAR (section 4.3)."""
+
+    dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
+    pictures: int = option(0, "training pictures used, 0 = all", 0)
+    cells: int = option(20, "cells of the network (paper, sec. 4.3)", 3)
+    channels: int = option(36, "channels C of the first cell (paper, sec. 4.3)", 1)
+    epochs: int = option(600, "epochs (paper, sec. 4.3)", 1)
+    batch: int = option(128, "pictures per step (paper, sec. 4.3)", 2)
+    lr: float = option(0.025, "learning rate, cosine to 0 (paper, sec. 4.3)", 0)
+    momentum: float = option(0.9, "momentum (official code)", 0, 1)
+    weight_decay: float = option(3e-4, "weight decay (paper, sec. 4.3)", 0)
+    clip: float = option(5.0, "largest gradient norm (official code)", 0)
+    auxiliary: bool = option(True, "auxiliary head after the second reduction cell (paper, sec. 4.3)")
+    auxiliary_weight: float = option(0.4, "weight of the auxiliary loss (paper, sec. 4.3)", 0)
+    drop_path: float = option(
+        0.3, "drop-path rate of the last epoch, rising linearly from 0 (paper, sec. 4.3)", 0, 0.99
+    )
+    cutout: int = option(16, "side of the square cut out, at most half the picture's side (paper, sec. 4.3)", 0)
+    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0)
+    flip: bool = option(True, "random horizontal flip (official code)")
+    seed: int = option(0, "seed of everything random", 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operations
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRIMITIVES = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+
+class Operation(nn.Module):
+    """Layers that end in a batch norm. `before_norm` stops short of it, so that a mixed operation can do the rest."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.op = nn.Sequential(*layers)
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        return self.op[-1]
+
+    def before_norm(self, x):
+        for layer in itertools.islice(self.op, len(self.op) - 1):
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.norm(self.before_norm(x))
+
+
+class FactorizedReduce(nn.Module):
+    """Halves height and width (rounding up): two 1x1 convolutions, the second on the pixels that the first leaves out."""
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, affine=affine)
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        return self.bn
+
+    def before_norm(self, x):  # [N, C_in, H, W]
+        x = F.relu(x)
+        # Deviation: at odd sizes the shifted picture gets a row or column of zeros, where the official code fails.
+        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
+        return torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
+
+    def forward(self, x):
+        return self.bn(self.before_norm(x))
+
+
+class Zero(nn.Module):
+    """`none`: the absence of an edge."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+
+
+def relu_conv_bn(in_channels, out_channels, affine):
+    return Operation(
+        nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels, affine=affine)
+    )
+
+
+def depthwise_separable(channels, size, stride, dilation, affine):
+    """The unit of sep_conv and dil_conv: ReLU, depthwise convolution, pointwise convolution, batch norm."""
+    padding = dilation * (size // 2)
+    return (
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    )
+
+
+def sep_conv(channels, size, stride, affine):
+    return Operation(
+        *depthwise_separable(channels, size, stride, 1, affine), *depthwise_separable(channels, size, 1, 1, affine)
+    )
+
+
+def dil_conv(channels, size, stride, affine):
+    return Operation(*depthwise_separable(channels, size, stride, 2, affine))
+
+
+def conv_7x1_1x7(channels, stride, affine):
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
+        nn.Conv2d(channels, channels, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    )
+
+
+# name -> (channels C, stride, affine) -> module [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)].
+# The last two stand in published genotypes of other papers and are never searched.
+OPERATIONS = {
+    "none": lambda c, stride, affine: Zero(stride),
+    "max_pool_3x3": lambda c, stride, affine: nn.MaxPool2d(3, stride, padding=1),
+    "avg_pool_3x3": lambda c, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "skip_connect": lambda c, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine),
+    "sep_conv_3x3": lambda c, stride, affine: sep_conv(c, 3, stride, affine),
+    "sep_conv_5x5": lambda c, stride, affine: sep_conv(c, 5, stride, affine),
+    "dil_conv_3x3": lambda c, stride, affine: dil_conv(c, 3, stride, affine),
+    "dil_conv_5x5": lambda c, stride, affine: dil_conv(c, 5, stride, affine),
+    "sep_conv_7x7": lambda c, stride, affine: sep_conv(c, 7, stride, affine),
+    "conv_7x1_1x7": lambda c, stride, affine: conv_7x1_1x7(c, stride, affine),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mixed operation, the cell and the search network (paper, sec. 3.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+NODES = 4
+# (node, input) of each of the 14 edges: node i takes an edge from both inputs and from every earlier node.
+EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + node))
+
+
+def mixed_norm_sum(outputs, norms, weights):
+    """Eq. 1 of the paper: sum_k weights[k] * norms[k](outputs[k]), the one place where candidates are added up.
+
+    outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
+    weights: [K], softmax(alpha) of the edge. Returns [N,C,H,W].
+    """
+    return sum(w * (y if norm is None else norm(y)) for y, norm, w in zip(outputs, norms, weights, strict=True))
+
+
+class MixedOp(nn.Module):
+    """An edge during the search: all its candidates at once, weighted by softmax(alpha) (paper, eq. 1)."""
+
+    def __init__(self, candidates: tuple[str, ...], channels: int, stride: int):
+        super().__init__()
+        # `none` contributes exactly zero: only its place in the softmax matters.
+        self.nonzero = [k for k, name in enumerate(candidates) if name != "none"]
+        self.zero = Zero(stride)
+        self.ops = nn.ModuleList()
+        for name in (candidates[k] for k in self.nonzero):
+            op = OPERATIONS[name](channels, stride, affine=False)
+            if "pool" in name:
+                op = Operation(op, nn.BatchNorm2d(channels, affine=False))
+            elif isinstance(op, nn.Identity):
+                op = nn.Dropout(0.0)  # the rate is SearchNetwork.skip_dropout
+            self.ops.append(op)
+
+    def forward(self, x, weights):  # [N, C, H, W], [K]
+        if not self.nonzero:
+            return self.zero(x)
+        normed = [isinstance(op, (Operation, FactorizedReduce)) for op in self.ops]
+        outputs = [op.before_norm(x) if n else op(x) for op, n in zip(self.ops, normed)]
+        norms = [op.norm if n else None for op, n in zip(self.ops, normed)]
+        return mixed_norm_sum(outputs, norms, [weights[k] for k in self.nonzero])
+
+
+class SearchCell(nn.Module):
+    """A cell of the search network: [N,C_0,H_0,W_0], [N,C_1,H,W] -> [N,4*C,H/stride,W/stride], stride 2 if `reduction`."""
+
+    def __init__(self, candidates, channels_0, channels_1, channels, reduction, reduction_before):
+        super().__init__()
+        self.reduction = reduction
+        if reduction_before:  # input 0 comes from before the reduction and is twice as large as input 1
+            self.preprocess0 = FactorizedReduce(channels_0, channels, affine=False)
+        else:
+            self.preprocess0 = relu_conv_bn(channels_0, channels, affine=False)
+        self.preprocess1 = relu_conv_bn(channels_1, channels, affine=False)
+        self.edges = nn.ModuleList(
+            MixedOp(names, channels, stride=2 if reduction and source < 2 else 1)
+            for names, (_, source) in zip(candidates, EDGES, strict=True)
+        )
+
+    def forward(self, s0, s1, weights):  # weights: softmax(alphas), [14, K]
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edges = iter(zip(self.edges, weights))
+        for _ in range(NODES):
+            # list() first: the new node must not be its own input.
+            states.append(sum(edge(x, w) for x, (edge, w) in list(zip(states, edges))))
+        return torch.cat(states[2:], dim=1)
+
+
+class SearchNetwork(nn.Module):
+    """The supernet of one stage: every edge holds all of its candidates.
+
+    channels: C of the first cell; cells: L, at least 3, reduction cells at L//3 and 2L//3 double C and halve the size.
+    normal, reduce: the candidates of both kinds of cell, 14 tuples of K names in the order of PRIMITIVES.
+    alphas_normal, alphas_reduce: parameters [14, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
+    skip_dropout: rate of the element-wise dropout after stride-1 skip-connects (paper, sec. 3.3), can be set any time.
+    stem_stride: 2 or more makes all cells work on smaller maps.
+    forward: [N,in_channels,H,W] -> logits [N,num_classes].
+    """
+
+    def __init__(self, channels, num_classes, cells, normal, reduce, skip_dropout=0.0, in_channels=3, stem_stride=1):
+        super().__init__()
+        _check_cells(cells)
+        normal, reduce = _check_candidates(normal), _check_candidates(reduce)
+        self.stem = _stem(in_channels, 3 * channels, stem_stride)
+        channels_0, channels_1 = 3 * channels, 3 * channels
+        reduction_before = False
+        self.cells = nn.ModuleList()
+        for i in range(cells):
+            reduction = i in (cells // 3, 2 * cells // 3)
+            channels *= 2 if reduction else 1
+            candidates = reduce if reduction else normal
+            self.cells.append(SearchCell(candidates, channels_0, channels_1, channels, reduction, reduction_before))
+            channels_0, channels_1, reduction_before = channels_1, NODES * channels, reduction
+        self.classifier = nn.Linear(channels_1, num_classes)
+        self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(normal[0])))
+        self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(reduce[0])))
+        self.skip_dropout = skip_dropout
+
+    @property
+    def skip_dropout(self) -> float:
+        return self._skip_dropout
+
+    @skip_dropout.setter
+    def skip_dropout(self, rate: float):
+        self._skip_dropout = rate
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+
+    def alphas(self) -> list[nn.Parameter]:
+        return [self.alphas_normal, self.alphas_reduce]
+
+    def weights(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if not name.startswith("alphas_")]
+
+    def forward(self, images):
+        normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
+        s0 = s1 = self.stem(images)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+        return self.classifier(s1.mean(dim=(2, 3)))
+
+
+def _stem(in_channels, channels, stride=1):
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+
+def _check_cells(cells):
+    if cells < 3:
+        raise InputError(f"cells is {cells}; expected at least 3, two of them reduction cells")
+
+
+def _check_candidates(candidates):
+    candidates = tuple(map(tuple, candidates))
+    if len(candidates) != len(EDGES) or len({len(names) for names in candidates}) != 1:
+        raise InputError(f"candidates have lengths {[len(c) for c in candidates]}; expected {len(EDGES)} equal ones")
+    for names in candidates:
+        if not names or names != tuple(p for p in PRIMITIVES if p in names):
+            raise InputError(f"candidates {names}; expected one or more of {PRIMITIVES}, in this order")
+    return candidates
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From stage to stage: search space approximation (paper, sec. 3.2) and the skip dropout (sec. 3.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def shrink(candidates, alphas, keep: int):
+    """Search space approximation: the `keep` candidates of every edge with the largest softmax(alpha).
+
+    candidates: 14 tuples of K names; alphas: [14, K]. Returns 14 tuples of `keep` names, order kept. Of two equal
+    candidates the one that comes first is dropped. `none` competes like any other.
+    """
+    candidates = _check_candidates(candidates)
+    if not 1 <= keep <= len(candidates[0]):
+        raise InputError(f"keep is {keep}; expected 1 to {len(candidates[0])}, the candidates that there are")
+    shrunk = []
+    for names, probabilities in zip(candidates, _probabilities(candidates, alphas)):
+        ranked = sorted(range(len(names)), key=lambda k: (probabilities[k], k))
+        shrunk.append(tuple(names[k] for k in sorted(ranked[-keep:])))
+    return tuple(shrunk)
+
+
+def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, warmup: int = 10) -> float:
+    """Dropout rate after skip-connects in `epoch` (from 0) of a stage that starts with `initial`.
+
+    It falls linearly while only weights are trained, and starts again from `initial`, to decay exponentially, when
+    alphas start to learn: skip-connects are blocked first and treated like the others later.
+    """
+    if epoch < warmup:
+        return initial * (epochs - 1 - epoch) / epochs
+    return initial * math.exp(-0.2 * (epoch - warmup))
+
+
+def _probabilities(candidates, alphas) -> list[list[float]]:
+    """softmax(alphas) as nested lists [14][K], checked against the candidates."""
+    alphas = torch.as_tensor(alphas).detach()
+    if alphas.shape != (len(candidates), len(candidates[0])):
+        raise InputError(f"alphas have shape {list(alphas.shape)}; expected {[len(candidates), len(candidates[0])]}")
+    return alphas.softmax(dim=1).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From alphas to the cell: derivation and architecture refinement (paper, sec. 3.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Genotype(NamedTuple):
+    """The discrete cells. normal, reduce: (operation, input) pairs, two for each node; *_concat: states in the output.
+
+    State 0 is the output of the cell before the last, 1 of the last, 2 and up are the cell's own nodes.
+    """
+
+    normal: list[tuple[str, int]]
+    normal_concat: list[int]
+    reduce: list[tuple[str, int]]
+    reduce_concat: list[int]
+
+
+def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None = 2) -> Genotype:
+    """The cell that candidates (14 tuples of K names) and alphas ([14, K]) stand for.
+
+    Every edge takes its strongest candidate other than `none`; every node keeps its two strongest edges. The normal
+    cell keeps at most `max_skips` (M) skip-connects; None: no limit. InputError if an edge allows nothing else.
+    """
+    normal, reduce = _check_candidates(normal), _check_candidates(reduce)
+    probabilities = _probabilities(normal, alphas_normal)
+    cell = _strongest(normal, probabilities)
+    while max_skips is not None and sum(name == "skip_connect" for name, *_ in cell) > max_skips:
+        # Architecture refinement: without the weakest kept skip-connect, candidates *and* edges are chosen again.
+        # Another edge may come in and bring its own skip-connect, hence the loop.
+        probability, edge = min((p, edge) for name, edge, p in cell if name == "skip_connect")
+        if probability == 0:
+            raise InputError(f"edge {edge} has no candidate but skip_connect; no normal cell has max_skips={max_skips}")
+        probabilities[edge][normal[edge].index("skip_connect")] = 0.0
+        cell = _strongest(normal, probabilities)
+    reduce_cell = _strongest(reduce, _probabilities(reduce, alphas_reduce))
+    concat = list(range(2, 2 + NODES))
+    pairs = [[(name, EDGES[edge][1]) for name, edge, _ in c] for c in (cell, reduce_cell)]
+    return Genotype(pairs[0], concat, pairs[1], list(concat))
+
+
+def _strongest(candidates, probabilities):
+    """(operation, edge, probability) of the two strongest edges into each node, in the order of the edges."""
+    chosen = []
+    for edge, (names, p) in enumerate(zip(candidates, probabilities)):
+        allowed = [k for k, name in enumerate(names) if name != "none"]
+        if not allowed:
+            raise InputError(f"edge {edge} has no candidate but none; expected an operation to choose")
+        best = max(allowed, key=lambda k: (p[k], k))  # ties: the lowest index counts as the minimum
+        chosen.append((names[best], edge, p[best]))
+    kept = []
+    for node in range(NODES):
+        incoming = [c for c in chosen if EDGES[c[1]][0] == node]
+        two = sorted(incoming, key=lambda c: (c[2], c[1]))[-2:]  # ties: the later predecessor is kept
+        kept += sorted(two, key=lambda c: c[1])
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The architect: one step of the alphas (DARTS, sec. 2.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def require_gradients(network: SearchNetwork, weights: bool, alphas: bool):
+    """Chooses what the next backward pass computes; an alpha step needs no weight gradients, nor the other way round."""
+    for p in network.weights():
+        p.requires_grad_(weights)
+    for p in network.alphas():
+        p.requires_grad_(alphas)
+
+
+class Architect:
+    """Updates the alphas of a SearchNetwork to lower the loss on pictures that the weights do not learn from.
+
+    First order by default: the gradient at the present weights. `unrolled`: DARTS's second order, the gradient at the
+    weights after one more step of `weight_optimizer` (SGD with momentum and weight decay), which it leaves unchanged.
+    """
+
+    def __init__(
+        self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, unrolled=False, weight_optimizer=None
+    ):
+        if unrolled and weight_optimizer is None:
+            raise InputError("unrolled is True without a weight_optimizer; expected the SGD optimizer of the weights")
+        self.network, self.clip, self.unrolled, self.weight_optimizer = network, clip, unrolled, weight_optimizer
+        self.optimizer = torch.optim.Adam(network.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
+
+    def step(self, images, labels, train_images=None, train_labels=None):
+        """One update from a batch of the alphas' half of the data; returns its loss and logits before the update.
+
+        train_images, train_labels: a batch of the weights' half, needed by the second order only.
+        """
+        if self.unrolled:
+            loss, logits, gradients = self._second_order(images, labels, train_images, train_labels)
+        else:
+            require_gradients(self.network, weights=False, alphas=True)
+            loss, logits = self._loss(images, labels)
+            gradients = torch.autograd.grad(loss, self.network.alphas())
+        for alpha, gradient in zip(self.network.alphas(), gradients):
+            alpha.grad = gradient
+        nn.utils.clip_grad_norm_(self.network.alphas(), self.clip)
+        self.optimizer.step()
+        return loss.detach(), logits.detach()
+
+    def _loss(self, images, labels):
+        logits = self.network(images)
+        return F.cross_entropy(logits, labels), logits
+
+    def _second_order(self, images, labels, train_images, train_labels):
+        """DARTS, eq. 7 and 8: grad_alpha L_val(w', alpha) - lr * (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / (2 eps)
+
+        with w' = w - lr * (momentum + grad_w L_train + decay * w) and w+- = w +- eps * grad_w' L_val(w', alpha).
+        """
+        weights, alphas = self.network.weights(), self.network.alphas()
+        group = self.weight_optimizer.param_groups[0]
+        lr = group["lr"]
+        require_gradients(self.network, weights=True, alphas=True)
+        start = [w.detach().clone() for w in weights]
+
+        def move_to(points):
+            with torch.no_grad():
+                for w, point in zip(weights, points):
+                    w.copy_(point)
+
+        try:
+            gradients = torch.autograd.grad(self._loss(train_images, train_labels)[0], weights)
+            unrolled = []
+            for w, w_start, gradient in zip(weights, start, gradients):
+                momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
+                step = gradient + group["weight_decay"] * w_start
+                unrolled.append(w_start - lr * (step if momentum is None else step + group["momentum"] * momentum))
+            move_to(unrolled)
+            loss, logits = self._loss(images, labels)
+            *gradients, direct_normal, direct_reduce = torch.autograd.grad(loss, [*weights, *alphas])
+
+            eps = 0.01 / torch.stack([g.norm() for g in gradients]).norm()
+            require_gradients(self.network, weights=False, alphas=True)
+            sides = []
+            for sign in (1, -1):
+                move_to([w + sign * eps * g for w, g in zip(start, gradients)])
+                sides.append(torch.autograd.grad(self._loss(train_images, train_labels)[0], alphas))
+        finally:
+            move_to(start)
+        implicit = [(plus - minus) / (2 * eps) for plus, minus in zip(*sides)]
+        return loss, logits, [d - lr * i for d, i in zip((direct_normal, direct_reduce), implicit)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluation network (paper, sec. 4.3 and 4.4) and published cells
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Cell(nn.Module):
+    """A cell of the evaluation network, made of the operations of a genotype."""
+
+    def __init__(self, pairs, concat, channels_0, channels_1, channels, reduction, reduction_before):
+        super().__init__()
+        if reduction_before:
+            self.preprocess0 = FactorizedReduce(channels_0, channels, affine=True)
+        else:
+            self.preprocess0 = relu_conv_bn(channels_0, channels, affine=True)
+        self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
+        self.concat, self.sources = concat, [source for _, source in pairs]
+        self._ops = nn.ModuleList(
+            OPERATIONS[name](channels, 2 if reduction and source < 2 else 1, affine=True) for name, source in pairs
+        )
+
+    def forward(self, s0, s1, drop_path):
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for first in range(0, len(self._ops), 2):  # two operations per node
+            inputs = []
+            for op, source in zip(self._ops[first : first + 2], self.sources[first : first + 2]):
+                x = op(states[source])
+                if self.training and drop_path > 0 and not isinstance(op, nn.Identity):
+                    x = drop_samples(x, drop_path)
+                inputs.append(x)
+            states.append(sum(inputs))
+        return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+def drop_samples(x, rate: float):
+    """Drop-path: zeroes whole samples of x [N,C,H,W] with probability `rate` and rescales the others."""
+    keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class PoolTo2x2(nn.Module):
+    """Average pooling to 2x2 with overlap. At 8x8 and 7x7 exactly the official heads' 5x5 windows, stride 3 and 2."""
+
+    def forward(self, x):
+        windows = [min(math.ceil(5 * size / 8), size - 1) for size in x.shape[2:]]
+        return F.avg_pool2d(x, windows, stride=[size - window for size, window in zip(x.shape[2:], windows)])
+
+
+class AuxiliaryHead(nn.Module):
+    """A classifier half way, for the training only: [N,C,H,W], H and W at least 2 -> logits [N,num_classes]."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            PoolTo2x2(),
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            nn.BatchNorm2d(768),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Network(nn.Module):
+    """The network of a genotype, with the official networks' state_dict keys and shapes.
+
+    stem: "cifar" (one 3x3 convolution) or "imagenet" (three of stride 2). forward: [N,in_channels,H,W] -> logits
+    [N,num_classes]; in training a pair of logits and auxiliary logits (None unless `auxiliary`).
+    drop_path: the rate at which operations other than identities lose a sample, can be set any time.
+    """
+
+    def __init__(self, genotype, channels, num_classes, cells, auxiliary=False, stem="cifar", in_channels=3):
+        super().__init__()
+        _check_cells(cells)
+        genotype = check_genotype(genotype)
+        self.drop_path = 0.0
+        if stem == "cifar":
+            self.stem = _stem(in_channels, 3 * channels)
+            channels_0, channels_1, reduction_before = 3 * channels, 3 * channels, False
+        elif stem == "imagenet":
+            half = channels // 2
+            self.stem0 = nn.Sequential(
+                nn.Conv2d(in_channels, half, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(half),
+                nn.ReLU(),
+                nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+            self.stem1 = nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+            channels_0, channels_1, reduction_before = channels, channels, True
+        else:
+            raise InputError(f"stem is {stem!r}; expected 'cifar' or 'imagenet'")
+        self.cells = nn.ModuleList()
+        self.auxiliary_head, self.auxiliary_cell = None, 2 * cells // 3
+        for i in range(cells):
+            reduction = i in (cells // 3, 2 * cells // 3)
+            channels *= 2 if reduction else 1
+            pairs, concat = genotype[2:] if reduction else genotype[:2]
+            self.cells.append(Cell(pairs, concat, channels_0, channels_1, channels, reduction, reduction_before))
+            channels_0, channels_1, reduction_before = channels_1, len(concat) * channels, reduction
+            if auxiliary and i == self.auxiliary_cell:
+                self.auxiliary_head = AuxiliaryHead(channels_1, num_classes)
+        self.classifier = nn.Linear(channels_1, num_classes)
+
+    def forward(self, images):
+        if hasattr(self, "stem"):
+            s0 = s1 = self.stem(images)
+        else:
+            s0 = self.stem0(images)
+            s1 = self.stem1(s0)
+        auxiliary_logits = None
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, self.drop_path)
+            if i == self.auxiliary_cell and self.training and self.auxiliary_head is not None:
+                auxiliary_logits = self.auxiliary_head(s1)
+        logits = self.classifier(s1.mean(dim=(2, 3)))
+        return (logits, auxiliary_logits) if self.training else logits
+
+
+class Count(NamedTuple):
+    """What a network costs, the auxiliary head aside."""
+
+    parameters: int
+    multiply_adds: int
+
+
+def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> Count:
+    """Parameters, and multiply-adds of the convolutions and the classifier for one picture of `size` (H, or (H, W))."""
+    height, width = (size, size) if isinstance(size, int) else size
+    multiply_adds = 0
+
+    def add(module, _, output):
+        nonlocal multiply_adds
+        # One output value takes as many multiply-adds as one output channel has weights.
+        multiply_adds += output.numel() * module.weight[0].numel()
+
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(next(network.parameters()).new_zeros(1, in_channels, height, width))
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    named = network.named_parameters()
+    return Count(sum(p.numel() for name, p in named if not name.startswith("auxiliary_head.")), multiply_adds)
+
+
+def _pairs(text: str) -> list[tuple[str, int]]:
+    """'skip_connect 0, sep_conv_3x3 1 | ...' -> [('skip_connect', 0), ('sep_conv_3x3', 1), ...]"""
+    pairs = (pair.split() for pair in text.replace("|", ",").split(","))
+    return [(name, int(source)) for name, source in pairs]
+
+
+GENOTYPES = {
+    "PDARTS": Genotype(
+        _pairs(
+            "skip_connect 0, dil_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 1, sep_conv_3x3 3 | sep_conv_3x3 0, dil_conv_5x5 4"
+        ),
+        [2, 3, 4, 5],
+        _pairs(
+            "avg_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | max_pool_3x3 0, dil_conv_3x3 1 | dil_conv_3x3 1, dil_conv_5x5 3"
+        ),
+        [2, 3, 4, 5],
+    ),
+    "DARTS_V1": Genotype(
+        _pairs(
+            "sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2"
+        ),
+        [2, 3, 4, 5],
+        _pairs(
+            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0"
+        ),
+        [2, 3, 4, 5],
+    ),
+    "DARTS_V2": Genotype(
+        _pairs(
+            "sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2"
+        ),
+        [2, 3, 4, 5],
+        _pairs(
+            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1"
+        ),
+        [2, 3, 4, 5],
+    ),
+    "NASNet": Genotype(
+        _pairs(
+            "sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1"
+        ),
+        [2, 3, 4, 5, 6],
+        _pairs(
+            "sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1"
+        ),
+        [4, 5, 6],
+    ),
+    "AmoebaNet": Genotype(
+        _pairs(
+            "avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1"
+        ),
+        [4, 5, 6],
+        _pairs(
+            "avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5"
+        ),
+        [3, 4, 6],
+    ),
+}
+
+
+def check_genotype(genotype, name="genotype") -> Genotype:
+    """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
+    cells = []
+    for kind in ("normal", "reduce"):
+        pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+        if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
+            raise InputError(
+                f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {pairs!r:.80}"
+            )
+        for i, pair in enumerate(pairs):
+            where = f"{name}: {kind}[{i}]"
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise InputError(f"{where} is {pair!r:.80}; expected an (operation, input) pair")
+            operation, source = pair
+            if not isinstance(operation, str) or operation not in OPERATIONS:
+                raise InputError(
+                    f"{where} has unknown operation {operation!r:.80}; expected one of {', '.join(OPERATIONS)}"
+                )
+            if type(source) is not int or not 0 <= source < 2 + i // 2:
+                raise InputError(f"{where} has input {source!r:.80}; node {i // 2} can take 0 to {1 + i // 2}")
+        states = range(2, 2 + len(pairs) // 2)
+        if (
+            not isinstance(concat, (list, tuple, range))
+            or not concat
+            or any(type(s) is not int or s not in states for s in concat)
+        ):
+            raise InputError(
+                f"{name}: {kind}_concat is {concat!r:.80}; expected states from {states[0]} to {states[-1]}"
+            )
+        cells += [[(operation, source) for operation, source in pairs], list(concat)]
+    return Genotype(*cells)
+
+
+def read_genotype(source: str) -> Genotype:
+    """A name from GENOTYPES, or a JSON file with the fields of Genotype, such as the genotype.json of a search."""
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    path = pathlib.Path(source)
+    if not path.is_file():
+        raise InputError(f"no genotype {source!r}; expected a file or one of {', '.join(GENOTYPES)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid JSON ({error}); expected a genotype.json") from None
+    if not isinstance(content, dict) or not set(Genotype._fields) <= content.keys():
+        raise InputError(f"{source} is not a genotype; expected an object with {', '.join(Genotype._fields)}")
+    return check_genotype(Genotype(*(content[field] for field in Genotype._fields)), source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: pictures live on the device as one uint8 tensor and are augmented there, a batch at a time
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A data set: x_* uint8 [N,C,H,W], y_* int64 [N] class indices; mean, std per channel of x/255."""
+
+    name: str
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def from_arrays(x_train, y_train, x_test, y_test, name="own data", mean=None, std=None) -> Pictures:
+        """Checks arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
+
+        mean and std are those of x_train unless given. The search takes the first half of x_train for the weights and
+        the second for the alphas: pictures sorted by class must be shuffled first.
+        """
+        parts = {}
+        for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
+            x, y = np.asarray(x), np.asarray(y)
+            if x.dtype != np.uint8 or x.ndim not in (3, 4):
+                raise InputError(
+                    f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]"
+                )
+            x = x[..., None] if x.ndim == 3 else x
+            if x.shape[0] < (4 if split == "train" else 1) or min(x.shape[1:3]) < 8 or x.shape[3] < 1:
+                raise InputError(
+                    f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training pictures or more and 1 test picture or more, of 8 x 8 or larger"
+                )
+            if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
+                raise InputError(
+                    f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per picture"
+                )
+            if y.min() < 0:
+                raise InputError(f"{name}: y_{split} holds {y.min()}; expected class indices from 0")
+            parts[split] = x, y
+        (x_train, y_train), (x_test, y_test) = parts["train"], parts["test"]
+        if x_train.shape[1:] != x_test.shape[1:]:
+            raise InputError(
+                f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; expected the same"
+            )
+        classes = int(y_train.max()) + 1
+        if y_test.max() >= classes or not 2 <= classes <= len(x_train):
+            raise InputError(
+                f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes counted from 0, each in y_train"
+            )
+        if mean is None:
+            # From the histogram of each channel: exact and without a float copy of the pictures.
+            levels = np.arange(256) / 255
+            p = np.stack([np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])])
+            p = p / p.sum(axis=1, keepdims=True)
+            mean = p @ levels
+            std = np.maximum(np.sqrt(np.maximum(p @ levels**2 - mean**2, 0)), 1 / 255)
+        tensors = []
+        for x, y in parts.values():
+            tensors.append(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
+            tensors.append(torch.from_numpy(y.astype(np.int64)))
+        return Pictures(name, *tensors, classes, tuple(map(float, mean)), tuple(map(float, std)))
+
+    def to(self, device) -> Pictures:
+        moved = {f: getattr(self, f).to(device) for f in ("x_train", "y_train", "x_test", "y_test")}
+        return dataclasses.replace(self, **moved)
+
+    def first(self, pictures: int) -> Pictures:
+        """Only the first so many training pictures; 0: all of them."""
+        if pictures and not 4 <= pictures <= len(self.x_train):
+            raise InputError(f"pictures is {pictures}; {self.name} allows 4 to {len(self.x_train)}, or 0 for all")
+        n = pictures or len(self.x_train)
+        return dataclasses.replace(self, x_train=self.x_train[:n], y_train=self.y_train[:n])
+
+    def normalise(self, x) -> torch.Tensor:
+        """uint8 -> float32, zero mean and unit deviation per channel."""
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (x.float() / 255 - mean) / std
+
+    def augment(self, x, crop_padding: int, flip: bool, cutout: int, generator: torch.Generator) -> torch.Tensor:
+        """Random crop, horizontal flip, normalisation and cutout of x uint8 [N,C,H,W] -> float32, each picture its own."""
+        n, _, h, w = x.shape
+
+        def random(high):  # one integer below `high` for each picture
+            return torch.randint(high, (n, 1), device=x.device, generator=generator)
+
+        rows = random(2 * crop_padding + 1) + torch.arange(h, device=x.device)  # [N, H]
+        cols = random(2 * crop_padding + 1) + torch.arange(w, device=x.device)  # [N, W]
+        if flip:
+            cols = torch.where(random(2) == 1, cols.flip(1), cols)
+        padded = F.pad(x, [crop_padding] * 4).permute(0, 2, 3, 1)  # [N, H+2p, W+2p, C]
+        picture = torch.arange(n, device=x.device)[:, None, None]
+        x = self.normalise(padded[picture, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2))  # [N, C, H, W]
+        cutout = min(cutout, min(h, w) // 2)
+        if cutout:
+            # A square around a random pixel, clipped at the borders (DeVries and Taylor, arXiv 1708.04552).
+            dy = torch.arange(h, device=x.device) - random(h) + cutout // 2  # [N, H]
+            dx = torch.arange(w, device=x.device) - random(w) + cutout // 2  # [N, W]
+            inside = ((dy >= 0) & (dy < cutout))[:, :, None] & ((dx >= 0) & (dx < cutout))[:, None, :]
+            x = x.masked_fill(inside[:, None], 0.0)
+        return x
+
+
+def batches(indices, batch: int, generator: torch.Generator):
+    """`indices` in a new random order, `batch` at a time; a last batch of one is left out (batch norm needs two)."""
+    order = indices[torch.randperm(len(indices), device=indices.device, generator=generator)]
+    return [part for part in order.split(batch) if len(part) > 1]
+
+
+def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Pictures:
+    """Generated pictures, 32 x 32 in colour, of 10 shapes that vary in position, size, colour, rotation and background."""
+    rng = np.random.default_rng(seed)
+    n = train + test
+    label = rng.permutation(np.arange(n) % 10)
+
+    def column(low, high):
+        return rng.uniform(low, high, (n, 1, 1))
+
+    # Coordinates in which the shape is upright, centred and of radius 1.
+    y, x = np.mgrid[0:32, 0:32]
+    x, y, angle, radius = x - column(10, 21), y - column(10, 21), column(-0.4, 0.4), column(7, 11)
+    u, v = (np.cos(angle) * x + np.sin(angle) * y) / radius, (np.cos(angle) * y - np.sin(angle) * x) / radius
+    r, square, diamond = np.hypot(u, v), np.maximum(abs(u), abs(v)), abs(u) + abs(v)
+    masks = (
+        r < 0.9,  # disc
+        (r < 1) & (r > 0.6),  # ring
+        square < 0.8,
+        (square < 0.9) & (square > 0.55),  # frame
+        diamond < 1.1,
+        (diamond < 1.2) & (diamond > 0.7),  # diamond frame
+        (np.minimum(abs(u), abs(v)) < 0.2) & (square < 1),  # cross
+        (abs(abs(u) - abs(v)) < 0.28) & (square < 0.9),  # saltire
+        (abs(v) < 0.25) & (abs(u) < 1),  # lying bar
+        (abs(u) < 0.25) & (abs(v) < 1),  # standing bar
+    )
+    mask = np.choose(label[:, None, None], masks)[..., None]
+    # Bright shapes on a dark background, which is shaded from one side to the other, and noise over both.
+    colour, background = rng.uniform(140, 255, (n, 1, 1, 3)), rng.uniform(0, 100, (n, 1, 1, 3))
+    tilt = column(0, 2 * np.pi)
+    shade = (x * np.cos(tilt) + y * np.sin(tilt)) * column(0, 2)
+    noise = rng.normal(0, 1, (n, 32, 32, 3)) * column(5, 25)[..., None]
+    picture = (np.where(mask, colour, background + shade[..., None]) + noise).clip(0, 255).astype(np.uint8)
+    return Pictures.from_arrays(picture[:train], label[:train], picture[train:], label[train:], "shapes")
+
+
+class CifarFormat(NamedTuple):
+    """Where a CIFAR data set is found and what its files look like."""
+
+    url: str
+    md5: str
+    binary: str  # folder of the binary version
+    python: str  # folder of the python version
+    train: tuple[str, ...]  # files, without the binary version's ending
+    test: tuple[str, ...]
+    label_bytes: int  # before each picture of the binary version; the last of them is the class
+    label_key: bytes  # of the python version
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CIFAR = {
+    "cifar10": CifarFormat(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        binary="cifar-10-batches-bin",
+        python="cifar-10-batches-py",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test=("test_batch",),
+        label_bytes=1,
+        label_key=b"labels",
+        classes=10,
+        mean=(0.49139968, 0.48215827, 0.44653124),
+        std=(0.24703233, 0.24348505, 0.26158768),
+    ),
+    "cifar100": CifarFormat(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+        binary="cifar-100-binary",
+        python="cifar-100-python",
+        train=("train",),
+        test=("test",),
+        label_bytes=2,  # coarse, fine
+        label_key=b"fine_labels",
+        classes=100,
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+    ),
+}
+
+
+class _PickledArray:
+    """Stands in for numpy.ndarray while unpickling: takes the state, runs nothing."""
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.fortran_order, self.data = state
+
+    def read(self) -> np.ndarray:
+        if self.dtype.name != "u1" or self.fortran_order or not isinstance(self.data, bytes):
+            raise ValueError("an array that is not uint8 in C order")
+        return np.frombuffer(self.data, np.uint8).reshape(self.shape)
+
+
+class _PickledDtype:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, name, *_):
+        self.name = name.decode() if isinstance(name, bytes) else name
+
+    def __setstate__(self, state):
+        pass
+
+
+# Python's own unpickler: the one in C allocates whatever sizes a damaged file claims.
+class _CifarUnpickler(pickle._Unpickler):
+    """Allows the names of an array in a CIFAR file, with stand-ins for them, and refuses everything else."""
+
+    ALLOWED = {"_reconstruct": lambda *_: _PickledArray(), "ndarray": _PickledArray, "dtype": _PickledDtype}
+
+    def find_class(self, module, name):
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in self.ALLOWED:
+            raise ValueError(f"it holds {module}.{name}")
+        return self.ALLOWED[name]
+
+
+def _read_cifar_file(path: pathlib.Path, form: CifarFormat, binary: bool):
+    """-> pictures [N,3,32,32] uint8 and labels [N]."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; expected the files {', '.join(form.train + form.test)}"
+        ) from None
+    if binary:
+        row = form.label_bytes + 3072
+        if not content or len(content) % row:
+            raise InputError(f"{path} has {len(content)} bytes; expected a multiple of {row}, one row per picture")
+        rows = np.frombuffer(content, np.uint8).reshape(-1, row)
+        x, y = rows[:, form.label_bytes :], rows[:, form.label_bytes - 1]
+    else:
+        try:
+            entries = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
+            x, y = entries[b"data"].read(), np.array(entries[form.label_key], np.int64)
+            if x.shape != (len(y), 3072) or not len(y):
+                raise ValueError(f"data {list(x.shape)} for {len(y)} labels")
+        except Exception as error:  # whatever a damaged or hostile pickle leads to
+            raise InputError(
+                f"{path} is not a CIFAR pickle ({type(error).__name__}: {error}); expected uint8 data [N,3072] and {form.label_key.decode()}"
+            ) from None
+    if y.min() < 0 or y.max() >= form.classes:
+        raise InputError(f"{path} holds labels from {y.min()} to {y.max()}; expected 0 to {form.classes - 1}")
+    return x.reshape(-1, 3, 32, 32), y
+
+
+def load_cifar(name: str, folder: pathlib.Path) -> Pictures:
+    """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), the binary or the python version, from their folder in `folder`."""
+    form = CIFAR[name]
+    for binary, subfolder in (True, form.binary), (False, form.python):
+        if (folder / subfolder).is_dir():
+            break
+    else:
+        raise InputError(
+            f"no {name} in {folder}; expected a folder {form.binary} or {form.python} there (--download fetches it)"
+        )
+    ending = ".bin" if binary else ""
+    arrays = []
+    for files in form.train, form.test:
+        parts = [_read_cifar_file(folder / subfolder / (file + ending), form, binary) for file in files]
+        arrays += [np.concatenate([x for x, _ in parts]).transpose(0, 2, 3, 1), np.concatenate([y for _, y in parts])]
+    pictures = Pictures.from_arrays(*arrays, name, form.mean, form.std)
+    return dataclasses.replace(pictures, num_classes=form.classes)
+
+
+def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = None):
+    """Fetches the binary version into `folder`, unless it is there. Either all of it arrives there or nothing."""
+    form = form or CIFAR[name]
+    if (folder / form.binary).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        archive, unpacked = pathlib.Path(temporary, "archive"), pathlib.Path(temporary, form.binary)
+        try:
+            with urllib.request.urlopen(form.url, timeout=60) as response, open(archive, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except OSError as error:
+            raise InputError(
+                f"cannot fetch {form.url}: {error}; the archive can be unpacked into {folder} by hand"
+            ) from None
+        with open(archive, "rb") as file:
+            md5 = (
+                hashlib.file_digest(file, "md5").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.md5(file.read()).hexdigest()
+            )
+        if md5 != form.md5:
+            raise InputError(f"{form.url} has MD5 {md5}; expected {form.md5}")
+        unpacked.mkdir()
+        with tarfile.open(archive) as tar:
+            # Only the files asked for, read by name and written by us: no links, no paths that lead elsewhere.
+            for file in form.train + form.test:
+                try:
+                    source = tar.extractfile(f"{form.binary}/{file}.bin")
+                except KeyError:
+                    source = None
+                if source is None:
+                    raise InputError(f"{form.url} holds no file {form.binary}/{file}.bin")
+                with open(unpacked / f"{file}.bin", "wb") as target:
+                    shutil.copyfileobj(source, target)
+        unpacked.rename(folder / form.binary)
+
+
+def load_npz(path: pathlib.Path) -> Pictures:
+    """Anybody's own data: x_train, y_train, x_test, y_test as in Pictures.from_arrays. The training pictures are shuffled
+    (by a fixed seed), since the search splits them in halves and own files are often sorted by class."""
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive]
+            if missing:
+                raise InputError(f"{path} lacks {', '.join(missing)}; expected {', '.join(keys)}")
+            x_train, y_train, x_test, y_test = (archive[key] for key in keys)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged zip or array header leads to
+        raise InputError(
+            f"cannot read {path} ({type(error).__name__}: {error}); expected an .npz with {', '.join(keys)}"
+        ) from None
+    pictures = Pictures.from_arrays(x_train, y_train, x_test, y_test, str(path))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pictures.x_train)))
+    return dataclasses.replace(pictures, x_train=pictures.x_train[order], y_train=pictures.y_train[order])
+
+
+def load(dataset: str, path: str | None = None, download: bool = False, seed: int = 0) -> Pictures:
+    """The pictures that --preset and --data name: an .npz file, CIFAR in a folder, or the generated shapes."""
+    folder = pathlib.Path(path or "data")
+    if dataset not in ("shapes", *CIFAR):
+        raise InputError(f"dataset is {dataset!r}; expected shapes, {' or '.join(CIFAR)}")
+    if path and folder.is_file():
+        return load_npz(folder)
+    if dataset == "shapes":
+        if not path:
+            return shapes(seed=seed)
+        if not folder.is_dir():
+            raise InputError(f"no file or folder {path}; expected an .npz file or a folder with CIFAR")
+        found = [
+            name for name, form in CIFAR.items() if (folder / form.binary).is_dir() or (folder / form.python).is_dir()
+        ]
+        if not found:
+            raise InputError(
+                f"no data in {path}; expected a folder {' or '.join(f for c in CIFAR.values() for f in (c.binary, c.python))}"
+            )
+        dataset = found[0]
+    if download:
+        download_cifar(dataset, folder)
+    return load_cifar(dataset, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress and files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Loss and accuracy over an epoch, summed on the device: a GPU need not wait for each step's numbers."""
+
+    def __init__(self, what: str, where: str):
+        self.what, self.where = what, where
+        self.losses, self.sizes, self.correct = [], [], 0
+
+    def update(self, loss, logits, labels):
+        self.losses.append(loss.detach())
+        self.sizes.append(len(labels))
+        self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+        if len(self.losses) % 20 == 0:
+            self.check()
+
+    def check(self):
+        """Ends the run if a loss is not finite."""
+        for step, loss in enumerate(torch.stack(self.losses).tolist() if self.losses else []):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the {self.what} became {loss} in {self.where}, step {step}; expected a finite number (a lower lr may help)"
+                )
+
+    def result(self):
+        """(mean loss, accuracy), or (None, None) where nothing was measured."""
+        self.check()
+        if not self.losses:
+            return None, None
+        total = sum(self.sizes)
+        mean = sum(loss * n for loss, n in zip(torch.stack(self.losses).tolist(), self.sizes)) / total
+        return mean, int(self.correct) / total
+
+
+class Progress:
+    """One live line on a terminal, one line per epoch elsewhere, with the time that is left.
+
+    work: what each stage takes, in any unit; the time left follows from what a unit took so far.
+    """
+
+    def __init__(self, work: list[float], stage_name: str, show: bool):
+        self.work, self.name, self.show = work, stage_name, show
+        self.live = show and sys.stdout.isatty()
+        self.start, self.done, self.last, self.length = time.monotonic(), 0.0, 0.0, 0
+
+    def step(self, stage, text, work, meter, pictures_per_second):
+        """After a step that took `work`: at most five times a second the live line."""
+        self.done += work
+        now = time.monotonic()
+        if not self.live or now - self.last < 0.2:
+            return
+        self.last = now
+        meter.check()
+        pace = (now - self.start) / self.done
+        stage_left = pace * (sum(self.work[: stage + 1]) - self.done)
+        whole_left = pace * (sum(self.work) - self.done)
+        left = f"left: {_duration(whole_left)}"
+        if len(self.work) > 1:
+            left = f"left: {self.name} {_duration(stage_left)}, all {_duration(whole_left)}"
+        loss, accuracy = meter.result()
+        self._write(
+            f"{text}  loss {loss:.3f}  acc {accuracy:6.1%}  {pictures_per_second:.0f} pictures/s  {left}", end=""
+        )
+
+    def line(self, text):
+        if self.show:
+            self._write(text, end="\n")
+
+    def _write(self, text, end):
+        erase = "\r" if self.live else ""
+        if self.live:  # never longer than the terminal, or \r would not erase it
+            text = text[: shutil.get_terminal_size().columns - 1]
+        print(f"{erase}{text:<{self.length}}", end=end, flush=True)
+        self.length = len(text) if self.live and not end else 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+class Folder:
+    """The folder that a run writes to; each file appears whole or not at all. None: writes nothing."""
+
+    def __init__(self, path: str | os.PathLike | None):
+        self.path = None if path is None else pathlib.Path(path)
+        if self.path is not None:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise InputError(f"{self.path} already holds something; expected a new or empty folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, content):
+        """Text, or anything else as JSON (state dictionaries by `save`)."""
+        if self.path is None:
+            return
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        self._replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def save(self, name: str, state):
+        if self.path is not None:
+            self._replace(name, lambda temporary: torch.save(state, temporary))
+
+    def append(self, name: str, record: dict):
+        if self.path is not None:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def draw(self, genotype: Genotype, under: str = ""):
+        for kind, svg in draw(genotype).items():
+            self.write(f"{under}{kind}.svg", svg)
+
+    def _replace(self, name, write):
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        write(temporary)
+        os.replace(temporary, target)
+
+
+def _describe(config, pictures: Pictures, device: torch.device) -> dict:
+    """What config.json holds."""
+    return {
+        "settings": dataclasses.asdict(config),
+        "data": pictures.name,
+        "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "command": sys.argv,
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one. A device that torch cannot use is an InputError."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1, ..."
+        ) from None
+    return device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The search (paper, sec. 3.2 and 4.1.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What a stage searched: 14 tuples of candidates and alphas [14, K] of both kinds of cell, and the held-out accuracy."""
+
+    normal: tuple
+    reduce: tuple
+    alphas_normal: torch.Tensor
+    alphas_reduce: torch.Tensor
+    test_accuracy: float
+
+    def genotype(self, max_skips: int | None) -> Genotype:
+        return derive(self.normal, self.reduce, self.alphas_normal, self.alphas_reduce, max_skips)
+
+
+class SearchResult(NamedTuple):
+    genotype: Genotype
+    stages: list[Stage]
+
+
+def cosine(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
+    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def train_step(network, parameters, optimizer, loss, clip):
+    """One step of the weights; returns nothing, so that the graph is freed."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(network, pictures: Pictures, batch: int = 256) -> float:
+    """Of the test pictures, the part that `network` classifies right in evaluation mode."""
+    was_training = network.training
+    network.eval()
+    correct = 0
+    for x, y in zip(pictures.x_test.split(batch), pictures.y_test.split(batch)):
+        correct += int((network(pictures.normalise(x)).argmax(1) == y).sum())
+    network.train(was_training)
+    return correct / len(pictures.y_test)
+
+
+def search(
+    config: SearchConfig, pictures: Pictures | None = None, out=None, device: str = "auto", show: bool = False
+) -> SearchResult:
+    """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
+
+    pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
+    show: print progress. The random state of the caller is left as it was.
+    """
+    device = pick_device(device)
+    pictures = pictures or load(config.dataset, seed=config.seed)
+    pictures = pictures.first(config.pictures).to(device)
+    folder = Folder(out)
+    folder.write("config.json", _describe(config, pictures, device))
+    learning = max(config.epochs - config.warmup, 0)  # epochs that also train alphas, at about twice the work
+    epoch_work = [cells * k * len(pictures.x_train) for cells, k in zip(config.cells, config.candidates)]
+    progress = Progress([w * (config.epochs + learning) for w in epoch_work], "stage", show)
+
+    normal = reduce = (PRIMITIVES,) * len(EDGES)
+    stages = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation
+        for number in range(len(config.cells)):
+            stages.append(_search_stage(config, number, normal, reduce, pictures, generator, folder, progress))
+            cell = stages[-1].genotype(config.max_skips)
+            folder.write(f"stages/{number + 1}/genotype.json", cell._asdict())
+            folder.draw(cell, f"stages/{number + 1}/")
+            if number + 1 < len(config.cells):
+                keep = config.candidates[number + 1]
+                normal = shrink(normal, stages[-1].alphas_normal, keep)
+                reduce = shrink(reduce, stages[-1].alphas_reduce, keep)
+
+    genotype = stages[-1].genotype(config.max_skips)
+    others = {str(m): stages[-1].genotype(m)._asdict() for m in range(2 * NODES + 1)}
+    unrestricted = stages[-1].genotype(None)._asdict()
+    folder.draw(genotype)
+    folder.write(
+        "genotype.json",
+        {**genotype._asdict(), "max_skips": config.max_skips, "unrestricted": unrestricted, "by_max_skips": others},
+    )
+    return SearchResult(genotype, stages)
+
+
+def _search_stage(config, number, normal, reduce, pictures, generator, folder, progress) -> Stage:
+    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stage before."""
+    device, in_channels = pictures.x_train.device, pictures.x_train.shape[1]
+    network = SearchNetwork(
+        config.channels,
+        pictures.num_classes,
+        config.cells[number],
+        normal,
+        reduce,
+        in_channels=in_channels,
+        stem_stride=config.stem_stride,
+    ).to(device)
+    weights = network.weights()
+    optimizer = torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay)
+    architect = Architect(
+        network,
+        config.alpha_lr,
+        weight_decay=config.alpha_weight_decay,
+        clip=config.clip,
+        unrolled=config.unrolled,
+        weight_optimizer=optimizer,
+    )
+    # The first half of the training pictures trains the weights, the second the alphas.
+    halves = torch.arange(len(pictures.x_train), device=device).tensor_split([len(pictures.x_train) // 2])
+    step_work = config.cells[number] * config.candidates[number] * 2
+
+    def augmented(indices):
+        x = pictures.augment(pictures.x_train[indices], config.crop_padding, config.flip, 0, generator)
+        return x, pictures.y_train[indices]
+
+    for epoch in range(config.epochs):
+        started = time.monotonic()
+        learn_alphas = epoch >= config.warmup
+        optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
+        network.skip_dropout = skip_dropout_rate(config.skip_dropout[number], epoch, config.epochs, config.warmup)
+        where = f"stage {number + 1}, epoch {epoch}"
+        meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
+        weight_batches = batches(halves[0], config.batch, generator)
+        alpha_batches = batches(halves[1], config.batch, generator)
+        for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, itertools.cycle(alpha_batches))):
+            images, labels = augmented(weight_batch)
+            if learn_alphas:
+                alpha_images, alpha_labels = augmented(alpha_batch)
+                alpha_meter.update(*architect.step(alpha_images, alpha_labels, images, labels), alpha_labels)
+            require_gradients(network, weights=True, alphas=False)
+            logits = network(images)
+            loss = F.cross_entropy(logits, labels)
+            train_step(network, weights, optimizer, loss, config.clip)
+            meter.update(loss, logits, labels)
+            speed = sum(meter.sizes) / (time.monotonic() - started)
+            text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  step {step + 1}/{len(weight_batches)}"
+            progress.step(number, text, step_work * len(labels) * (1 + learn_alphas), meter, speed)
+
+        loss, train_accuracy = meter.result()
+        alpha_loss, alpha_accuracy = alpha_meter.result()
+        last = epoch == config.epochs - 1
+        record = {
+            "stage": number + 1,
+            "epoch": epoch,
+            "train_loss": loss,
+            "train_accuracy": train_accuracy,
+            "alpha_loss": alpha_loss,
+            "alpha_accuracy": alpha_accuracy,
+            "test_accuracy": accuracy(network, pictures) if last else None,  # reported only: it decides nothing
+            "lr": optimizer.param_groups[0]["lr"],
+            "skip_dropout": network.skip_dropout,
+            "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
+            "softmax_alphas_reduce": network.alphas_reduce.detach().softmax(1).tolist(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        folder.append("log.jsonl", record)
+        text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
+        text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
+        text += f"  held-out acc {record['test_accuracy']:6.1%}" if last else ""
+        progress.line(f"{text}  {record['seconds']:.1f} s")
+    return Stage(
+        normal,
+        reduce,
+        network.alphas_normal.detach().cpu(),
+        network.alphas_reduce.detach().cpu(),
+        record["test_accuracy"],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluation (paper, sec. 4.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class EvaluateResult(NamedTuple):
+    network: Network
+    cost: Count
+    test_error: float
+
+
+def evaluate(
+    genotype: Genotype,
+    config: EvaluateConfig,
+    pictures: Pictures | None = None,
+    out=None,
+    device: str = "auto",
+    weights=None,
+    show: bool = False,
+) -> EvaluateResult:
+    """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
+
+    pictures, out, device, show: as for `search`.
+    """
+    device = pick_device(device)
+    genotype = check_genotype(genotype)
+    pictures = pictures or load(config.dataset, seed=config.seed)
+    pictures = pictures.first(config.pictures).to(device)
+    _, in_channels, *size = pictures.x_train.shape
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        network = Network(
+            genotype, config.channels, pictures.num_classes, config.cells, config.auxiliary, in_channels=in_channels
+        ).to(device)
+        cost = count(network, tuple(size), in_channels)
+        if weights is not None:
+            load_weights(network, weights, device)
+        else:
+            folder = Folder(out)
+            folder.write("config.json", _describe(config, pictures, device))
+            folder.write("genotype.json", genotype._asdict())
+            _train(network, config, pictures, folder, show)
+            folder.save("weights.pt", network.state_dict())
+        network.eval()
+        return EvaluateResult(network, cost, 1 - accuracy(network, pictures))
+
+
+def load_weights(network: Network, path, device):
+    """Loads a state_dict, the auxiliary head's part of which is optional; an InputError says what does not fit."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        if not any(key.startswith("auxiliary_head.") for key in state):
+            network.auxiliary_head = None
+        if network.auxiliary_head is None:
+            state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+        network.load_state_dict(state)
+    except Exception as error:  # whatever a damaged file leads to
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot use the weights {path} ({reason}); expected a state_dict of this network") from None
+
+
+def _train(network, config, pictures, folder, show):
+    """The training of `evaluate`."""
+    device = pictures.x_train.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    progress = Progress([config.epochs * len(pictures.x_train)], "training", show)
+    indices = torch.arange(len(pictures.x_train), device=device)
+    network.train()
+    for epoch in range(config.epochs):
+        started = time.monotonic()
+        optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
+        network.drop_path = config.drop_path * epoch / config.epochs
+        meter = Meter("training loss", f"epoch {epoch}")
+        epoch_batches = batches(indices, config.batch, generator)
+        for step, batch in enumerate(epoch_batches):
+            labels = pictures.y_train[batch]
+            images = pictures.augment(
+                pictures.x_train[batch], config.crop_padding, config.flip, config.cutout, generator
+            )
+            logits, auxiliary_logits = network(images)
+            loss = F.cross_entropy(logits, labels)
+            if auxiliary_logits is not None:
+                loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+            train_step(network, network.parameters(), optimizer, loss, config.clip)
+            meter.update(loss, logits, labels)
+            speed = sum(meter.sizes) / (time.monotonic() - started)
+            text = f"epoch {epoch:3d}/{config.epochs - 1}  step {step + 1}/{len(epoch_batches)}"
+            progress.step(0, text, len(labels), meter, speed)
+        loss, train_accuracy = meter.result()
+        test_accuracy = accuracy(network, pictures)
+        record = {"epoch": epoch, "train_loss": loss, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
+        record |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "drop_path": network.drop_path,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        folder.append("log.jsonl", record)
+        progress.line(
+            f"epoch {epoch:3d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}  {record['seconds']:.1f} s"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Showing a cell: as a picture and as a table
+# ----------------------------------------------------------------------------------------------------------------------
+
+# An arc diagram: the states stand in a row, and every operation has a bracket above them, at a height (lane) of its
+# own wherever two would overlap. Lines go up and down only above a state; the label stands between two states. So no
+# label meets another label, a state or another bracket, whatever the genotype.
+GAP, LANE, PORT, BOX, LABEL = 132, 34, 14, 36, (108, 22)  # pixels: between states, lanes, ports; heights; label w, h
+COLOURS = {"skip": "#2a9d5c", "max": "#3274c4", "avg": "#3274c4", "sep": "#d9722e", "dil": "#8a56b5", "conv": "#b5485a"}
+
+
+def draw(genotype: Genotype) -> dict[str, str]:
+    """{"normal": SVG, "reduce": SVG} of the two cells."""
+    genotype = check_genotype(genotype)
+    return {
+        "normal": cell_svg(genotype.normal, genotype.normal_concat, "normal cell"),
+        "reduce": cell_svg(genotype.reduce, genotype.reduce_concat, "reduction cell"),
+    }
+
+
+def cell_svg(pairs, concat, title: str) -> str:
+    """One cell: inputs left, nodes, output right, every edge labelled with its operation."""
+    nodes = len(pairs) // 2
+    names = ["c_{k-2}", "c_{k-1}", *map(str, range(nodes)), "c_{k}"]
+    edges = sorted((2 + i // 2 - source, source, 2 + i // 2, name) for i, (name, source) in enumerate(pairs))
+
+    # Short edges get the low lanes. Edges share a lane where they meet in one state at most.
+    lanes: list[list[tuple[int, int]]] = []
+    placed = []  # (source, target, operation, lane)
+    for _, source, target, name in edges:
+        free = (i for i, lane in enumerate(lanes) if all(target <= a or b <= source for a, b in lane))
+        lane = next(free, len(lanes))
+        lanes[lane:] = [[]] if lane == len(lanes) else lanes[lane:]
+        lanes[lane].append((source, target))
+        placed.append((source, target, name, lane))
+
+    # Ports along the top of a state: arriving edges left, leaving ones right, nested so that none of them cross.
+    ports = {}
+    for state in range(len(names)):
+        arriving = sorted((lane, i) for i, (_, target, _, lane) in enumerate(placed) if target == state)
+        leaving = sorted(((lane, i) for i, (source, _, _, lane) in enumerate(placed) if source == state), reverse=True)
+        ports[state] = [("in", i) for _, i in arriving] + [("out", i) for _, i in leaving]
+    widths = [max(64, PORT * (len(ports[state]) + 1)) for state in range(len(names))]
+    left = [20 + sum(widths[:state]) + GAP * state for state in range(len(names))]
+    top = 44 + LANE * len(lanes)  # of the row of states
+    port_x = {}
+    for state, order in ports.items():
+        for position, port in enumerate(order):
+            port_x[port] = left[state] + widths[state] / 2 + PORT * (position - (len(order) - 1) / 2)
+
+    width, bus = left[-1] + widths[-1] + 20, top + BOX + 26
+    lines, labels = [], []
+    for i, (source, target, name, lane) in enumerate(placed):
+        x0, x1, y = port_x["out", i], port_x["in", i], top - 26 - LANE * lane
+        colour = COLOURS[name.split("_")[0]] if name != "none" else "#888888"
+        lines.append(_svg_line([(x0, top), (x0, y), (x1, y), (x1, top)], colour))
+        gap = (source + target - 1) // 2  # the gap in the middle, to the right of this state
+        x = left[gap] + widths[gap] + GAP / 2
+        labels.append(_svg_box(x - LABEL[0] / 2, y - LABEL[1] / 2, *LABEL, name, "label", colour))
+    end = left[-1] + widths[-1] / 2
+    for state in concat:
+        x = left[state] + widths[state] / 2
+        lines.append(_svg_line([(x, top + BOX), (x, bus), (end, bus), (end, top + BOX)], "#666666"))
+    x = left[-1] - GAP / 2
+    labels.append(_svg_box(x - 32, bus - LABEL[1] / 2, 64, LABEL[1], "concat", "label", "#666666"))
+    for state, name in enumerate(names):
+        labels.append(_svg_box(left[state], top, widths[state], BOX, name, "state", "#333333"))
+    text = html.escape(title)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {bus + 24:g}" width="{width:g}" '
+            f'height="{bus + 24:g}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+            f"<title>{text}</title>",
+            f'<rect width="{width:g}" height="{bus + 24:g}" fill="#ffffff"/>',
+            f'<text x="20" y="24" font-size="15" font-weight="bold" fill="#333333">{text}</text>',
+            *lines,
+            *labels,
+            "</svg>\n",
+        ]
+    )
+
+
+def _svg_line(points, colour):
+    """Two right angles, rounded, and an arrow head at the end."""
+    (x0, y0), (_, y), (x1, y1) = points[0], points[1], points[3]
+    up = 1 if y < y0 else -1  # the bracket is above or below the states
+    path = f"M{x0:g} {y0:g} V{y + up * 8:g} Q{x0:g} {y:g} {x0 + 8:g} {y:g} H{x1 - 8:g} Q{x1:g} {y:g} {x1:g} {y + up * 8:g} V{y1 - up * 4:g}"
+    head = f"M{x1:g} {y1:g} l-4 {-up * 8} h8 z"
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/><path d="{head}" fill="{colour}"/>'
+
+
+def _svg_box(x, y, width, height, text, kind, colour):
+    fill, ink, round_ = ("#ffffff", colour, height / 2) if kind == "label" else ("#eef1f5", "#222222", 6)
+    return (
+        f'<g class="{kind}"><rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" fill="{fill}" '
+        f'stroke="{colour}"/><text x="{x + width / 2:g}" y="{y + height / 2 + 4.5:g}" text-anchor="middle" '
+        f'fill="{ink}">{html.escape(text)}</text></g>'
+    )
+
+
+def cell_table(genotype: Genotype) -> str:
+    """Both cells as lines of text."""
+    states = ["c_{k-2}", "c_{k-1}", *(f"node {i}" for i in range(10))]
+    columns = [["normal cell"], ["reduction cell"]]
+    for column, pairs in zip(columns, (genotype.normal, genotype.reduce)):
+        for i, (name, source) in enumerate(pairs):
+            node = f"node {i // 2} =" if i % 2 == 0 else "      +"
+            column.append(f"{node:8} {name:12} of {states[source]}")
+    return "\n".join(f"  {a:34}  {b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue=""))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets and the command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+SEARCH_PRESETS = {
+    "demo": SearchConfig(
+        dataset="shapes",
+        pictures=560,
+        cells=(3, 4, 5),
+        skip_dropout=(0.0, 0.2, 0.4),
+        channels=8,
+        stem_stride=2,
+        epochs=3,
+        warmup=1,
+        batch=16,
+        lr=0.05,
+        alpha_lr=6e-3,  # ten times the paper's, for so few steps
+        crop_padding=2,
+    ),
+    "cifar10": SearchConfig(),
+    "cifar100": SearchConfig(dataset="cifar100", skip_dropout=(0.1, 0.2, 0.3)),
+}
+EVALUATE_PRESETS = {
+    "demo": EvaluateConfig(
+        dataset="shapes", pictures=2000, cells=5, channels=8, epochs=6, batch=50, cutout=8, drop_path=0.1
+    ),
+    "cifar10": EvaluateConfig(),
+    "cifar100": EvaluateConfig(dataset="cifar100"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _add_options(parser, presets):
+    """The options of a run, and one for every field of the presets' dataclass."""
+    parser.add_argument(
+        "--preset", choices=presets, default="demo", help="where the settings come from (default: demo)"
+    )
+    parser.add_argument("--data", metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch CIFAR into PATH (default: data) if it is not there"
+    )
+    parser.add_argument("--out", metavar="DIR", help="new folder for the results (default: runs/ and the time)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
+    for field in dataclasses.fields(presets["demo"]):
+        if field.name == "dataset":
+            continue  # the preset's, or that of --data
+        demo, paper = (getattr(presets[name], field.name) for name in ("demo", "cifar10"))
+        flag = f"--{field.name.replace('_', '-')}"
+        keywords = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} [{_text(demo)}; {_text(paper)}]".replace("%", "%%"),
+        }
+        if isinstance(demo, bool):
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+        elif isinstance(demo, tuple):
+            settings.add_argument(flag, type=type(paper[0]), nargs="+", metavar="X", **keywords)
+        else:
+            settings.add_argument(flag, type=type(demo), metavar="X", **keywords)
+
+
+def _text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _configure(args, presets):
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(presets["demo"]) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return dataclasses.replace(presets[args.preset], **given)
+
+
+def _load_for(args, config):
+    """The pictures and the configuration that uses them; the demo's number of pictures is only an upper limit."""
+    pictures = load(config.dataset, args.data, args.download, config.seed)
+    if not hasattr(args, "pictures"):
+        config = dataclasses.replace(config, pictures=min(config.pictures, len(pictures.x_train)))
+    return pictures, config
+
+
+def _default_out(command):
+    return pathlib.Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _search_command(args):
+    pictures, config = _load_for(args, _configure(args, SEARCH_PRESETS))
+    out = pathlib.Path(args.out) if args.out else _default_out("search")
+    started = time.monotonic()
+    print(f"searching on {pictures.name}: {len(config.cells)} stages of {_text(config.cells)} cells, results in {out}")
+    result = search(config, pictures, out, args.device, show=True)
+    print(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
+    print(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
+    data = f" --data {args.data}" if args.data else ""
+    print(f"next:    python {sys.argv[0]} evaluate {out / 'genotype.json'} --preset {args.preset}{data}")
+
+
+def _evaluate_command(args):
+    genotype = read_genotype(args.genotype)
+    if args.weights and not pathlib.Path(args.weights).is_file():
+        raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
+    pictures, config = _load_for(args, _configure(args, EVALUATE_PRESETS))
+    out = pathlib.Path(args.out) if args.out else _default_out("evaluate")
+    if not args.weights:
+        print(f"training on {pictures.name}: {config.cells} cells, {config.channels} channels, results in {out}")
+    result = evaluate(genotype, config, pictures, out, args.device, args.weights, show=True)
+    print(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
+    print(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
+    print(f"test error:    {result.test_error:.2%}")
+    if not args.weights:
+        print(f"written:       {out / 'weights.pt'}")
+
+
+def _draw_command(args):
+    prefix = args.output if args.output is not None else pathlib.Path(args.genotype).stem + "-"
+    genotype = read_genotype(args.genotype)
+    folder = pathlib.Path(f"{prefix}x").parent
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}; expected one that exists")
+    for kind, svg in draw(genotype).items():
+        path = pathlib.Path(f"{prefix}{kind}.svg")
+        path.write_text(svg, encoding="utf-8")
+        print(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = _Parser(prog="pdarts.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
+    _add_options(command, SEARCH_PRESETS)
+    command.set_defaults(run=_search_command)
+    command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
+    command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    _add_options(command, EVALUATE_PRESETS)
+    command.add_argument("--weights", metavar="FILE", help="only test the network with these weights")
+    command.set_defaults(run=_evaluate_command)
+    command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
+    command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    command.add_argument(
+        "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
+    )
+    command.set_defaults(run=_draw_command)
+    try:
+        args = parser.parse_args(arguments)
+        args.run(args)
+    except (InputError, OSError) as error:
+        print(f"pdarts.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pdarts.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,964 @@
+"""Tests of pdarts.py: the paper's facts, the official code's decisions, and every message that a user can meet."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import pathlib
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import pdarts
+from pdarts import EDGES, GENOTYPES, PRIMITIVES, Architect, Genotype, InputError, Network, SearchNetwork, derive, shrink
+
+HERE = pathlib.Path(pdarts.__file__).parent
+ALL = (PRIMITIVES,) * 14
+FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small candidate sets for fast tests
+TINY = pdarts.SearchConfig(
+    dataset="shapes", cells=(3, 3, 3), channels=2, epochs=2, warmup=1, batch=4, skip_dropout=(0.1, 0.2, 0.3), pictures=16
+)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return pdarts.shapes(train=64, test=20)
+
+
+def own_pictures(shape, classes=3, n=12):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (n, *shape), np.uint8), np.arange(n) % classes
+    return pdarts.Pictures.from_arrays(x, y, x, y)
+
+
+# --- the official code's decisions ------------------------------------------------------------------------------------
+
+
+def golden_searches():
+    """12 searches as the official functions decided them; an operation is written as its index in PRIMITIVES."""
+
+    def cell(text):
+        return [(PRIMITIVES[int(op)], int(source)) for op, source in text.split()]
+
+    for search in json.loads((HERE / "testdata/derive.json").read_text()):
+        alphas = [
+            [torch.from_numpy(np.frombuffer(base64.b64decode(a), "<f4").reshape(14, -1).copy()) for a in stage]
+            for stage in search["alphas"]
+        ]
+        kept = [
+            [tuple(tuple(PRIMITIVES[int(k)] for k in edge) for edge in cell.split()) for cell in stage]
+            for stage in search["kept"]
+        ]
+        yield alphas, kept, {m: cell(text) for m, text in search["normal"].items()}, cell(search["reduce"])
+
+
+def test_stages_keep_the_candidates_that_the_official_code_keeps():
+    decisions = 0
+    for alphas, kept, _, _ in golden_searches():
+        candidates = [ALL, ALL]
+        for stage, keep in enumerate((5, 3)):
+            candidates = [shrink(c, a, keep) for c, a in zip(candidates, alphas[stage])]
+            assert candidates == kept[stage]
+            decisions += 1
+    assert decisions == 24
+
+
+def test_derived_cells_are_those_of_the_official_code_for_every_limit_of_skips():
+    decisions = 0
+    for alphas, kept, normal, reduce in golden_searches():
+        for limit, expected in normal.items():
+            genotype = derive(*kept[1], *alphas[2], None if limit == "unrestricted" else int(limit))
+            assert genotype == Genotype(expected, [2, 3, 4, 5], reduce, [2, 3, 4, 5])
+            decisions += 1
+    assert decisions == 12 * 10
+
+
+# name, stem, C, L, classes -> parameters without and with the auxiliary head
+PARAMETERS = """
+PDARTS cifar 36 20 10 3433798 3910224 | PDARTS cifar 16 8 10 292026 727492 | PDARTS imagenet 48 14 1000 4944352 6206664
+DARTS_V1 cifar 36 20 10 3169414 3645840 | DARTS_V1 cifar 16 8 10 232890 668356
+DARTS_V1 imagenet 48 14 1000 4510432 5772744
+DARTS_V2 cifar 36 20 10 3349342 3825768 | DARTS_V2 cifar 16 8 10 246106 681572
+DARTS_V2 imagenet 48 14 1000 4718752 5981064
+NASNet cifar 36 20 10 3830950 4288944 | NASNet cifar 16 8 10 333946 761220 | NASNet imagenet 48 14 1000 5564320 6802056
+AmoebaNet cifar 36 20 10 3145078 3603072 | AmoebaNet cifar 16 8 10 326330 753604
+AmoebaNet imagenet 48 14 1000 4627360 5865096
+PDARTS cifar 36 20 100 3485728 - | DARTS_V1 cifar 36 20 100 3221344 - | DARTS_V2 cifar 36 20 100 3401272 -
+NASNet cifar 36 20 100 3895840 - | AmoebaNet cifar 36 20 100 3184048 -
+"""
+
+
+@pytest.mark.parametrize("row", [row.strip() for row in re.split(r"[|\n]", PARAMETERS) if row.strip()])
+def test_networks_have_the_official_numbers_of_parameters(row):
+    name, stem, channels, cells, classes, bare, with_head = row.split()
+    with torch.device("meta"):
+        head = with_head != "-"
+        network = Network(GENOTYPES[name], int(channels), int(classes), int(cells), auxiliary=head, stem=stem)
+    sizes = {key: p.numel() for key, p in network.named_parameters()}
+    assert sum(n for key, n in sizes.items() if not key.startswith("auxiliary_head.")) == int(bare)
+    assert not head or sum(sizes.values()) == int(with_head)
+
+
+@pytest.mark.parametrize("cells, keep, weights", [(5, 8, 1275834), (11, 5, 2585146), (17, 3, 2791930)])
+def test_search_networks_have_the_official_numbers_of_parameters(cells, keep, weights):
+    candidates = (PRIMITIVES[-keep:],) * 14
+    network = SearchNetwork(16, 10, cells, candidates, candidates)
+    assert sum(p.numel() for p in network.weights()) == weights
+    assert sum(p.numel() for p in network.parameters()) == weights + 2 * 14 * keep
+
+
+def test_count_gives_the_published_cost_of_the_pdarts_cell():
+    cost = pdarts.count(Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True))
+    assert cost.parameters == 3433798
+    assert cost.multiply_adds == pytest.approx(532e6, rel=0.001)
+
+
+# --- the search space -------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_has_14_edges_numbered_node_by_node():
+    assert EDGES == tuple((node, source) for node in range(4) for source in range(node + 2))
+    assert len(EDGES) == 14
+
+
+def test_the_paper_s_stages_are_the_default():
+    config = pdarts.SearchConfig()
+    assert config.cells == (5, 11, 17) and config.candidates == (8, 5, 3)
+    assert (config.epochs, config.warmup, config.batch, config.channels, config.max_skips) == (25, 10, 96, 16, 2)
+    assert (config.lr, config.momentum, config.weight_decay, config.clip) == (0.025, 0.9, 3e-4, 5)
+    assert (config.alpha_lr, config.alpha_weight_decay) == (6e-4, 1e-3)
+    assert config.skip_dropout == (0.0, 0.4, 0.7)
+    assert pdarts.SEARCH_PRESETS["cifar10"] == config
+    assert pdarts.SEARCH_PRESETS["cifar100"].skip_dropout == (0.1, 0.2, 0.3)
+    evaluation = pdarts.EVALUATE_PRESETS["cifar10"]
+    assert (evaluation.cells, evaluation.channels, evaluation.epochs, evaluation.batch) == (20, 36, 600, 128)
+    assert (evaluation.auxiliary_weight, evaluation.cutout, evaluation.drop_path) == (0.4, 16, 0.3)
+
+
+@pytest.mark.parametrize("cells, reductions", [(3, [1, 2]), (5, [1, 3]), (11, [3, 7]), (17, [5, 11]), (20, [6, 13])])
+def test_reduction_cells_stand_at_one_and_two_thirds(cells, reductions):
+    with torch.device("meta"):
+        network = SearchNetwork(2, 10, cells, FEW, FEW)
+    assert [i for i, cell in enumerate(network.cells) if cell.reduction] == reductions
+    assert network.classifier.in_features == 4 * 2 * 4  # 4 nodes, channels doubled twice
+
+
+def test_weights_are_created_in_the_documented_order():
+    torch.manual_seed(0)
+    network = SearchNetwork(4, 10, 3, ALL, ALL)
+    names = [name for name, _ in network.named_parameters() if not name.startswith("alphas")]
+    order = ["stem", "preprocess0", "preprocess1", "edges.0.ops", "edges.13.ops", "cells.1.", "cells.2.", "classifier"]
+    first = [next(i for i, name in enumerate(names) if key in name) for key in order]
+    assert first == sorted(first)
+    torch.manual_seed(0)  # the first random numbers are the stem's
+    assert torch.equal(network.stem[0].weight, nn.Conv2d(3, 12, 3, bias=False).weight)
+
+
+def test_alphas_start_small_and_are_shared_by_the_cells_of_a_kind():
+    network = SearchNetwork(2, 10, 5, ALL, ALL)
+    assert network.alphas_normal.shape == network.alphas_reduce.shape == (14, 8)
+    assert 0 < network.alphas_normal.abs().max() < 0.01
+    assert {name for name, _ in network.named_parameters() if "alpha" in name} == {"alphas_normal", "alphas_reduce"}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", [name for name in pdarts.OPERATIONS])
+def test_every_operation_rounds_sizes_up(name, stride):
+    op = pdarts.OPERATIONS[name](4, stride, True)
+    for height, width in (8, 8), (7, 9), (1, 2):
+        assert op(torch.randn(2, 4, height, width)).shape == (2, 4, -(-height // stride), -(-width // stride))
+
+
+def test_factorized_reduction_covers_every_pixel_once():
+    op = pdarts.FactorizedReduce(2, 2, affine=False)
+    for conv in op.conv_1, op.conv_2:
+        nn.init.ones_(conv.weight)
+    for size in 4, 5:
+        x = torch.rand(1, 2, size, size)
+        first, second = op.before_norm(x)[0]
+        assert torch.allclose(first, x[0, :, ::2, ::2].sum(0))
+        odd = x[0, :, 1::2, 1::2].sum(0)
+        assert torch.allclose(second[: len(odd), : len(odd)], odd)
+        assert second.sum() == pytest.approx(odd.sum().item())  # nothing but zeros in the added row and column
+
+
+def test_average_pool_does_not_count_padding():
+    assert torch.equal(pdarts.OPERATIONS["avg_pool_3x3"](1, 1, True)(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
+
+
+def test_mixed_op_is_the_softmax_weighted_sum_of_its_candidates():
+    torch.manual_seed(0)
+    for stride in 1, 2:
+        mixed = pdarts.MixedOp(PRIMITIVES, 4, stride).double()
+        x, weights = torch.randn(3, 4, 7, 7).double(), torch.rand(8).double()
+        expected = sum(w * op(x) for w, op in zip(weights[1:], mixed.ops))  # `none`, the first, adds nothing
+        assert torch.allclose(mixed(x, weights), expected, rtol=1e-12)
+        assert len(mixed.ops) == 7
+
+
+def test_an_edge_that_only_has_none_gives_zeros():
+    mixed = pdarts.MixedOp(("none",), 4, 2)
+    assert torch.equal(mixed(torch.randn(2, 4, 7, 7), torch.ones(1)), torch.zeros(2, 4, 4, 4))
+
+
+def test_search_cells_have_no_affine_norms_and_norm_their_pools():
+    network = SearchNetwork(2, 10, 3, ALL, ALL)
+    norms = [m for m in network.cells.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(norm.affine for norm in norms) and network.stem[1].affine
+    pools = [op for op in network.cells[0].edges[0].ops if isinstance(getattr(op, "op", [None])[0], (nn.MaxPool2d, nn.AvgPool2d))]
+    assert len(pools) == 2 and all(isinstance(pool.norm, nn.BatchNorm2d) for pool in pools)
+    evaluation = Network(GENOTYPES["DARTS_V1"], 4, 10, 3)
+    assert all(m.affine for m in evaluation.modules() if isinstance(m, nn.BatchNorm2d))
+    assert isinstance(evaluation.cells[1]._ops[0], nn.MaxPool2d)
+
+
+def test_skip_dropout_acts_on_stride_one_skips_only_and_can_be_set():
+    network = SearchNetwork(2, 10, 3, FEW, FEW, skip_dropout=0.25)
+    for cell in network.cells:
+        for edge, (_, source) in zip(cell.edges, EDGES):
+            dropouts = [op.p for op in edge.ops if isinstance(op, nn.Dropout)]
+            assert dropouts == ([] if cell.reduction and source < 2 else [0.25])
+    network.skip_dropout = 0.5
+    assert network.skip_dropout == 0.5
+    assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.5}
+
+
+def test_skip_dropout_is_per_element():
+    dropout = pdarts.MixedOp(("skip_connect",), 2, 1)
+    dropout.ops[0].p = 0.5
+    torch.manual_seed(0)
+    y = dropout(torch.ones(4, 2, 8, 8), torch.ones(1))
+    assert set(y.unique().tolist()) == {0.0, 2.0} and 0.4 < (y == 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (32, 32)])
+def test_search_network_takes_any_size_and_number_of_channels(size):
+    network = SearchNetwork(2, 7, 3, ALL, ALL, in_channels=2)
+    assert network(torch.randn(3, 2, *size)).shape == (3, 7)
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def test_skip_dropout_rate_in_every_epoch_of_a_stage():
+    for initial in 0.1, 0.4, 0.7:
+        rates = [pdarts.skip_dropout_rate(initial, epoch) for epoch in range(25)]
+        assert rates[:10] == pytest.approx([initial * (24 - e) / 25 for e in range(10)])
+        assert rates[10:] == pytest.approx([initial * math.exp(-0.2 * e) for e in range(15)])
+        assert rates[10] == initial > rates[0]
+
+
+def test_learning_rate_falls_as_a_cosine_from_the_first_epoch():
+    rates = [pdarts.cosine(0.025, epoch, 25) for epoch in range(25)]
+    assert rates[0] == 0.025 and rates[-1] == pytest.approx(0.025 * (1 + math.cos(math.pi * 24 / 25)) / 2) and rates[-1] > 0
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_search_has_261_steps_per_epoch_and_ends_with_a_batch_of_40():
+    sizes = [len(b) for b in pdarts.batches(torch.arange(25000), 96, torch.Generator())]
+    assert len(sizes) == 261 and sizes[-1] == 40
+
+
+def test_batches_are_a_permutation_and_leave_out_a_last_batch_of_one():
+    parts = pdarts.batches(torch.arange(10, 19), 4, torch.Generator().manual_seed(0))
+    assert [len(p) for p in parts] == [4, 4] and len(torch.cat(parts).unique()) == 8
+    assert sorted(torch.cat(pdarts.batches(torch.arange(10, 20), 4, torch.Generator())).tolist()) == list(range(10, 20))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(pictures, tmp_path_factory):
+    """A tiny search, and what its architect and its optimizers were given."""
+    out, alpha_batches, norms = tmp_path_factory.mktemp("tiny") / "run", [], []
+    step, clip = Architect.step, nn.utils.clip_grad_norm_
+
+    def spied_step(self, images, labels, *train):
+        alpha_batches.append((images, train[0]))
+        return step(self, images, labels, *train)
+
+    def spied_clip(parameters, max_norm):
+        norms.append(max_norm)
+        return clip(parameters, max_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Architect, "step", spied_step)
+        patch.setattr(nn.utils, "clip_grad_norm_", spied_clip)
+        # The second half is black and the first is not, so that every batch tells where it comes from.
+        marked = dataclasses.replace(pictures, x_train=pictures.x_train[:16].clone().clamp(min=1))
+        marked.x_train[8:] = 0
+        result = pdarts.search(dataclasses.replace(TINY, crop_padding=0), marked, out)
+    return out, result, alpha_batches, norms
+
+
+def test_alphas_are_trained_on_the_second_half_and_not_in_the_first_epochs(tiny_run, pictures):
+    _, _, alpha_batches, norms = tiny_run
+    assert len(alpha_batches) == 3 * 2  # 3 stages, 1 epoch of 2 after the warm-up, 2 steps each
+    black = pictures.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
+    assert all((images == black).all() for images, _ in alpha_batches)
+    assert not any((train == black).all(dim=1).any() for _, train in alpha_batches)
+    assert len(norms) == 3 * (2 * 2 + 2) and set(norms) == {5.0}  # every step of weights and of alphas is clipped
+
+
+def test_log_holds_every_epoch_with_its_rates_and_both_softmax_matrices(tiny_run):
+    out, result, *_ = tiny_run
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["epoch"]) for r in log] == [(s, e) for s in (1, 2, 3) for e in (0, 1)]
+    for r in log:
+        assert r["lr"] == pytest.approx(pdarts.cosine(0.025, r["epoch"], 2))
+        initial = TINY.skip_dropout[r["stage"] - 1]
+        assert r["skip_dropout"] == pytest.approx(pdarts.skip_dropout_rate(initial, r["epoch"], 2, 1))
+        assert math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 and r["seconds"] > 0
+        assert (r["alpha_loss"] is None) == (r["epoch"] == 0)
+        for kind in "normal", "reduce":
+            matrix = np.array(r[f"softmax_alphas_{kind}"])
+            assert matrix.shape == (14, (8, 5, 3)[r["stage"] - 1]) and np.allclose(matrix.sum(1), 1)
+    assert log[-1]["softmax_alphas_normal"] == result.stages[2].alphas_normal.softmax(1).tolist()
+
+
+def test_search_writes_the_cells_of_every_stage_and_every_limit(tiny_run):
+    out, result, *_ = tiny_run
+    written = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    pictures_and_cell = ["genotype.json", "normal.svg", "reduce.svg"]
+    expected = ["config.json", "log.jsonl", *pictures_and_cell]
+    assert written == sorted(expected + [f"stages/{s}/{name}" for s in (1, 2, 3) for name in pictures_and_cell])
+    content = json.loads((out / "genotype.json").read_text())
+    assert pdarts.read_genotype(str(out / "genotype.json")) == result.genotype == result.stages[2].genotype(2)
+    assert sorted(content["by_max_skips"]) == [str(m) for m in range(9)]
+    for limit, cell in [*content["by_max_skips"].items(), (None, content["unrestricted"])]:
+        expected = result.stages[2].genotype(None if limit is None else int(limit))
+        assert pdarts.check_genotype(Genotype(**cell)) == expected
+        skips = sum(name == "skip_connect" for name, _ in expected.normal)
+        assert limit is None or skips <= int(limit)
+    for number, stage in enumerate(result.stages, 1):
+        assert pdarts.read_genotype(str(out / f"stages/{number}/genotype.json")) == stage.genotype(2)
+        assert len(stage.normal[0]) == (8, 5, 3)[number - 1]
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert settings["cells"] == [3, 3, 3] and settings["seed"] == 0
+
+
+def test_each_stage_keeps_candidates_of_the_stage_before(tiny_run):
+    stages = tiny_run[1].stages
+    for before, after in itertools.pairwise(stages):
+        assert after.normal == shrink(before.normal, before.alphas_normal, len(after.normal[0]))
+        assert after.reduce == shrink(before.reduce, before.alphas_reduce, len(after.reduce[0]))
+
+
+def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(pictures):
+    config = dataclasses.replace(TINY, cells=(3,), candidates=(8,), skip_dropout=(0.3,))
+    torch.manual_seed(1)
+    first = pdarts.search(config, pictures)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = pdarts.search(config, pictures)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is untouched
+    other = pdarts.search(dataclasses.replace(config, seed=1), pictures)
+    assert first.genotype == second.genotype
+    assert torch.equal(first.stages[0].alphas_normal, second.stages[0].alphas_normal)
+    assert torch.equal(first.stages[0].alphas_reduce, second.stages[0].alphas_reduce)
+    assert not torch.equal(first.stages[0].alphas_normal, other.stages[0].alphas_normal)
+
+
+# --- derivation and refinement ----------------------------------------------------------------------------------------
+
+
+def test_shrink_drops_the_first_of_equal_candidates_and_keeps_the_order():
+    alphas = torch.zeros(14, 8)
+    assert shrink(ALL, alphas, 5)[0] == PRIMITIVES[3:]
+    alphas[:, 0] = 1.0
+    assert shrink(ALL, alphas, 3)[0] == ("none", "dil_conv_3x3", "dil_conv_5x5")
+
+
+def test_derive_never_chooses_none_and_keeps_the_later_of_equal_edges():
+    alphas = torch.zeros(14, 8)
+    alphas[:, 0] = 5.0
+    genotype = derive(ALL, ALL, alphas, alphas)
+    assert genotype.normal == [("dil_conv_5x5", source) for source in (0, 1, 1, 2, 2, 3, 3, 4)]
+
+
+def test_refinement_lets_another_edge_come_in():
+    # Node 1 (edges 2, 3, 4): skips on all, strong on 2 and 3; without its skip, edge 2 is weaker than edge 4's skip.
+    candidates = (("skip_connect", "sep_conv_3x3", "dil_conv_3x3"),) * 14
+    alphas = torch.zeros(14, 3)
+    alphas[:, 1] = 9.0
+    alphas[[2, 3, 4], 1] = torch.tensor([-9.0, -9.0, -9.0])
+    alphas[[2, 3, 4], 0] = torch.tensor([2.0, 3.0, 1.0])
+    assert derive(candidates, candidates, alphas, alphas, 2).normal[2:4] == [("skip_connect", 0), ("skip_connect", 1)]
+    assert derive(candidates, candidates, alphas, alphas, 1).normal[2:4] == [("skip_connect", 1), ("dil_conv_3x3", 2)]
+
+
+def test_refinement_says_when_an_edge_has_nothing_but_skips():
+    candidates = (("none", "skip_connect"),) * 14
+    with pytest.raises(InputError, match="no candidate but skip_connect"):
+        derive(candidates, candidates, torch.zeros(14, 2), torch.zeros(14, 2), 0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: shrink(ALL, torch.zeros(14, 8), 9), "keep is 9; expected 1 to 8"),
+        (lambda: shrink(ALL, torch.zeros(14, 5), 3), r"alphas have shape \[14, 5\]; expected \[14, 8\]"),
+        (lambda: shrink(ALL[:3], torch.zeros(3, 8), 3), "expected 14 equal ones"),
+        (lambda: SearchNetwork(2, 10, 3, (("skip_connect", "none"),) * 14, ALL), "in this order"),
+        (lambda: SearchNetwork(2, 10, 2, ALL, ALL), "cells is 2; expected at least 3"),
+        (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 2), "cells is 2; expected at least 3"),
+        (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 3, stem="mnist"), "expected 'cifar' or 'imagenet'"),
+        (lambda: derive((("none",),) * 14, ALL, torch.zeros(14, 1), torch.zeros(14, 8)), "no candidate but none"),
+        (lambda: Architect(SearchNetwork(2, 10, 3, FEW, FEW), unrolled=True), "expected the SGD optimizer"),
+        (lambda: pdarts.SearchConfig(candidates=(8, 3, 5)), "no stage to keep more"),
+        (lambda: pdarts.SearchConfig(candidates=(7, 5, 3)), "expected 8, all primitives"),
+        (lambda: pdarts.SearchConfig(candidates=(8, 5, 2)), "at least 3 in the last stage"),
+        (lambda: pdarts.SearchConfig(cells=(5, 11)), "one value per stage"),
+        (lambda: pdarts.SearchConfig(lr=math.nan), "lr is nan"),
+    ],
+)
+def test_wrong_arguments_get_a_message_that_says_what_was_expected(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+# --- architect --------------------------------------------------------------------------------------------------------
+
+
+def small_network():
+    torch.manual_seed(0)
+    network = SearchNetwork(2, 3, 3, FEW, FEW).double()
+    batch = [torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 3]
+    return network, batch, [torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 3]
+
+
+def test_first_order_step_changes_alphas_only_and_computes_no_weight_gradients():
+    network, batch, _ = small_network()
+    before = [w.clone() for w in network.weights()]
+    architect = Architect(network)
+    alphas = [a.clone() for a in network.alphas()]
+    loss, logits = architect.step(*batch)
+    assert logits.shape == (6, 3) and loss == F.cross_entropy(logits, batch[1])
+    assert all(torch.equal(a, b) for a, b in zip(before, network.weights()))
+    assert all(w.grad is None for w in network.weights())
+    assert not any(torch.equal(a, b) for a, b in zip(alphas, network.alphas()))
+    group = architect.optimizer.param_groups[0]
+    assert isinstance(architect.optimizer, torch.optim.Adam)
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (6e-4, (0.5, 0.999), 1e-3)
+
+
+def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights():
+    network, batch, train = small_network()
+    optimizer = torch.optim.SGD(network.weights(), 0.05, 0.9, weight_decay=3e-4)
+    F.cross_entropy(network(train[0]), train[1]).backward()
+    optimizer.step()  # fills the momentum
+    optimizer.zero_grad()
+    architect = Architect(network, unrolled=True, weight_optimizer=optimizer)
+    start = [w.detach().clone() for w in network.weights()]
+    gradients = architect._second_order(*batch, *train)[2]
+    assert all(torch.equal(a, b) for a, b in zip(start, network.weights()))
+
+    def unrolled_loss():
+        pdarts.require_gradients(network, weights=True, alphas=True)
+        step = torch.autograd.grad(F.cross_entropy(network(train[0]), train[1]), network.weights())
+        with torch.no_grad():
+            for w, g in zip(network.weights(), step):
+                w -= 0.05 * (g + 3e-4 * w + 0.9 * optimizer.state[w]["momentum_buffer"])
+            loss = F.cross_entropy(network(batch[0]), batch[1]).item()
+            for w, s in zip(network.weights(), start):
+                w.copy_(s)
+        return loss
+
+    rng = np.random.default_rng(0)
+    first_order = torch.autograd.grad(F.cross_entropy(network(batch[0]), batch[1]), network.alphas())
+    for alpha, gradient, plain in zip(network.alphas(), gradients, first_order):
+        for _ in range(4):
+            entry = int(rng.integers(14)), int(rng.integers(3))
+            sides = []
+            for h in 1e-4, -1e-4:
+                alpha.data[entry] += h
+                sides.append(unrolled_loss())
+                alpha.data[entry] -= h
+            numerical = (sides[0] - sides[1]) / 2e-4
+            assert gradient[entry].item() == pytest.approx(numerical, rel=2e-2, abs=2e-6)
+        assert not torch.allclose(gradient, plain, rtol=0.05)  # first order would not pass
+
+
+# --- evaluation network -----------------------------------------------------------------------------------------------
+
+
+def test_state_dict_has_the_official_keys_and_shapes():
+    shapes = {k: tuple(v.shape) for k, v in Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True).state_dict().items()}
+    assert shapes["stem.0.weight"] == (108, 3, 3, 3) and shapes["stem.1.running_var"] == (108,)
+    assert shapes["cells.0.preprocess0.op.1.weight"] == (36, 108, 1, 1)
+    assert shapes["cells.0._ops.1.op.1.weight"] == (36, 1, 3, 3)  # dil_conv_3x3: depthwise
+    assert shapes["cells.0._ops.3.op.6.weight"] == (36, 36, 1, 1)  # sep_conv_3x3: second pointwise
+    assert shapes["cells.7.preprocess0.conv_1.weight"] == (36, 144, 1, 1)
+    assert shapes["cells.7.preprocess0.bn.bias"] == (72,)
+    assert shapes["auxiliary_head.features.2.weight"] == (128, 576, 1, 1)
+    assert shapes["auxiliary_head.features.5.weight"] == (768, 128, 2, 2)
+    assert shapes["auxiliary_head.features.6.running_mean"] == (768,)
+    assert shapes["auxiliary_head.classifier.weight"] == (10, 768) and shapes["classifier.weight"] == (10, 576)
+    imagenet = Network(GENOTYPES["AmoebaNet"], 8, 5, 3, stem="imagenet").state_dict()
+    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight", "stem1.2.weight", "cells.1._ops.8.2.weight"} <= set(imagenet)
+
+
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_networks_return_auxiliary_logits_in_training_only(name):
+    network = Network(GENOTYPES[name], 4, 10, 5, auxiliary=True)
+    logits, auxiliary = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == auxiliary.shape == (2, 10)
+    assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert Network(GENOTYPES[name], 4, 10, 5)(torch.randn(2, 3, 32, 32))[1] is None
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 31), (15, 11), (33, 64)])
+def test_auxiliary_head_works_at_every_size(size):
+    network = Network(GENOTYPES["PDARTS"], 4, 6, 5, auxiliary=True, in_channels=1)
+    assert network(torch.randn(2, 1, *size))[1].shape == (2, 6)
+
+
+@pytest.mark.parametrize("size, stride", [(8, 3), (7, 2)])
+def test_auxiliary_pool_is_the_official_one_at_official_sizes(size, stride):
+    x = torch.randn(2, 3, size, size)
+    assert torch.equal(pdarts.PoolTo2x2()(x), nn.AvgPool2d(5, stride=stride, count_include_pad=False)(x))
+
+
+def test_imagenet_stem_reduces_eightfold():
+    network = Network(GENOTYPES["PDARTS"], 8, 5, 3, auxiliary=True, stem="imagenet")
+    sizes = []
+    network.cells[0].register_forward_hook(lambda _, inputs, output: sizes.extend([inputs[0].shape, output.shape]))
+    assert network(torch.randn(2, 3, 224, 224))[1].shape == (2, 5)
+    assert sizes == [(2, 8, 56, 56), (2, 32, 28, 28)]
+
+
+def test_drop_path_drops_whole_samples_rescales_and_spares_identities():
+    torch.manual_seed(0)
+    y = pdarts.drop_samples(torch.ones(1000, 2, 3, 3), 0.3)
+    per_sample = y.flatten(1)
+    assert (per_sample == per_sample[:, :1]).all()
+    assert per_sample.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert per_sample[:, 0].count_nonzero() == pytest.approx(700, abs=50)
+    cell = Genotype([("skip_connect", 0), ("skip_connect", 1)], [2], [("skip_connect", 0), ("skip_connect", 1)], [2])
+    network = Network(cell, 4, 3, 3)
+    network.drop_path = 0.9
+    x = torch.randn(8, 3, 8, 8)
+    states = network.stem(x), network.stem(x)
+    kept = network.cells[0](*states, 0.9)
+    assert torch.equal(kept, network.cells[0](*states, 0.0))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def write_cifar(folder, name, binary, rows=10):
+    """A CIFAR data set with `rows` random pictures in each file, in the published layout."""
+    form, rng, written = pdarts.CIFAR[name], np.random.default_rng(0), []
+    target = folder / (form.binary if binary else form.python)
+    target.mkdir(parents=True)
+    for file in form.train + form.test:
+        x, y = rng.integers(0, 256, (rows, 3072), np.uint8), rng.integers(0, form.classes, rows)
+        written.append((x, y))
+        if binary:
+            coarse = [np.full((rows, 1), 99, np.uint8)] * (form.label_bytes - 1)
+            (target / f"{file}.bin").write_bytes(np.concatenate([*coarse, y[:, None].astype(np.uint8), x], 1).tobytes())
+        else:
+            (target / file).write_bytes(python2_pickle({form.label_key: y.tolist()}, x))
+    train = [np.concatenate([part[i] for part in written[:-1]]) for i in (0, 1)]
+    return train, written[-1]
+
+
+def python2_pickle(entries, x):
+    """A pickle as Python 2 and numpy 1 wrote it: byte strings, numpy.core.multiarray."""
+    state = struct.pack("<B", 40) + b"K\x01(" + b"".join(b"M" + struct.pack("<H", n) for n in x.shape) + b"t"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R" + state + dtype
+    array += b"\x89T" + struct.pack("<i", x.nbytes) + x.tobytes() + b"tb"
+    items = b"U\x04data" + array
+    for key, value in entries.items():
+        items += b"U" + bytes([len(key)]) + key + pickle.dumps(value, 2)[2:-1]
+    return b"\x80\x02}(" + items + b"u."
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_cifar_is_read_in_both_versions(tmp_path, name, binary):
+    (x_train, y_train), (x_test, y_test) = write_cifar(tmp_path, name, binary)
+    read = pdarts.load(name, str(tmp_path))
+    assert np.array_equal(read.x_train.flatten(1).numpy(), x_train) and np.array_equal(read.y_train.numpy(), y_train)
+    assert np.array_equal(read.x_test.flatten(1).numpy(), x_test) and np.array_equal(read.y_test.numpy(), y_test)
+    assert read.num_classes == pdarts.CIFAR[name].classes and read.mean == pdarts.CIFAR[name].mean
+    assert pdarts.load("shapes", str(tmp_path)).name == name  # found by the folder's name
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda path: pickle.dumps({b"data": Exploit(path), b"labels": [0]}, 2),
+        lambda path: b"cbuiltins\neval\n(S'1'\ntR.",
+        lambda path: pickle.dumps({b"labels": [0]}, 2),
+        lambda path: pickle.dumps([1, 2], 2),
+        lambda path: python2_pickle({b"labels": [0, 1, 2]}, np.zeros((2, 3072), np.uint8)),
+        lambda path: python2_pickle({b"labels": [0, 99]}, np.zeros((2, 3072), np.uint8)),
+        lambda path: python2_pickle({b"labels": [0, 1]}, np.zeros((2, 3072), np.uint8))[:-900],
+        lambda path: b"",
+    ],
+)
+def test_a_pickle_that_holds_anything_else_is_refused_and_runs_nothing(tmp_path, content):
+    write_cifar(tmp_path, "cifar10", binary=False)
+    (tmp_path / "cifar-10-batches-py/data_batch_3").write_bytes(content(tmp_path / "exploited"))
+    with pytest.raises(InputError, match="data_batch_3.*expected"):
+        pdarts.load("cifar10", str(tmp_path))
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_truncated_and_missing_binary_files_are_named(tmp_path):
+    write_cifar(tmp_path, "cifar10", binary=True)
+    file = tmp_path / "cifar-10-batches-bin/data_batch_2.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"data_batch_2.bin has 30729 bytes; expected a multiple of 3073"):
+        pdarts.load("cifar10", str(tmp_path))
+    file.unlink()
+    with pytest.raises(InputError, match="cannot read .*data_batch_2.bin"):
+        pdarts.load("cifar10", str(tmp_path))
+
+
+def archive(folder, name="cifar10", links=False):
+    """A downloadable archive of a small CIFAR and its form."""
+    write_cifar(folder / "made", name, binary=True)
+    form, path = pdarts.CIFAR[name], folder / "made.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder / "made" / form.binary, form.binary)
+        evil = tarfile.TarInfo("../evil")
+        evil.size = 4
+        tar.addfile(evil, io.BytesIO(b"evil"))
+        if links:
+            link = tarfile.TarInfo(f"{form.binary}/test_batch.bin")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    return form._replace(url=path.as_uri(), md5=hashlib.md5(path.read_bytes()).hexdigest())
+
+
+def test_download_checks_the_sum_unpacks_only_the_data_and_leaves_nothing_else(tmp_path):
+    form, target = archive(tmp_path), tmp_path / "target"
+    with pytest.raises(InputError, match="has MD5 .* expected 0000"):
+        pdarts.download_cifar("cifar10", target, form._replace(md5="0000"))
+    with pytest.raises(InputError, match="cannot fetch"):
+        pdarts.download_cifar("cifar10", target, form._replace(url=(tmp_path / "missing").as_uri()))
+    assert list(target.iterdir()) == []
+    pdarts.download_cifar("cifar10", target, form)
+    assert [p.name for p in target.iterdir()] == ["cifar-10-batches-bin"]
+    assert len(list((target / "cifar-10-batches-bin").iterdir())) == 6 and not (tmp_path / "evil").exists()
+    assert len(pdarts.load("cifar10", str(target)).x_train) == 50
+    pdarts.download_cifar("cifar10", target, form._replace(url="https://never.invalid/"))  # there already
+
+
+def test_download_refuses_links_in_the_archive(tmp_path):
+    form = archive(tmp_path, links=True)
+    with pytest.raises(InputError, match="holds no file cifar-10-batches-bin/test_batch.bin"):
+        pdarts.download_cifar("cifar10", tmp_path / "target", form)
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (16, 8, 1), (10, 11, 4)])
+def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (12, *shape), np.uint8), np.arange(12) % 5
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5].astype(np.uint8))
+    own = pdarts.load("shapes", str(tmp_path / "own.npz"))
+    channels = shape[2] if len(shape) == 3 else 1
+    assert own.x_train.shape == (12, channels, *shape[:2]) and own.num_classes == 5
+    levels = x.reshape(-1, channels) / 255
+    assert own.mean == pytest.approx(levels.mean(0)) and own.std == pytest.approx(levels.std(0))
+    config = dataclasses.replace(TINY, cells=(3,), candidates=(8,), skip_dropout=(0.1,), epochs=1, warmup=0, pictures=0)
+    genotype = pdarts.search(config, own).genotype
+    evaluation = pdarts.EvaluateConfig(cells=3, channels=2, epochs=1, batch=4)
+    assert 0 <= pdarts.evaluate(genotype, evaluation, own).test_error <= 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x_train": None}, "lacks x_train"),
+        ({"x_train": np.zeros((12, 8, 8), np.float32)}, r"x_train is float32 \[12, 8, 8\]; expected uint8"),
+        ({"x_train": np.zeros((12, 8), np.uint8)}, "expected uint8"),
+        ({"x_train": np.zeros((12, 7, 8), np.uint8)}, "8 x 8 or larger"),
+        ({"x_test": np.zeros((4, 9, 8), np.uint8)}, "expected the same"),
+        ({"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)}, "1 test picture or more"),
+        ({"y_train": np.zeros(12)}, r"y_train is float64 \[12\]; expected integers"),
+        ({"y_train": np.zeros(11, int)}, r"expected integers \[12\]"),
+        ({"y_train": np.full(12, -1)}, "class indices from 0"),
+        ({"y_train": np.zeros(12, int)}, "expected 2 or more classes"),
+        ({"y_test": np.full(4, 7)}, "y_test to 7"),
+        ({"y_train": np.full(12, 10**9)}, "expected 2 or more classes"),
+        ({"y_train": np.array([None] * 12, object)}, "cannot read"),
+    ],
+)
+def test_wrong_npz_files_get_a_message_that_names_the_array(tmp_path, change, message):
+    arrays = {"x_train": np.zeros((12, 8, 8), np.uint8), "y_train": np.arange(12) % 3}
+    arrays |= {"x_test": np.zeros((4, 8, 8), np.uint8), "y_test": np.arange(4) % 3} | change
+    np.savez(tmp_path / "own.npz", **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(InputError, match=message):
+        pdarts.load("shapes", str(tmp_path / "own.npz"))
+
+
+def test_a_damaged_npz_is_refused(tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez(path, x_train=np.zeros((12, 8, 8), np.uint8))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot read"):
+        pdarts.load("shapes", str(path))
+
+
+def test_augmentation_crops_flips_normalises_and_cuts_out_each_picture(pictures):
+    n = 200
+    marked = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
+    marked[:, :, 10, 12] = 255  # one white pixel shows where the crop and the flip took it
+    white = pictures.normalise(marked)[0, 0, 10, 12]
+    x = pictures.augment(marked, 4, True, 0, torch.Generator().manual_seed(0))
+    _, rows, cols = (x[:, 0] == white).nonzero().T
+    assert len(rows) == n
+    assert set((10 - rows).tolist()) == set(range(-4, 5))
+    assert set(cols.tolist()) == set(range(8, 17)) | set(range(31 - 16, 31 - 7))
+    plain = pictures.augment(marked, 0, False, 0, torch.Generator())
+    assert torch.equal(plain, pictures.normalise(marked))
+    cut = pictures.augment(marked, 0, False, 16, torch.Generator().manual_seed(0)) == 0
+    assert (cut == cut[:, :1]).all()  # the same square in all channels
+    heights, widths = cut[:, 0].any(2).sum(1), cut[:, 0].any(1).sum(1)
+    assert heights.max() == widths.max() == 16 and heights.min() >= 8  # clipped at the borders
+    assert torch.equal(cut[:, 0].sum((1, 2)), heights * widths)
+    small = pictures.augment(marked[:, :, :8, :8], 0, False, 16, torch.Generator()) == 0
+    assert small[:, 0].sum((1, 2)).max() <= 16  # at most half the picture's side
+
+
+def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
+    data = pdarts.shapes(3000, 500)
+    again = pdarts.shapes(3000, 500)
+    assert torch.equal(data.x_train, again.x_train) and torch.equal(data.y_test, again.y_test)
+    assert not torch.equal(data.x_test, pdarts.shapes(3000, 500, seed=1).x_test)
+    assert data.x_train.shape == (3000, 3, 32, 32) and data.num_classes == 10
+    assert torch.bincount(torch.cat([data.y_train, data.y_test])).tolist() == [350] * 10
+    x, x_test = (data.normalise(p).flatten(1) for p in (data.x_train, data.x_test))
+    accuracies = []
+    for ridge in 1e2, 1e3, 1e4, 1e5:
+        solution = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(data.y_train, 10).float())
+        accuracies.append(((x_test @ solution).argmax(1) == data.y_test).float().mean().item())
+    assert 0.1 < max(accuracies) < 0.6
+
+
+# --- pictures of cells ------------------------------------------------------------------------------------------------
+
+
+def svg_geometry(svg):
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    boxes = []
+    for group in root.iter(f"{space}g"):
+        rect = group.find(f"{space}rect")
+        x, y, w, h = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
+        boxes.append((group.get("class"), group.find(f"{space}text").text, x, y, x + w, y + h))
+    paths = [p.get("d") for p in root.iter(f"{space}path") if p.get("fill") == "none"]
+    width, height = float(root.get("width")), float(root.get("height"))
+    return boxes, paths, width, height
+
+
+@pytest.mark.parametrize("kind", ["normal", "reduce"])
+@pytest.mark.parametrize("name", [*GENOTYPES, "crowded"])
+def test_pictures_show_every_edge_and_nothing_overlaps(name, kind):
+    crowded = [("conv_7x1_1x7", 0), ("sep_conv_7x7", 0)] * 6
+    genotype = GENOTYPES.get(name) or Genotype(crowded, [2, 3, 4, 5, 6, 7], crowded, [7])
+    boxes, paths, width, height = svg_geometry(pdarts.draw(genotype)[kind])
+    pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+    labels = sorted(text for kind_, text, *_ in boxes if kind_ == "label")
+    assert labels == sorted([*(op for op, _ in pairs), "concat"])
+    states = [box for box in boxes if box[0] == "state"]
+    assert [text for _, text, *_ in states] == ["c_{k-2}", "c_{k-1}", *map(str, range(len(pairs) // 2)), "c_{k}"]
+    assert [box[2] for box in states] == sorted(box[2] for box in states)  # inputs left, output right
+    assert len(paths) == len(pairs) + len(concat)
+    for _, text, left, top, right, bottom in boxes:
+        assert 0 <= left and right <= width and 0 <= top and bottom <= height
+        assert len(text) * 8 <= right - left  # the text fits
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[4] < b[2] or b[4] < a[2] or a[5] < b[3] or b[5] < a[3], f"{a} overlaps {b}"
+    ends = []
+    for path in paths:
+        x0, y0, y, x1, y1 = bracket(path)
+        ends.append((x0, x1, y))
+        crossed = []
+        for box in boxes:
+            _, _, left, top, right, bottom = box
+            for x, y_end in (x0, y0), (x1, y1):  # the vertical parts touch their states only
+                assert not (left < x < right and max(min(y, y_end), top) < min(max(y, y_end), bottom) - 4.1)
+            if top < y < bottom and max(min(x0, x1), left) < min(max(x0, x1), right):
+                crossed.append(box)
+        above = y < y0
+        assert [box[0] for box in crossed] == ["label"] if above else all(box[1] == "concat" for box in crossed)
+    brackets = [(min(a, b), max(a, b), y) for a, b, y in ends[: len(pairs)]]
+    for a, b in itertools.combinations(brackets, 2):
+        assert a[2] != b[2] or a[1] < b[0] or b[1] < a[0]
+    uprights = [x for a, b, _ in brackets for x in (a, b)]
+    assert len(set(uprights)) == 2 * len(pairs)
+
+
+def bracket(path):
+    """x0, y0, height of the bracket, x1, y1 of a drawn edge."""
+    match = re.fullmatch(r"M(\S+) (\S+) V\S+ Q\S+ (\S+) \S+ \S+ H\S+ Q(\S+) \S+ \S+ \S+ V(\S+)", path)
+    return [float(n) for n in match.groups()]
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, str(HERE / "pdarts.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=170)
+
+
+SMALL = "--cells 3 3 3 --channels 2 --epochs 1 --warmup 0 --batch 8 --pictures 16".split()
+
+
+@pytest.fixture(scope="module")
+def command_line_search(tmp_path_factory):
+    """A search through the command line, from pdarts.py copied alone into another folder, on CIFAR-10's layout."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_cifar(folder / "pictures", "cifar10", binary=True)
+    (folder / "pdarts.py").write_bytes((HERE / "pdarts.py").read_bytes())
+    command = [sys.executable, "pdarts.py", "search", "--data", "pictures", "--out", "found", *SMALL]
+    return folder, subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=170)
+
+
+def test_search_evaluate_draw_and_test_again_through_the_command_line(command_line_search):
+    folder, result = command_line_search
+    assert result.returncode == 0 and result.stderr == ""
+    assert "searching on cifar10" in result.stdout and "stage 3/3" in result.stdout and "node 3" in result.stdout
+    following = re.search(r"next: +python pdarts.py (evaluate .*)", result.stdout)[1].split()
+    assert following == ["evaluate", "found/genotype.json", "--preset", "demo", "--data", "pictures"]
+    size = ["--cells", "3", "--channels", "2"]
+    evaluated = run(*following, *size, "--epochs", 1, "--batch", 16, "--out", "evaluated", cwd=folder)
+    assert evaluated.returncode == 0 and evaluated.stderr == ""
+    error = re.search(r"test error: +(\S+%)", evaluated.stdout)[1]
+    assert sorted(p.name for p in (folder / "evaluated").iterdir()) == ["config.json", "genotype.json", "log.jsonl", "weights.pt"]
+    tested = run(*following, *size, "--weights", "evaluated/weights.pt", cwd=folder)
+    assert tested.returncode == 0 and f"test error:    {error}" in tested.stdout
+    drawn = run("draw", "found/genotype.json", "-o", "cell-", cwd=folder)
+    assert drawn.stdout.split() == ["cell-normal.svg", "cell-reduce.svg"]
+    assert (folder / "cell-normal.svg").read_text() == (folder / "found/normal.svg").read_text()
+
+
+BAD = {
+    "no command": ([], "required: command"),
+    "unknown preset": (["search", "--preset", "mnist"], "invalid choice: 'mnist'"),
+    "unknown option": (["search", "--learning-rate", 1], "unrecognized arguments"),
+    "negative epochs": (["search", "--epochs", -1], "epochs is -1; expected at least 1"),
+    "no number": (["search", "--epochs", "many"], "invalid int value: 'many'"),
+    "dropout of 1.5": (["search", "--skip-dropout", 0, 0.4, 1.5], "expected at least 0 and at most 1"),
+    "too many candidates": (["search", "--candidates", 8, 9, 3], "candidates is (8, 9, 3); expected at least 1 and at most 8"),
+    "too few cells": (["search", "--cells", 2, 3, 4], "cells is (2, 3, 4); expected at least 3"),
+    "too many pictures": (["search", "--pictures", 10**6], "pictures is 1000000; shapes allows 4 to 4000"),
+    "no data": (["search", "--data", "missing"], "no file or folder missing"),
+    "empty folder": (["search", "--data", "empty"], "no data in empty"),
+    "no CIFAR": (["search", "--preset", "cifar10", "--data", "empty"], "no cifar10 in empty; expected a folder"),
+    "unknown device": (["search", "--device", "abacus"], "device 'abacus' cannot be used"),
+    "used folder": (["search", "--out", "used"], "used already holds something"),
+    "file as folder": (["search", "--out", "used/file"], "used/file already holds something"),
+    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file or one of PDARTS"),
+    "no JSON": (["draw", "used/file"], "not valid JSON"),
+    "no genotype": (["draw", "list.json"], "is not a genotype; expected an object with normal"),
+    "unknown operation": (["evaluate", "operation.json"], "normal[3] has unknown operation 'sep_conv_4x4'"),
+    "future node": (["evaluate", "future.json"], "reduce[0] has input 2; node 0 can take 0 to 1"),
+    "wrong concat": (["draw", "concat.json"], "normal_concat is [9]; expected states from 2 to 5"),
+    "half a node": (["draw", "half.json"], "two for each node"),
+    "no pair": (["draw", "pair.json"], "normal[0] is 'skip_connect'; expected an (operation, input) pair"),
+    "no weights": (["evaluate", "PDARTS", "--weights", "missing"], "no weights missing"),
+    "wrong weights": (["evaluate", "PDARTS", "--weights", "used/file"], "cannot use the weights used/file"),
+    "no folder": (["draw", "PDARTS", "-o", "missing/cell"], "no folder missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "used").mkdir()
+    (folder / "used/file").write_text("something")
+    cell = json.loads(json.dumps(GENOTYPES["PDARTS"]._asdict()))
+
+    def write(name, field, change):
+        changed = json.loads(json.dumps(cell))
+        changed[field] = change(changed[field])
+        (folder / name).write_text(json.dumps(changed))
+
+    (folder / "list.json").write_text("[]")
+    write("operation.json", "normal", lambda pairs: [*pairs[:3], ["sep_conv_4x4", 0], *pairs[4:]])
+    write("future.json", "reduce", lambda pairs: [["skip_connect", 2], *pairs[1:]])
+    write("concat.json", "normal_concat", lambda _: [9])
+    write("half.json", "normal", lambda pairs: pairs[:-1])
+    write("pair.json", "normal", lambda pairs: ["skip_connect", *pairs[1:]])
+    return folder
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(bad_files, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(bad_files)
+    before = sorted(bad_files.rglob("*"))
+    assert pdarts.main([str(a) for a in arguments]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert message in stderr and stderr.startswith("pdarts.py: error: ") and stderr.count("\n") == 1
+    assert sorted(bad_files.rglob("*")) == before
+
+
+def test_bad_input_ends_the_process_with_status_2():
+    result = run("draw", "RDARTS")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(pictures):
+    config = dataclasses.replace(TINY, lr=1e30, clip=1e30)
+    with pytest.raises(InputError, match=r"training loss became (nan|inf) in stage 1, epoch \d, step \d"):
+        pdarts.search(config, pictures)
+    evaluation = pdarts.EvaluateConfig(cells=3, channels=2, epochs=2, batch=8, lr=1e30, clip=1e30, pictures=32)
+    with pytest.raises(InputError, match=r"training loss became (nan|inf) in epoch \d, step \d"):
+        pdarts.evaluate(GENOTYPES["PDARTS"], evaluation, pictures)
+
+
+def test_help_names_every_setting_with_its_source(capsys):
+    with pytest.raises(SystemExit) as end:
+        pdarts.main(["search", "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in dataclasses.fields(pdarts.SearchConfig):
+        assert field.name == "dataset" or f"--{field.name.replace('_', '-')}" in text
+    assert "(paper, sec. 4.1.1)" in text
+
+
+def test_live_line_shows_the_time_left_for_the_stage_and_the_whole(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    progress = pdarts.Progress([100.0, 300.0], "stage", show=True)
+    progress.start -= 50  # 50 seconds for the first 50 of 400 units
+    meter = pdarts.Meter("loss", "here")
+    meter.update(torch.tensor(1.5), torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    progress.step(0, "stage 1/2", 50.0, meter, 12.3)
+    shown = capsys.readouterr().out
+    assert shown.startswith("\r") and not shown.endswith("\n")
+    assert "loss 1.500  acc  75.0%  12 pictures/s  left: stage 50 s, all 5 min 50 s" in shown
+    assert (pdarts._duration(59), pdarts._duration(3700)) == ("59 s", "1 h 01 min")
+
+
+def test_the_module_runs_from_its_own_header():
+    head = (HERE / "pdarts.py").read_text().split("# ///")[1]
+    assert 'requires-python = ">=3.10"' in head and 'dependencies = ["torch>=2.10", "numpy"]' in head
