@@ -544,6 +544,8 @@ class Architect:
     weights after one more step of `weight_optimizer` (SGD with momentum and weight decay), which it leaves unchanged.
     """
 
+    difference = 0.01  # length of the finite difference in the second order (DARTS, footnote 2)
+
     def __init__(
         self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, unrolled=False, weight_optimizer=None
     ):
@@ -600,7 +602,7 @@ class Architect:
             loss, logits = self._loss(images, labels)
             *gradients, direct_normal, direct_reduce = torch.autograd.grad(loss, [*weights, *alphas])
 
-            eps = 0.01 / torch.stack([g.norm() for g in gradients]).norm()
+            eps = self.difference / torch.stack([g.norm() for g in gradients]).norm()
             require_gradients(self.network, weights=False, alphas=True)
             sides = []
             for sign in (1, -1):
@@ -899,10 +901,10 @@ class Pictures:
     std: tuple[float, ...]
 
     @staticmethod
-    def from_arrays(x_train, y_train, x_test, y_test, name="own data", mean=None, std=None) -> Pictures:
+    def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None):
         """Checks arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
 
-        mean and std are those of x_train unless given. The search takes the first half of x_train for the weights and
+        num_classes is what y_train holds, mean and std are those of x_train, unless given. The search takes the first half of x_train for the weights and
         the second for the alphas: pictures sorted by class must be shuffled first.
         """
         parts = {}
@@ -929,8 +931,8 @@ class Pictures:
             raise InputError(
                 f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; expected the same"
             )
-        classes = int(y_train.max()) + 1
-        if y_test.max() >= classes or not 2 <= classes <= len(x_train):
+        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))
+        if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
                 f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes counted from 0, each in y_train"
             )
@@ -945,7 +947,7 @@ class Pictures:
         for x, y in parts.values():
             tensors.append(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
             tensors.append(torch.from_numpy(y.astype(np.int64)))
-        return Pictures(name, *tensors, classes, tuple(map(float, mean)), tuple(map(float, std)))
+        return Pictures(name, *tensors, num_classes, tuple(map(float, mean)), tuple(map(float, std)))
 
     def to(self, device) -> Pictures:
         moved = {f: getattr(self, f).to(device) for f in ("x_train", "y_train", "x_test", "y_test")}
@@ -976,7 +978,8 @@ class Pictures:
             cols = torch.where(random(2) == 1, cols.flip(1), cols)
         padded = F.pad(x, [crop_padding] * 4).permute(0, 2, 3, 1)  # [N, H+2p, W+2p, C]
         picture = torch.arange(n, device=x.device)[:, None, None]
-        x = self.normalise(padded[picture, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2))  # [N, C, H, W]
+        x = padded[picture, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # [N, C, H, W]
+        x = self.normalise(x.contiguous())
         cutout = min(cutout, min(h, w) // 2)
         if cutout:
             # A square around a random pixel, clipped at the borders (DeVries and Taylor, arXiv 1708.04552).
@@ -1153,8 +1156,7 @@ def load_cifar(name: str, folder: pathlib.Path) -> Pictures:
     for files in form.train, form.test:
         parts = [_read_cifar_file(folder / subfolder / (file + ending), form, binary) for file in files]
         arrays += [np.concatenate([x for x, _ in parts]).transpose(0, 2, 3, 1), np.concatenate([y for _, y in parts])]
-    pictures = Pictures.from_arrays(*arrays, name, form.mean, form.std)
-    return dataclasses.replace(pictures, num_classes=form.classes)
+    return Pictures.from_arrays(*arrays, name, form.classes, form.mean, form.std)
 
 
 def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = None):

@@ -35,7 +35,7 @@ TINY = pdarts.SearchConfig(
 
 @pytest.fixture(scope="module")
 def pictures():
-    return pdarts.shapes(train=64, test=20)
+    return own_pictures((10, 12, 3), classes=5, n=40)
 
 
 def own_pictures(shape, classes=3, n=12):
@@ -192,7 +192,7 @@ def test_factorized_reduction_covers_every_pixel_once():
         assert torch.allclose(first, x[0, :, ::2, ::2].sum(0))
         odd = x[0, :, 1::2, 1::2].sum(0)
         assert torch.allclose(second[: len(odd), : len(odd)], odd)
-        assert second.sum() == pytest.approx(odd.sum().item())  # nothing but zeros in the added row and column
+        assert second.sum().item() == pytest.approx(odd.sum().item())  # nothing but zeros in the added row and column
 
 
 def test_average_pool_does_not_count_padding():
@@ -295,9 +295,9 @@ def tiny_run(pictures, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Architect, "step", spied_step)
         patch.setattr(nn.utils, "clip_grad_norm_", spied_clip)
-        # The second half is black and the first is not, so that every batch tells where it comes from.
+        # Only the second half lacks red, so that every batch tells where it comes from.
         marked = dataclasses.replace(pictures, x_train=pictures.x_train[:16].clone().clamp(min=1))
-        marked.x_train[8:] = 0
+        marked.x_train[8:, 0] = 0
         result = pdarts.search(dataclasses.replace(TINY, crop_padding=0), marked, out)
     return out, result, alpha_batches, norms
 
@@ -305,9 +305,9 @@ def tiny_run(pictures, tmp_path_factory):
 def test_alphas_are_trained_on_the_second_half_and_not_in_the_first_epochs(tiny_run, pictures):
     _, _, alpha_batches, norms = tiny_run
     assert len(alpha_batches) == 3 * 2  # 3 stages, 1 epoch of 2 after the warm-up, 2 steps each
-    black = pictures.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
-    assert all((images == black).all() for images, _ in alpha_batches)
-    assert not any((train == black).all(dim=1).any() for _, train in alpha_batches)
+    no_red = pictures.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0, 0, 0, 0]
+    assert all((images[:, 0] == no_red).all() for images, _ in alpha_batches)
+    assert not any((train[:, 0] == no_red).any() for _, train in alpha_batches)
     assert len(norms) == 3 * (2 * 2 + 2) and set(norms) == {5.0}  # every step of weights and of alphas is clipped
 
 
@@ -460,6 +460,8 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
     optimizer.step()  # fills the momentum
     optimizer.zero_grad()
     architect = Architect(network, unrolled=True, weight_optimizer=optimizer)
+    assert architect.difference == 0.01  # as in DARTS; smaller here, so as not to cross the kinks of ReLU and max
+    architect.difference = 1e-6
     start = [w.detach().clone() for w in network.weights()]
     gradients = architect._second_order(*batch, *train)[2]
     assert all(torch.equal(a, b) for a, b in zip(start, network.weights()))
@@ -481,12 +483,12 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
         for _ in range(4):
             entry = int(rng.integers(14)), int(rng.integers(3))
             sides = []
-            for h in 1e-4, -1e-4:
+            for h in 1e-6, -1e-6:
                 alpha.data[entry] += h
                 sides.append(unrolled_loss())
                 alpha.data[entry] -= h
-            numerical = (sides[0] - sides[1]) / 2e-4
-            assert gradient[entry].item() == pytest.approx(numerical, rel=2e-2, abs=2e-6)
+            numerical = (sides[0] - sides[1]) / 2e-6
+            assert gradient[entry].item() == pytest.approx(numerical, rel=1e-5, abs=1e-8)
         assert not torch.allclose(gradient, plain, rtol=0.05)  # first order would not pass
 
 
@@ -724,7 +726,8 @@ def test_a_damaged_npz_is_refused(tmp_path):
         pdarts.load("shapes", str(path))
 
 
-def test_augmentation_crops_flips_normalises_and_cuts_out_each_picture(pictures):
+def test_augmentation_crops_flips_normalises_and_cuts_out_each_picture():
+    pictures = own_pictures((32, 32, 3))
     n = 200
     marked = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
     marked[:, :, 10, 12] = 255  # one white pixel shows where the crop and the flip took it
@@ -930,7 +933,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(pictures):
     config = dataclasses.replace(TINY, lr=1e30, clip=1e30)
     with pytest.raises(InputError, match=r"training loss became (nan|inf) in stage 1, epoch \d, step \d"):
         pdarts.search(config, pictures)
-    evaluation = pdarts.EvaluateConfig(cells=3, channels=2, epochs=2, batch=8, lr=1e30, clip=1e30, pictures=32)
+    evaluation = pdarts.EvaluateConfig(cells=3, channels=2, epochs=2, batch=8, lr=1e30, clip=1e30)
     with pytest.raises(InputError, match=r"training loss became (nan|inf) in epoch \d, step \d"):
         pdarts.evaluate(GENOTYPES["PDARTS"], evaluation, pictures)
 
