@@ -17,7 +17,7 @@ The method in three sentences. A cell is a small graph whose edges apply one of 
 every edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent. The
 search runs in stages with ever deeper networks (5, 11, 17 cells), and each stage hands on only the strongest
 candidates of every edge (8, 5, 3). Skip-connects, which win too easily in deep networks, are held back by dropout while
-searching and limited to M in the final cell.
+searching and limited to M in the final normal cell.
 
 Glossary
     N, C, H, W   pictures in a batch, channels, height, width
@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import hashlib
 import html
+import http.client
 import io
 import itertools
 import json
@@ -43,6 +44,7 @@ import os
 import pathlib
 import pickle
 import platform
+import shlex
 import shutil
 import sys
 import tarfile
@@ -58,7 +60,7 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """Something given to this program cannot be used; the message says what was wrong and what was expected."""
+    """What was given cannot be used or leads nowhere; the message says what was wrong and what was expected."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,17 +79,12 @@ class _Checked:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
-            bounds = f"{'' if low is None else f'at least {low}'}{'' if high is None else f' and at most {high}'}"
-            for x in value if isinstance(value, tuple) else (value,):
-                if (
-                    isinstance(x, float)
-                    and not math.isfinite(x)
-                    or low is not None
-                    and x < low
-                    or high is not None
-                    and x > high
-                ):
-                    raise InputError(f"{field.name} is {value}; expected {bounds or 'a finite number'}")
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, float) and not math.isfinite(x):
+                    raise InputError(f"{field.name} is {value}; expected a finite number")
+                if low is not None and x < low or high is not None and x > high:
+                    bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+                    raise InputError(f"{field.name} is {value}; expected {' and '.join(bounds)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,28 +92,32 @@ class SearchConfig(_Checked):
     """A search. The defaults are the paper's for CIFAR-10 (section 4.1.1 and 4.2 and the official code)."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
-    pictures: int = option(0, "training pictures used, 0 = all", 0)
-    cells: tuple[int, ...] = option((5, 11, 17), "cells of each stage's network (paper, sec. 4.1.1)", 3)
-    candidates: tuple[int, ...] = option((8, 5, 3), "candidates K per edge in each stage (paper, sec. 4.1.1)", 1, 8)
+    pictures: int = option(0, "training pictures used at most, 0 = all", 0)
+    cells: tuple[int, ...] = option((5, 11, 17), "cells of each stage's network (paper, sec. 4.1.1)", 3, 1000)
+    candidates: tuple[int, ...] = option(
+        (8, 5, 3), "candidates K per edge in each stage: 8 first, 3 or more last (paper, sec. 4.1.1)", 1, 8
+    )
     skip_dropout: tuple[float, ...] = option(
         (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, sec. 4.1.1)", 0, 1
     )
     max_skips: int = option(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
-    channels: int = option(16, "channels C of the first cell (paper, sec. 4.1.1)", 1)
-    stem_stride: int = option(1, "stride of the stem; 2 for large pictures or a fast search (1 in the official code)", 1, 8)
+    channels: int = option(16, "channels C of the first cell (paper, sec. 4.1.1)", 1, 10**4)
+    stem_stride: int = option(
+        1, "stride of the stem; 2 for large pictures or a fast search (1 in the official code)", 1, 8
+    )
     epochs: int = option(25, "epochs of each stage (paper, sec. 4.1.1)", 1)
     warmup: int = option(10, "first epochs of each stage that train weights only (paper, sec. 4.1.1)", 0)
-    batch: int = option(96, "pictures per step (paper, sec. 4.1.1)", 2)
+    batch: int = option(96, "pictures per step (paper, sec. 4.1.1)", 2, 10**6)
     lr: float = option(0.025, "learning rate of the weights, cosine to 0 (official code)", 0)
     momentum: float = option(0.9, "momentum of the weights (official code)", 0, 1)
     weight_decay: float = option(3e-4, "weight decay of the weights (official code)", 0)
     alpha_lr: float = option(6e-4, "Adam's learning rate of the alphas (paper, sec. 4.1.1)", 0)
     alpha_weight_decay: float = option(1e-3, "weight decay of the alphas (paper, sec. 4.1.1)", 0)
-    clip: float = option(5.0, "largest gradient norm, of weights and of alphas (official code)", 0)
+    clip: float = option(5.0, "largest gradient norm, of weights and of alphas (official code)", 1e-9)
     unrolled: bool = option(False, "second-order alphas (DARTS, eq. 7) instead of first-order")
-    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0)
+    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
     flip: bool = option(True, "random horizontal flip (official code)")
-    seed: int = option(0, "seed of everything random", 0)
+    seed: int = option(0, "seed of everything random", 0, 2**63 - 1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,6 +136,10 @@ class SearchConfig(_Checked):
         if self.candidates[-1] < 3:
             # With none and skip_connect gone, one candidate must be left for the refinement to choose.
             raise InputError(f"candidates ends with {self.candidates[-1]}; expected at least 3 in the last stage")
+        if self.warmup >= self.epochs:
+            raise InputError(
+                f"warmup is {self.warmup} of {self.epochs} epochs; expected fewer, or no alphas are learned"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,24 +147,22 @@ class EvaluateConfig(_Checked):
     """Training of a found cell from scratch. The defaults are the paper's for CIFAR (section 4.3)."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
-    pictures: int = option(0, "training pictures used, 0 = all", 0)
-    cells: int = option(20, "cells of the network (paper, sec. 4.3)", 3)
-    channels: int = option(36, "channels C of the first cell (paper, sec. 4.3)", 1)
+    pictures: int = option(0, "training pictures used at most, 0 = all", 0)
+    cells: int = option(20, "cells of the network (paper, sec. 4.3)", 3, 1000)
+    channels: int = option(36, "channels C of the first cell (paper, sec. 4.3)", 1, 10**4)
     epochs: int = option(600, "epochs (paper, sec. 4.3)", 1)
-    batch: int = option(128, "pictures per step (paper, sec. 4.3)", 2)
+    batch: int = option(128, "pictures per step (paper, sec. 4.3)", 2, 10**6)
     lr: float = option(0.025, "learning rate, cosine to 0 (paper, sec. 4.3)", 0)
     momentum: float = option(0.9, "momentum (official code)", 0, 1)
     weight_decay: float = option(3e-4, "weight decay (paper, sec. 4.3)", 0)
-    clip: float = option(5.0, "largest gradient norm (official code)", 0)
+    clip: float = option(5.0, "largest gradient norm (official code)", 1e-9)
     auxiliary: bool = option(True, "auxiliary head after the second reduction cell (paper, sec. 4.3)")
     auxiliary_weight: float = option(0.4, "weight of the auxiliary loss (paper, sec. 4.3)", 0)
-    drop_path: float = option(
-        0.3, "drop-path rate of the last epoch, rising linearly from 0 (paper, sec. 4.3)", 0, 0.99
-    )
+    drop_path: float = option(0.3, "drop-path rate towards which it rises linearly from 0 (paper, sec. 4.3)", 0, 0.99)
     cutout: int = option(16, "side of the square cut out, at most half the picture's side (paper, sec. 4.3)", 0)
-    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0)
+    crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
     flip: bool = option(True, "random horizontal flip (official code)")
-    seed: int = option(0, "seed of everything random", 0)
+    seed: int = option(0, "seed of everything random", 0, 2**63 - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ class FactorizedReduce(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, affine: bool):
         super().__init__()
         self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     @property
@@ -296,6 +299,8 @@ EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + no
 def mixed_norm_sum(outputs, norms, weights):
     """Eq. 1 of the paper: sum_k weights[k] * norms[k](outputs[k]), the one place where candidates are added up.
 
+    The last batch norm of every candidate is part of it, so that a fused version need not store what it normalises.
+
     outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
     weights: [K], softmax(alpha) of the edge. Returns [N,C,H,W].
     """
@@ -346,10 +351,11 @@ class SearchCell(nn.Module):
 
     def forward(self, s0, s1, weights):  # weights: softmax(alphas), [14, K]
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self.edges, weights))
-        for _ in range(NODES):
-            # list() first: the new node must not be its own input.
-            states.append(sum(edge(x, w) for x, (edge, w) in list(zip(states, edges))))
+        for node in range(NODES):
+            incoming = [
+                (edge, states[source], w) for (n, source), edge, w in zip(EDGES, self.edges, weights) if n == node
+            ]
+            states.append(sum(edge(x, w) for edge, x, w in incoming))
         return torch.cat(states[2:], dim=1)
 
 
@@ -537,11 +543,17 @@ def require_gradients(network: SearchNetwork, weights: bool, alphas: bool):
         p.requires_grad_(alphas)
 
 
+def _fork_rng():
+    """A block after which torch's random state is what it was."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+
 class Architect:
     """Updates the alphas of a SearchNetwork to lower the loss on pictures that the weights do not learn from.
 
     First order by default: the gradient at the present weights. `unrolled`: DARTS's second order, the gradient at the
-    weights after one more step of `weight_optimizer` (SGD with momentum and weight decay), which it leaves unchanged.
+    weights after one more step of `weight_optimizer` (SGD with momentum and weight decay). Weights and optimizer are
+    left unchanged; running statistics of batch norms see the additional forward passes.
     """
 
     difference = 0.01  # length of the finite difference in the second order (DARTS, footnote 2)
@@ -607,7 +619,9 @@ class Architect:
             sides = []
             for sign in (1, -1):
                 move_to([w + sign * eps * g for w, g in zip(start, gradients)])
-                sides.append(torch.autograd.grad(self._loss(train_images, train_labels)[0], alphas))
+                with _fork_rng():  # the same dropout on both sides, or its noise would drown the difference
+                    train_loss, _ = self._loss(train_images, train_labels)
+                sides.append(torch.autograd.grad(train_loss, alphas))
         finally:
             move_to(start)
         implicit = [(plus - minus) / (2 * eps) for plus, minus in zip(*sides)]
@@ -835,6 +849,8 @@ GENOTYPES = {
 
 def check_genotype(genotype, name="genotype") -> Genotype:
     """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
+    if not isinstance(genotype, Genotype):
+        raise InputError(f"{name} is a {type(genotype).__name__}; expected a Genotype, such as GENOTYPES['PDARTS']")
     cells = []
     for kind in ("normal", "reduce"):
         pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
@@ -904,12 +920,12 @@ class Pictures:
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None):
         """Checks arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
 
-        num_classes is what y_train holds, mean and std are those of x_train, unless given. The search takes the first half of x_train for the weights and
+        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given. The search takes the first half of x_train for the weights and
         the second for the alphas: pictures sorted by class must be shuffled first.
         """
         parts = {}
         for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
-            x, y = np.asarray(x), np.asarray(y)
+            x, y = (np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v) for v in (x, y))
             if x.dtype != np.uint8 or x.ndim not in (3, 4):
                 raise InputError(
                     f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]"
@@ -931,12 +947,12 @@ class Pictures:
             raise InputError(
                 f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; expected the same"
             )
-        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))
+        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # no more than can have a picture
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
-                f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes counted from 0, each in y_train"
+                f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes counted from 0, no gaps"
             )
-        if mean is None:
+        if mean is None or std is None:
             # From the histogram of each channel: exact and without a float copy of the pictures.
             levels = np.arange(256) / 255
             p = np.stack([np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])])
@@ -954,9 +970,9 @@ class Pictures:
         return dataclasses.replace(self, **moved)
 
     def first(self, pictures: int) -> Pictures:
-        """Only the first so many training pictures; 0: all of them."""
-        if pictures and not 4 <= pictures <= len(self.x_train):
-            raise InputError(f"pictures is {pictures}; {self.name} allows 4 to {len(self.x_train)}, or 0 for all")
+        """Only the first training pictures, `pictures` at most; 0: all of them."""
+        if 0 < pictures < 4:
+            raise InputError(f"pictures is {pictures}; expected at least 4, or 0 for all")
         n = pictures or len(self.x_train)
         return dataclasses.replace(self, x_train=self.x_train[:n], y_train=self.y_train[:n])
 
@@ -1144,17 +1160,16 @@ def _read_cifar_file(path: pathlib.Path, form: CifarFormat, binary: bool):
 def load_cifar(name: str, folder: pathlib.Path) -> Pictures:
     """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), the binary or the python version, from their folder in `folder`."""
     form = CIFAR[name]
-    for binary, subfolder in (True, form.binary), (False, form.python):
-        if (folder / subfolder).is_dir():
-            break
-    else:
+    versions = [(form.binary, ".bin"), (form.python, "")]
+    found = next(((name, ending) for name, ending in versions if (folder / name).is_dir()), None)
+    if found is None:
         raise InputError(
             f"no {name} in {folder}; expected a folder {form.binary} or {form.python} there (--download fetches it)"
         )
-    ending = ".bin" if binary else ""
+    subfolder, ending = found
     arrays = []
     for files in form.train, form.test:
-        parts = [_read_cifar_file(folder / subfolder / (file + ending), form, binary) for file in files]
+        parts = [_read_cifar_file(folder / subfolder / (file + ending), form, ending == ".bin") for file in files]
         arrays += [np.concatenate([x for x, _ in parts]).transpose(0, 2, 3, 1), np.concatenate([y for _, y in parts])]
     return Pictures.from_arrays(*arrays, name, form.classes, form.mean, form.std)
 
@@ -1170,7 +1185,7 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
         try:
             with urllib.request.urlopen(form.url, timeout=60) as response, open(archive, "wb") as file:
                 shutil.copyfileobj(response, file)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise InputError(
                 f"cannot fetch {form.url}: {error}; the archive can be unpacked into {folder} by hand"
             ) from None
@@ -1218,16 +1233,18 @@ def load_npz(path: pathlib.Path) -> Pictures:
     return dataclasses.replace(pictures, x_train=pictures.x_train[order], y_train=pictures.y_train[order])
 
 
-def load(dataset: str, path: str | None = None, download: bool = False, seed: int = 0) -> Pictures:
+def load(dataset: str, path: str | None = None, download: bool = False) -> Pictures:
     """The pictures that --preset and --data name: an .npz file, CIFAR in a folder, or the generated shapes."""
     folder = pathlib.Path(path or "data")
     if dataset not in ("shapes", *CIFAR):
         raise InputError(f"dataset is {dataset!r}; expected shapes, {' or '.join(CIFAR)}")
+    if download and (dataset == "shapes" or folder.is_file()):
+        raise InputError(f"nothing to download for {path or dataset}; expected --preset {' or '.join(CIFAR)}")
     if path and folder.is_file():
         return load_npz(folder)
     if dataset == "shapes":
         if not path:
-            return shapes(seed=seed)
+            return shapes()
         if not folder.is_dir():
             raise InputError(f"no file or folder {path}; expected an .npz file or a folder with CIFAR")
         found = [
@@ -1331,7 +1348,7 @@ def _duration(seconds: float) -> str:
 
 
 class Folder:
-    """The folder that a run writes to; each file appears whole or not at all. None: writes nothing."""
+    """The folder that a run writes to; files appear whole or not at all, a log grows by lines. None: writes nothing."""
 
     def __init__(self, path: str | os.PathLike | None):
         self.path = None if path is None else pathlib.Path(path)
@@ -1364,8 +1381,11 @@ class Folder:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
-        write(temporary)
-        os.replace(temporary, target)
+        try:
+            write(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _describe(config, pictures: Pictures, device: torch.device) -> dict:
@@ -1383,6 +1403,7 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is the GPU if there is one. A device that torch cannot use is an InputError."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.Generator(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
@@ -1397,7 +1418,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class Stage(NamedTuple):
-    """What a stage searched: 14 tuples of candidates and alphas [14, K] of both kinds of cell, and the held-out accuracy."""
+    """What a stage searched: 14 tuples of candidates and alphas [14, K] of both kinds of cell, and the test accuracy."""
 
     normal: tuple
     reduce: tuple
@@ -1419,8 +1440,8 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def train_step(network, parameters, optimizer, loss, clip):
-    """One step of the weights; returns nothing, so that the graph is freed."""
+def train_step(parameters, optimizer, loss, clip):
+    """One step of the weights down the clipped gradient of `loss`."""
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
@@ -1428,15 +1449,16 @@ def train_step(network, parameters, optimizer, loss, clip):
 
 
 @torch.no_grad()
-def accuracy(network, pictures: Pictures, batch: int = 256) -> float:
-    """Of the test pictures, the part that `network` classifies right in evaluation mode."""
+def accuracy(network, pictures: Pictures, limit: int | None = None, batch: int = 256) -> float:
+    """Of the first `limit` test pictures (None: all), the part that `network` classifies right in evaluation mode."""
+    x_test, y_test = pictures.x_test[:limit], pictures.y_test[:limit]
     was_training = network.training
     network.eval()
     correct = 0
-    for x, y in zip(pictures.x_test.split(batch), pictures.y_test.split(batch)):
+    for x, y in zip(x_test.split(batch), y_test.split(batch)):
         correct += int((network(pictures.normalise(x)).argmax(1) == y).sum())
     network.train(was_training)
-    return correct / len(pictures.y_test)
+    return correct / len(y_test)
 
 
 def search(
@@ -1448,17 +1470,17 @@ def search(
     show: print progress. The random state of the caller is left as it was.
     """
     device = pick_device(device)
-    pictures = pictures or load(config.dataset, seed=config.seed)
+    pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
     folder = Folder(out)
     folder.write("config.json", _describe(config, pictures, device))
     learning = max(config.epochs - config.warmup, 0)  # epochs that also train alphas, at about twice the work
-    epoch_work = [cells * k * len(pictures.x_train) for cells, k in zip(config.cells, config.candidates)]
+    epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
     progress = Progress([w * (config.epochs + learning) for w in epoch_work], "stage", show)
 
     normal = reduce = (PRIMITIVES,) * len(EDGES)
     stages = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _fork_rng():
         torch.manual_seed(config.seed)
         generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation
         for number in range(len(config.cells)):
@@ -1506,7 +1528,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
     )
     # The first half of the training pictures trains the weights, the second the alphas.
     halves = torch.arange(len(pictures.x_train), device=device).tensor_split([len(pictures.x_train) // 2])
-    step_work = config.cells[number] * config.candidates[number] * 2
+    work = config.cells[number] * config.candidates[number]  # of one picture
 
     def augmented(indices):
         x = pictures.augment(pictures.x_train[indices], config.crop_padding, config.flip, 0, generator)
@@ -1529,11 +1551,11 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
             require_gradients(network, weights=True, alphas=False)
             logits = network(images)
             loss = F.cross_entropy(logits, labels)
-            train_step(network, weights, optimizer, loss, config.clip)
+            train_step(weights, optimizer, loss, config.clip)
             meter.update(loss, logits, labels)
             speed = sum(meter.sizes) / (time.monotonic() - started)
             text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  step {step + 1}/{len(weight_batches)}"
-            progress.step(number, text, step_work * len(labels) * (1 + learn_alphas), meter, speed)
+            progress.step(number, text, work * len(labels) * (1 + learn_alphas), meter, speed)
 
         loss, train_accuracy = meter.result()
         alpha_loss, alpha_accuracy = alpha_meter.result()
@@ -1545,7 +1567,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
             "train_accuracy": train_accuracy,
             "alpha_loss": alpha_loss,
             "alpha_accuracy": alpha_accuracy,
-            "test_accuracy": accuracy(network, pictures) if last else None,  # reported only: it decides nothing
+            "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # decides nothing
             "lr": optimizer.param_groups[0]["lr"],
             "skip_dropout": network.skip_dropout,
             "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
@@ -1555,7 +1577,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
         folder.append("log.jsonl", record)
         text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
         text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
-        text += f"  held-out acc {record['test_accuracy']:6.1%}" if last else ""
+        text += f"  test acc {record['test_accuracy']:6.1%}" if last else ""
         progress.line(f"{text}  {record['seconds']:.1f} s")
     return Stage(
         normal,
@@ -1592,10 +1614,10 @@ def evaluate(
     """
     device = pick_device(device)
     genotype = check_genotype(genotype)
-    pictures = pictures or load(config.dataset, seed=config.seed)
+    pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
     _, in_channels, *size = pictures.x_train.shape
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _fork_rng():
         torch.manual_seed(config.seed)
         network = Network(
             genotype, config.channels, pictures.num_classes, config.cells, config.auxiliary, in_channels=in_channels
@@ -1608,7 +1630,6 @@ def evaluate(
             folder.write("config.json", _describe(config, pictures, device))
             folder.write("genotype.json", genotype._asdict())
             _train(network, config, pictures, folder, show)
-            folder.save("weights.pt", network.state_dict())
         network.eval()
         return EvaluateResult(network, cost, 1 - accuracy(network, pictures))
 
@@ -1652,7 +1673,7 @@ def _train(network, config, pictures, folder, show):
             loss = F.cross_entropy(logits, labels)
             if auxiliary_logits is not None:
                 loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
-            train_step(network, network.parameters(), optimizer, loss, config.clip)
+            train_step(network.parameters(), optimizer, loss, config.clip)
             meter.update(loss, logits, labels)
             speed = sum(meter.sizes) / (time.monotonic() - started)
             text = f"epoch {epoch:3d}/{config.epochs - 1}  step {step + 1}/{len(epoch_batches)}"
@@ -1666,6 +1687,7 @@ def _train(network, config, pictures, folder, show):
             "seconds": round(time.monotonic() - started, 3),
         }
         folder.append("log.jsonl", record)
+        folder.save("weights.pt", network.state_dict())
         progress.line(
             f"epoch {epoch:3d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}  {record['seconds']:.1f} s"
         )
@@ -1713,7 +1735,7 @@ def cell_svg(pairs, concat, title: str) -> str:
         arriving = sorted((lane, i) for i, (_, target, _, lane) in enumerate(placed) if target == state)
         leaving = sorted(((lane, i) for i, (source, _, _, lane) in enumerate(placed) if source == state), reverse=True)
         ports[state] = [("in", i) for _, i in arriving] + [("out", i) for _, i in leaving]
-    widths = [max(64, PORT * (len(ports[state]) + 1)) for state in range(len(names))]
+    widths = [max(72, PORT * (len(ports[state]) + 1)) for state in range(len(names))]
     left = [20 + sum(widths[:state]) + GAP * state for state in range(len(names))]
     top = 44 + LANE * len(lanes)  # of the row of states
     port_x = {}
@@ -1773,12 +1795,12 @@ def _svg_box(x, y, width, height, text, kind, colour):
 
 def cell_table(genotype: Genotype) -> str:
     """Both cells as lines of text."""
-    states = ["c_{k-2}", "c_{k-1}", *(f"node {i}" for i in range(10))]
+    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
     columns = [["normal cell"], ["reduction cell"]]
     for column, pairs in zip(columns, (genotype.normal, genotype.reduce)):
         for i, (name, source) in enumerate(pairs):
             node = f"node {i // 2} =" if i % 2 == 0 else "      +"
-            column.append(f"{node:8} {name:12} of {states[source]}")
+            column.append(f"{node:8} {name:12} of {inputs.get(source, f'node {source - 2}')}")
     return "\n".join(f"  {a:34}  {b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue=""))
 
 
@@ -1859,38 +1881,40 @@ def _configure(args, presets):
     return dataclasses.replace(presets[args.preset], **given)
 
 
-def _load_for(args, config):
-    """The pictures and the configuration that uses them; the demo's number of pictures is only an upper limit."""
-    pictures = load(config.dataset, args.data, args.download, config.seed)
-    if not hasattr(args, "pictures"):
-        config = dataclasses.replace(config, pictures=min(config.pictures, len(pictures.x_train)))
-    return pictures, config
-
-
 def _default_out(command):
     return pathlib.Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _search_command(args):
-    pictures, config = _load_for(args, _configure(args, SEARCH_PRESETS))
+    config = _configure(args, SEARCH_PRESETS)
+    pictures = load(config.dataset, args.data, args.download)
     out = pathlib.Path(args.out) if args.out else _default_out("search")
     started = time.monotonic()
-    print(f"searching on {pictures.name}: {len(config.cells)} stages of {_text(config.cells)} cells, results in {out}")
+    used = min(config.pictures or len(pictures.x_train), len(pictures.x_train))
+    print(
+        f"preset {args.preset}: searching on {used} pictures of {pictures.name}, {len(config.cells)} stages of "
+        f"{_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
+    )
     result = search(config, pictures, out, args.device, show=True)
     print(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     print(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
-    data = f" --data {args.data}" if args.data else ""
-    print(f"next:    python {sys.argv[0]} evaluate {out / 'genotype.json'} --preset {args.preset}{data}")
+    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
+    print("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
 
 
 def _evaluate_command(args):
     genotype = read_genotype(args.genotype)
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
-    pictures, config = _load_for(args, _configure(args, EVALUATE_PRESETS))
+    config = _configure(args, EVALUATE_PRESETS)
+    pictures = load(config.dataset, args.data, args.download)
     out = pathlib.Path(args.out) if args.out else _default_out("evaluate")
     if not args.weights:
-        print(f"training on {pictures.name}: {config.cells} cells, {config.channels} channels, results in {out}")
+        used = min(config.pictures or len(pictures.x_train), len(pictures.x_train))
+        print(
+            f"preset {args.preset}: training on {used} pictures of {pictures.name}, {config.cells} cells, "
+            f"{config.channels} channels, {config.epochs} epochs; results in {out}"
+        )
     result = evaluate(genotype, config, pictures, out, args.device, args.weights, show=True)
     print(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
     print(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
@@ -1933,7 +1957,10 @@ def main(arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         args.run(args)
     except (InputError, OSError) as error:
-        print(f"pdarts.py: error: {error}", file=sys.stderr)
+        print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print("pdarts.py: error: out of memory;", " ".join(str(error).split())[:120], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)

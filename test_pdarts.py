@@ -29,7 +29,14 @@ HERE = pathlib.Path(pdarts.__file__).parent
 ALL = (PRIMITIVES,) * 14
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small candidate sets for fast tests
 TINY = pdarts.SearchConfig(
-    dataset="shapes", cells=(3, 3, 3), channels=2, epochs=2, warmup=1, batch=4, skip_dropout=(0.1, 0.2, 0.3), pictures=16
+    dataset="shapes",
+    cells=(3, 3, 3),
+    channels=2,
+    epochs=2,
+    warmup=1,
+    batch=4,
+    skip_dropout=(0.1, 0.2, 0.3),
+    pictures=16,
 )
 
 
@@ -218,7 +225,11 @@ def test_search_cells_have_no_affine_norms_and_norm_their_pools():
     network = SearchNetwork(2, 10, 3, ALL, ALL)
     norms = [m for m in network.cells.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(norm.affine for norm in norms) and network.stem[1].affine
-    pools = [op for op in network.cells[0].edges[0].ops if isinstance(getattr(op, "op", [None])[0], (nn.MaxPool2d, nn.AvgPool2d))]
+    pools = [
+        op
+        for op in network.cells[0].edges[0].ops
+        if isinstance(getattr(op, "op", [None])[0], (nn.MaxPool2d, nn.AvgPool2d))
+    ]
     assert len(pools) == 2 and all(isinstance(pool.norm, nn.BatchNorm2d) for pool in pools)
     evaluation = Network(GENOTYPES["DARTS_V1"], 4, 10, 3)
     assert all(m.affine for m in evaluation.modules() if isinstance(m, nn.BatchNorm2d))
@@ -263,7 +274,11 @@ def test_skip_dropout_rate_in_every_epoch_of_a_stage():
 
 def test_learning_rate_falls_as_a_cosine_from_the_first_epoch():
     rates = [pdarts.cosine(0.025, epoch, 25) for epoch in range(25)]
-    assert rates[0] == 0.025 and rates[-1] == pytest.approx(0.025 * (1 + math.cos(math.pi * 24 / 25)) / 2) and rates[-1] > 0
+    assert (
+        rates[0] == 0.025
+        and rates[-1] == pytest.approx(0.025 * (1 + math.cos(math.pi * 24 / 25)) / 2)
+        and rates[-1] > 0
+    )
     assert rates == sorted(rates, reverse=True)
 
 
@@ -421,6 +436,7 @@ def test_refinement_says_when_an_edge_has_nothing_but_skips():
         (lambda: pdarts.SearchConfig(candidates=(8, 5, 2)), "at least 3 in the last stage"),
         (lambda: pdarts.SearchConfig(cells=(5, 11)), "one value per stage"),
         (lambda: pdarts.SearchConfig(lr=math.nan), "lr is nan"),
+        (lambda: Network("PDARTS", 4, 10, 3), "genotype is a str; expected a Genotype"),
     ],
 )
 def test_wrong_arguments_get_a_message_that_says_what_was_expected(call, message):
@@ -462,6 +478,7 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
     architect = Architect(network, unrolled=True, weight_optimizer=optimizer)
     assert architect.difference == 0.01  # as in DARTS; smaller here, so as not to cross the kinks of ReLU and max
     architect.difference = 1e-6
+    network.skip_dropout = 0.0
     start = [w.detach().clone() for w in network.weights()]
     gradients = architect._second_order(*batch, *train)[2]
     assert all(torch.equal(a, b) for a, b in zip(start, network.weights()))
@@ -496,7 +513,9 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
 
 
 def test_state_dict_has_the_official_keys_and_shapes():
-    shapes = {k: tuple(v.shape) for k, v in Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True).state_dict().items()}
+    shapes = {
+        k: tuple(v.shape) for k, v in Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True).state_dict().items()
+    }
     assert shapes["stem.0.weight"] == (108, 3, 3, 3) and shapes["stem.1.running_var"] == (108,)
     assert shapes["cells.0.preprocess0.op.1.weight"] == (36, 108, 1, 1)
     assert shapes["cells.0._ops.1.op.1.weight"] == (36, 1, 3, 3)  # dil_conv_3x3: depthwise
@@ -508,7 +527,9 @@ def test_state_dict_has_the_official_keys_and_shapes():
     assert shapes["auxiliary_head.features.6.running_mean"] == (768,)
     assert shapes["auxiliary_head.classifier.weight"] == (10, 768) and shapes["classifier.weight"] == (10, 576)
     imagenet = Network(GENOTYPES["AmoebaNet"], 8, 5, 3, stem="imagenet").state_dict()
-    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight", "stem1.2.weight", "cells.1._ops.8.2.weight"} <= set(imagenet)
+    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight", "stem1.2.weight", "cells.1._ops.8.2.weight"} <= set(
+        imagenet
+    )
 
 
 @pytest.mark.parametrize("name", GENOTYPES)
@@ -758,7 +779,9 @@ def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
     x, x_test = (data.normalise(p).flatten(1) for p in (data.x_train, data.x_test))
     accuracies = []
     for ridge in 1e2, 1e3, 1e4, 1e5:
-        solution = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(data.y_train, 10).float())
+        solution = torch.linalg.solve(
+            x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(data.y_train, 10).float()
+        )
         accuracies.append(((x_test @ solution).argmax(1) == data.y_test).float().mean().item())
     assert 0.1 < max(accuracies) < 0.6
 
@@ -847,14 +870,23 @@ def command_line_search(tmp_path_factory):
 def test_search_evaluate_draw_and_test_again_through_the_command_line(command_line_search):
     folder, result = command_line_search
     assert result.returncode == 0 and result.stderr == ""
-    assert "searching on cifar10" in result.stdout and "stage 3/3" in result.stdout and "node 3" in result.stdout
+    assert (
+        "searching on 16 pictures of cifar10" in result.stdout
+        and "stage 3/3" in result.stdout
+        and "node 3" in result.stdout
+    )
     following = re.search(r"next: +python pdarts.py (evaluate .*)", result.stdout)[1].split()
     assert following == ["evaluate", "found/genotype.json", "--preset", "demo", "--data", "pictures"]
     size = ["--cells", "3", "--channels", "2"]
     evaluated = run(*following, *size, "--epochs", 1, "--batch", 16, "--out", "evaluated", cwd=folder)
     assert evaluated.returncode == 0 and evaluated.stderr == ""
     error = re.search(r"test error: +(\S+%)", evaluated.stdout)[1]
-    assert sorted(p.name for p in (folder / "evaluated").iterdir()) == ["config.json", "genotype.json", "log.jsonl", "weights.pt"]
+    assert sorted(p.name for p in (folder / "evaluated").iterdir()) == [
+        "config.json",
+        "genotype.json",
+        "log.jsonl",
+        "weights.pt",
+    ]
     tested = run(*following, *size, "--weights", "evaluated/weights.pt", cwd=folder)
     assert tested.returncode == 0 and f"test error:    {error}" in tested.stdout
     drawn = run("draw", "found/genotype.json", "-o", "cell-", cwd=folder)
@@ -867,11 +899,22 @@ BAD = {
     "unknown preset": (["search", "--preset", "mnist"], "invalid choice: 'mnist'"),
     "unknown option": (["search", "--learning-rate", 1], "unrecognized arguments"),
     "negative epochs": (["search", "--epochs", -1], "epochs is -1; expected at least 1"),
+    "no epoch for alphas": (["search", "--epochs", 2, "--warmup", 2], "warmup is 2 of 2 epochs; expected fewer"),
+    "infinite rate": (["search", "--lr", "inf"], "lr is inf; expected a finite number"),
+    "huge seed": (["search", "--seed", 2**64], "seed is 18446744073709551616; expected at least 0 and at most"),
+    "nothing to download": (
+        ["search", "--download"],
+        "nothing to download for shapes; expected --preset cifar10 or cifar100",
+    ),
+    "no device for work": (["search", "--device", "meta"], "device 'meta' cannot be used"),
     "no number": (["search", "--epochs", "many"], "invalid int value: 'many'"),
     "dropout of 1.5": (["search", "--skip-dropout", 0, 0.4, 1.5], "expected at least 0 and at most 1"),
-    "too many candidates": (["search", "--candidates", 8, 9, 3], "candidates is (8, 9, 3); expected at least 1 and at most 8"),
+    "too many candidates": (
+        ["search", "--candidates", 8, 9, 3],
+        "candidates is (8, 9, 3); expected at least 1 and at most 8",
+    ),
     "too few cells": (["search", "--cells", 2, 3, 4], "cells is (2, 3, 4); expected at least 3"),
-    "too many pictures": (["search", "--pictures", 10**6], "pictures is 1000000; shapes allows 4 to 4000"),
+    "too few pictures": (["search", "--pictures", 3], "pictures is 3; expected at least 4, or 0 for all"),
     "no data": (["search", "--data", "missing"], "no file or folder missing"),
     "empty folder": (["search", "--data", "empty"], "no data in empty"),
     "no CIFAR": (["search", "--preset", "cifar10", "--data", "empty"], "no cifar10 in empty; expected a folder"),
