@@ -13,11 +13,11 @@ Evaluation", ICCV 2019, arXiv 1904.12760. "The paper" below; "DARTS" is Liu et a
     python pdarts.py evaluate PDARTS --preset cifar10 --data DIR
     python pdarts.py draw PDARTS
 
-The method in three sentences. A cell is a small graph whose edges apply one of 8 candidate operations; during the search
-every edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent. The
-search runs in stages with ever deeper networks (5, 11, 17 cells), and each stage hands on only the strongest
-candidates of every edge (8, 5, 3). Skip-connects, which win too easily in deep networks, are held back by dropout while
-searching and limited to M in the final normal cell.
+The method in short. A cell is a small graph whose edges apply one of 8 candidate operations; during the search every
+edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent. The search
+runs in stages with ever deeper networks (5, 11, 17 cells), and each stage hands on only the strongest candidates of
+every edge (8, 5, 3). Skip-connects, which win too easily in deep networks, are held back by dropout while searching
+and limited to M in the final normal cell.
 
 Glossary
     N, C, H, W   pictures in a batch, channels, height, width
@@ -69,7 +69,7 @@ class InputError(ValueError):
 
 
 def option(default, help, low=None, high=None):
-    """A hyper-parameter: default, help text (with its source) and inclusive bounds, which the command line reads too."""
+    """A hyper-parameter: default, help text (with its source) and inclusive bounds; the command line reads them too."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -89,30 +89,30 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(_Checked):
-    """A search. The defaults are the paper's for CIFAR-10 (section 4.1.1 and 4.2 and the official code)."""
+    """A search. The defaults are those of the paper and the official code for CIFAR-10."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
     pictures: int = option(0, "training pictures used at most, 0 = all", 0)
-    cells: tuple[int, ...] = option((5, 11, 17), "cells of each stage's network (paper, sec. 4.1.1)", 3, 1000)
+    cells: tuple[int, ...] = option((5, 11, 17), "cells of each stage's network (paper, search)", 3, 1000)
     candidates: tuple[int, ...] = option(
-        (8, 5, 3), "candidates K per edge in each stage: 8 first, 3 or more last (paper, sec. 4.1.1)", 1, 8
+        (8, 5, 3), "candidates K per edge in each stage: 8 first, 3 or more last (paper, search)", 1, 8
     )
     skip_dropout: tuple[float, ...] = option(
-        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, sec. 4.1.1)", 0, 1
+        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, search)", 0, 1
     )
     max_skips: int = option(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
-    channels: int = option(16, "channels C of the first cell (paper, sec. 4.1.1)", 1, 10**4)
+    channels: int = option(16, "channels C of the first cell (paper, search)", 1, 10**4)
     stem_stride: int = option(
         1, "stride of the stem; 2 for large pictures or a fast search (1 in the official code)", 1, 8
     )
-    epochs: int = option(25, "epochs of each stage (paper, sec. 4.1.1)", 1)
-    warmup: int = option(10, "first epochs of each stage that train weights only (paper, sec. 4.1.1)", 0)
-    batch: int = option(96, "pictures per step (paper, sec. 4.1.1)", 2, 10**6)
+    epochs: int = option(25, "epochs of each stage (paper, search)", 1)
+    warmup: int = option(10, "first epochs of each stage that train weights only (paper, search)", 0)
+    batch: int = option(96, "pictures per step (paper, search)", 2, 10**6)
     lr: float = option(0.025, "learning rate of the weights, cosine to 0 (official code)", 0)
     momentum: float = option(0.9, "momentum of the weights (official code)", 0, 1)
     weight_decay: float = option(3e-4, "weight decay of the weights (official code)", 0)
-    alpha_lr: float = option(6e-4, "Adam's learning rate of the alphas (paper, sec. 4.1.1)", 0)
-    alpha_weight_decay: float = option(1e-3, "weight decay of the alphas (paper, sec. 4.1.1)", 0)
+    alpha_lr: float = option(6e-4, "Adam's learning rate of the alphas (paper, search)", 0)
+    alpha_weight_decay: float = option(1e-3, "weight decay of the alphas (paper, search)", 0)
     clip: float = option(5.0, "largest gradient norm, of weights and of alphas (official code)", 1e-9)
     unrolled: bool = option(False, "second-order alphas (DARTS, eq. 7) instead of first-order")
     crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
@@ -144,22 +144,22 @@ class SearchConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(_Checked):
-    """Training of a found cell from scratch. The defaults are the paper's for CIFAR (section 4.3)."""
+    """Training of a found cell from scratch. The defaults are those of the paper and the official code for CIFAR."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
     pictures: int = option(0, "training pictures used at most, 0 = all", 0)
-    cells: int = option(20, "cells of the network (paper, sec. 4.3)", 3, 1000)
-    channels: int = option(36, "channels C of the first cell (paper, sec. 4.3)", 1, 10**4)
-    epochs: int = option(600, "epochs (paper, sec. 4.3)", 1)
-    batch: int = option(128, "pictures per step (paper, sec. 4.3)", 2, 10**6)
-    lr: float = option(0.025, "learning rate, cosine to 0 (paper, sec. 4.3)", 0)
+    cells: int = option(20, "cells of the network (paper, evaluation)", 3, 1000)
+    channels: int = option(36, "channels C of the first cell (paper, evaluation)", 1, 10**4)
+    epochs: int = option(600, "epochs (paper, evaluation)", 1)
+    batch: int = option(128, "pictures per step (paper, evaluation)", 2, 10**6)
+    lr: float = option(0.025, "learning rate, cosine to 0 (paper, evaluation)", 0)
     momentum: float = option(0.9, "momentum (official code)", 0, 1)
-    weight_decay: float = option(3e-4, "weight decay (paper, sec. 4.3)", 0)
+    weight_decay: float = option(3e-4, "weight decay (paper, evaluation)", 0)
     clip: float = option(5.0, "largest gradient norm (official code)", 1e-9)
-    auxiliary: bool = option(True, "auxiliary head after the second reduction cell (paper, sec. 4.3)")
-    auxiliary_weight: float = option(0.4, "weight of the auxiliary loss (paper, sec. 4.3)", 0)
-    drop_path: float = option(0.3, "drop-path rate towards which it rises linearly from 0 (paper, sec. 4.3)", 0, 0.99)
-    cutout: int = option(16, "side of the square cut out, at most half the picture's side (paper, sec. 4.3)", 0)
+    auxiliary: bool = option(True, "auxiliary head after the second reduction cell (paper, evaluation)")
+    auxiliary_weight: float = option(0.4, "weight of the auxiliary loss (paper, evaluation)", 0)
+    drop_path: float = option(0.3, "drop-path rate towards which it rises linearly from 0 (paper, evaluation)", 0, 0.99)
+    cutout: int = option(16, "side of the square cut out, at most half the picture's side (paper, evaluation)", 0)
     crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
     flip: bool = option(True, "random horizontal flip (official code)")
     seed: int = option(0, "seed of everything random", 0, 2**63 - 1)
@@ -202,7 +202,7 @@ class Operation(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halves height and width (rounding up): two 1x1 convolutions, the second on the pixels that the first leaves out."""
+    """Halves height and width (rounding up): two 1x1 convolutions, the second shifted by one pixel."""
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool):
         super().__init__()
@@ -334,7 +334,7 @@ class MixedOp(nn.Module):
 
 
 class SearchCell(nn.Module):
-    """A cell of the search network: [N,C_0,H_0,W_0], [N,C_1,H,W] -> [N,4*C,H/stride,W/stride], stride 2 if `reduction`."""
+    """A cell of the search network: [N,C_0,H_0,W_0], [N,C_1,H,W] -> [N,4*C,H/stride,W/stride], stride 2 to reduce."""
 
     def __init__(self, candidates, channels_0, channels_1, channels, reduction, reduction_before):
         super().__init__()
@@ -536,7 +536,7 @@ def _strongest(candidates, probabilities):
 
 
 def require_gradients(network: SearchNetwork, weights: bool, alphas: bool):
-    """Chooses what the next backward pass computes; an alpha step needs no weight gradients, nor the other way round."""
+    """What the next backward pass computes: an alpha step needs no weight gradients, nor the other way round."""
     for p in network.weights():
         p.requires_grad_(weights)
     for p in network.alphas():
@@ -556,7 +556,7 @@ class Architect:
     left unchanged; running statistics of batch norms see the additional forward passes.
     """
 
-    difference = 0.01  # length of the finite difference in the second order (DARTS, footnote 2)
+    difference = 0.01  # length of the finite difference in the second order (DARTS, sec. 2.3)
 
     def __init__(
         self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, unrolled=False, weight_optimizer=None
@@ -588,9 +588,11 @@ class Architect:
         return F.cross_entropy(logits, labels), logits
 
     def _second_order(self, images, labels, train_images, train_labels):
-        """DARTS, eq. 7 and 8: grad_alpha L_val(w', alpha) - lr * (grad_alpha L_train(w+) - grad_alpha L_train(w-)) / (2 eps)
+        """DARTS, eq. 7 and 8, with grad the gradient for alpha:
 
-        with w' = w - lr * (momentum + grad_w L_train + decay * w) and w+- = w +- eps * grad_w' L_val(w', alpha).
+            grad L_val(w', alpha) - lr * (grad L_train(w+, alpha) - grad L_train(w-, alpha)) / (2 eps)
+
+        where w' = w - lr * (momentum + grad_w L_train + decay * w) and w+- = w +- eps * grad_w' L_val(w', alpha).
         """
         weights, alphas = self.network.weights(), self.network.alphas()
         group = self.weight_optimizer.param_groups[0]
@@ -629,7 +631,7 @@ class Architect:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The evaluation network (paper, sec. 4.3 and 4.4) and published cells
+# The evaluation network (paper, sec. 4) and published cells
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -796,51 +798,61 @@ def _pairs(text: str) -> list[tuple[str, int]]:
 GENOTYPES = {
     "PDARTS": Genotype(
         _pairs(
-            "skip_connect 0, dil_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 1, sep_conv_3x3 3 | sep_conv_3x3 0, dil_conv_5x5 4"
+            "skip_connect 0, dil_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | "
+            "sep_conv_3x3 1, sep_conv_3x3 3 | sep_conv_3x3 0, dil_conv_5x5 4"
         ),
         [2, 3, 4, 5],
         _pairs(
-            "avg_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | max_pool_3x3 0, dil_conv_3x3 1 | dil_conv_3x3 1, dil_conv_5x5 3"
+            "avg_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | "
+            "max_pool_3x3 0, dil_conv_3x3 1 | dil_conv_3x3 1, dil_conv_5x5 3"
         ),
         [2, 3, 4, 5],
     ),
     "DARTS_V1": Genotype(
         _pairs(
-            "sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2"
+            "sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | "
+            "skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2"
         ),
         [2, 3, 4, 5],
         _pairs(
-            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0"
+            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | "
+            "max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0"
         ),
         [2, 3, 4, 5],
     ),
     "DARTS_V2": Genotype(
         _pairs(
-            "sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2"
+            "sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | "
+            "sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2"
         ),
         [2, 3, 4, 5],
         _pairs(
-            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1"
+            "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | "
+            "max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1"
         ),
         [2, 3, 4, 5],
     ),
     "NASNet": Genotype(
         _pairs(
-            "sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1"
+            "sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | "
+            "avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1"
         ),
         [2, 3, 4, 5, 6],
         _pairs(
-            "sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1"
+            "sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | "
+            "skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1"
         ),
         [4, 5, 6],
     ),
     "AmoebaNet": Genotype(
         _pairs(
-            "avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1"
+            "avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | "
+            "sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1"
         ),
         [4, 5, 6],
         _pairs(
-            "avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5"
+            "avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | "
+            "max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5"
         ),
         [3, 4, 6],
     ),
@@ -920,8 +932,9 @@ class Pictures:
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None):
         """Checks arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
 
-        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given. The search takes the first half of x_train for the weights and
-        the second for the alphas: pictures sorted by class must be shuffled first.
+        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given. The
+        search takes the first half of x_train for the weights and the second for the alphas: pictures sorted by class
+        must be shuffled first.
         """
         parts = {}
         for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
@@ -933,7 +946,8 @@ class Pictures:
             x = x[..., None] if x.ndim == 3 else x
             if x.shape[0] < (4 if split == "train" else 1) or min(x.shape[1:3]) < 8 or x.shape[3] < 1:
                 raise InputError(
-                    f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training pictures or more and 1 test picture or more, of 8 x 8 or larger"
+                    f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training pictures or more and 1 test "
+                    "picture or more, of 8 x 8 or larger"
                 )
             if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
                 raise InputError(
@@ -945,12 +959,14 @@ class Pictures:
         (x_train, y_train), (x_test, y_test) = parts["train"], parts["test"]
         if x_train.shape[1:] != x_test.shape[1:]:
             raise InputError(
-                f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; expected the same"
+                f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; "
+                "expected the same"
             )
         num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # no more than can have a picture
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
-                f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes counted from 0, no gaps"
+                f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes, "
+                "counted from 0, no gaps, each in y_train"
             )
         if mean is None or std is None:
             # From the histogram of each channel: exact and without a float copy of the pictures.
@@ -982,7 +998,7 @@ class Pictures:
         return (x.float() / 255 - mean) / std
 
     def augment(self, x, crop_padding: int, flip: bool, cutout: int, generator: torch.Generator) -> torch.Tensor:
-        """Random crop, horizontal flip, normalisation and cutout of x uint8 [N,C,H,W] -> float32, each picture its own."""
+        """Random crop, flip, normalisation and cutout of x, uint8 [N,C,H,W] -> float32, each picture its own."""
         n, _, h, w = x.shape
 
         def random(high):  # one integer below `high` for each picture
@@ -995,6 +1011,7 @@ class Pictures:
         padded = F.pad(x, [crop_padding] * 4).permute(0, 2, 3, 1)  # [N, H+2p, W+2p, C]
         picture = torch.arange(n, device=x.device)[:, None, None]
         x = padded[picture, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # [N, C, H, W]
+        # Contiguous: with 1 or 2 channels, torch's channels-last convolutions are not reproducible on the CPU.
         x = self.normalise(x.contiguous())
         cutout = min(cutout, min(h, w) // 2)
         if cutout:
@@ -1013,7 +1030,7 @@ def batches(indices, batch: int, generator: torch.Generator):
 
 
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Pictures:
-    """Generated pictures, 32 x 32 in colour, of 10 shapes that vary in position, size, colour, rotation and background."""
+    """Generated pictures, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
     rng = np.random.default_rng(seed)
     n = train + test
     label = rng.permutation(np.arange(n) % 10)
@@ -1150,7 +1167,8 @@ def _read_cifar_file(path: pathlib.Path, form: CifarFormat, binary: bool):
                 raise ValueError(f"data {list(x.shape)} for {len(y)} labels")
         except Exception as error:  # whatever a damaged or hostile pickle leads to
             raise InputError(
-                f"{path} is not a CIFAR pickle ({type(error).__name__}: {error}); expected uint8 data [N,3072] and {form.label_key.decode()}"
+                f"{path} is not a CIFAR pickle ({type(error).__name__}: {error}); expected uint8 data [N,3072] and "
+                f"{form.label_key.decode()}"
             ) from None
     if y.min() < 0 or y.max() >= form.classes:
         raise InputError(f"{path} holds labels from {y.min()} to {y.max()}; expected 0 to {form.classes - 1}")
@@ -1158,7 +1176,7 @@ def _read_cifar_file(path: pathlib.Path, form: CifarFormat, binary: bool):
 
 
 def load_cifar(name: str, folder: pathlib.Path) -> Pictures:
-    """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), the binary or the python version, from their folder in `folder`."""
+    """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), the binary or the python version, found by name in `folder`."""
     form = CIFAR[name]
     versions = [(form.binary, ".bin"), (form.python, "")]
     found = next(((name, ending) for name, ending in versions if (folder / name).is_dir()), None)
@@ -1213,8 +1231,10 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
 
 
 def load_npz(path: pathlib.Path) -> Pictures:
-    """Anybody's own data: x_train, y_train, x_test, y_test as in Pictures.from_arrays. The training pictures are shuffled
-    (by a fixed seed), since the search splits them in halves and own files are often sorted by class."""
+    """Anybody's own data: x_train, y_train, x_test, y_test as in Pictures.from_arrays.
+
+    The training pictures are shuffled (by a fixed seed): the search halves them, and own files are often sorted.
+    """
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -1251,9 +1271,8 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
             name for name, form in CIFAR.items() if (folder / form.binary).is_dir() or (folder / form.python).is_dir()
         ]
         if not found:
-            raise InputError(
-                f"no data in {path}; expected a folder {' or '.join(f for c in CIFAR.values() for f in (c.binary, c.python))}"
-            )
+            folders = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
+            raise InputError(f"no data in {path}; expected one of the folders {folders}")
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)
@@ -1284,7 +1303,8 @@ class Meter:
         for step, loss in enumerate(torch.stack(self.losses).tolist() if self.losses else []):
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the {self.what} became {loss} in {self.where}, step {step}; expected a finite number (a lower lr may help)"
+                    f"the {self.what} became {loss} in {self.where}, step {step}; expected a finite number (a lower lr "
+                    "may help)"
                 )
 
     def result(self):
@@ -1413,12 +1433,12 @@ def pick_device(name: str) -> torch.device:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The search (paper, sec. 3.2 and 4.1.1)
+# The search (paper, sec. 3.2)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
-    """What a stage searched: 14 tuples of candidates and alphas [14, K] of both kinds of cell, and the test accuracy."""
+    """What a stage searched: candidates (14 tuples) and alphas [14, K] of both kinds of cell, and the test accuracy."""
 
     normal: tuple
     reduce: tuple
@@ -1472,9 +1492,12 @@ def search(
     device = pick_device(device)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
+    halves = pictures.y_train.tensor_split([len(pictures.y_train) // 2])
+    if not torch.isin(*halves).any():
+        raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
     folder = Folder(out)
     folder.write("config.json", _describe(config, pictures, device))
-    learning = max(config.epochs - config.warmup, 0)  # epochs that also train alphas, at about twice the work
+    learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
     epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
     progress = Progress([w * (config.epochs + learning) for w in epoch_work], "stage", show)
 
@@ -1539,6 +1562,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
         learn_alphas = epoch >= config.warmup
         optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
         network.skip_dropout = skip_dropout_rate(config.skip_dropout[number], epoch, config.epochs, config.warmup)
+        label = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}"
         where = f"stage {number + 1}, epoch {epoch}"
         meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
         weight_batches = batches(halves[0], config.batch, generator)
@@ -1554,7 +1578,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
             train_step(weights, optimizer, loss, config.clip)
             meter.update(loss, logits, labels)
             speed = sum(meter.sizes) / (time.monotonic() - started)
-            text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  step {step + 1}/{len(weight_batches)}"
+            text = f"{label}  step {step + 1}/{len(weight_batches)}"
             progress.step(number, text, work * len(labels) * (1 + learn_alphas), meter, speed)
 
         loss, train_accuracy = meter.result()
@@ -1575,7 +1599,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
             "seconds": round(time.monotonic() - started, 3),
         }
         folder.append("log.jsonl", record)
-        text = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
+        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
         text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
         text += f"  test acc {record['test_accuracy']:6.1%}" if last else ""
         progress.line(f"{text}  {record['seconds']:.1f} s")
@@ -1589,7 +1613,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The evaluation (paper, sec. 4.3)
+# The evaluation (paper, evaluation)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1662,6 +1686,7 @@ def _train(network, config, pictures, folder, show):
         started = time.monotonic()
         optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
         network.drop_path = config.drop_path * epoch / config.epochs
+        label = f"epoch {epoch:3d}/{config.epochs - 1}"
         meter = Meter("training loss", f"epoch {epoch}")
         epoch_batches = batches(indices, config.batch, generator)
         for step, batch in enumerate(epoch_batches):
@@ -1676,7 +1701,7 @@ def _train(network, config, pictures, folder, show):
             train_step(network.parameters(), optimizer, loss, config.clip)
             meter.update(loss, logits, labels)
             speed = sum(meter.sizes) / (time.monotonic() - started)
-            text = f"epoch {epoch:3d}/{config.epochs - 1}  step {step + 1}/{len(epoch_batches)}"
+            text = f"{label}  step {step + 1}/{len(epoch_batches)}"
             progress.step(0, text, len(labels), meter, speed)
         loss, train_accuracy = meter.result()
         test_accuracy = accuracy(network, pictures)
@@ -1688,9 +1713,8 @@ def _train(network, config, pictures, folder, show):
         }
         folder.append("log.jsonl", record)
         folder.save("weights.pt", network.state_dict())
-        progress.line(
-            f"epoch {epoch:3d}/{config.epochs - 1}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}  {record['seconds']:.1f} s"
-        )
+        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}"
+        progress.line(f"{text}  {record['seconds']:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1779,7 +1803,10 @@ def _svg_line(points, colour):
     """Two right angles, rounded, and an arrow head at the end."""
     (x0, y0), (_, y), (x1, y1) = points[0], points[1], points[3]
     up = 1 if y < y0 else -1  # the bracket is above or below the states
-    path = f"M{x0:g} {y0:g} V{y + up * 8:g} Q{x0:g} {y:g} {x0 + 8:g} {y:g} H{x1 - 8:g} Q{x1:g} {y:g} {x1:g} {y + up * 8:g} V{y1 - up * 4:g}"
+    path = (
+        f"M{x0:g} {y0:g} V{y + up * 8:g} Q{x0:g} {y:g} {x0 + 8:g} {y:g} "
+        f"H{x1 - 8:g} Q{x1:g} {y:g} {x1:g} {y + up * 8:g} V{y1 - up * 4:g}"
+    )
     head = f"M{x1:g} {y1:g} l-4 {-up * 8} h8 z"
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/><path d="{head}" fill="{colour}"/>'
 
@@ -1787,9 +1814,9 @@ def _svg_line(points, colour):
 def _svg_box(x, y, width, height, text, kind, colour):
     fill, ink, round_ = ("#ffffff", colour, height / 2) if kind == "label" else ("#eef1f5", "#222222", 6)
     return (
-        f'<g class="{kind}"><rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" fill="{fill}" '
-        f'stroke="{colour}"/><text x="{x + width / 2:g}" y="{y + height / 2 + 4.5:g}" text-anchor="middle" '
-        f'fill="{ink}">{html.escape(text)}</text></g>'
+        f'<g class="{kind}"><rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" '
+        f'fill="{fill}" stroke="{colour}"/><text x="{x + width / 2:g}" y="{y + height / 2 + 4.5:g}" '
+        f'text-anchor="middle" fill="{ink}">{html.escape(text)}</text></g>'
     )
 
 

@@ -981,6 +981,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(pictures):
         pdarts.evaluate(GENOTYPES["PDARTS"], evaluation, pictures)
 
 
+def test_sorted_pictures_are_refused(pictures):
+    order = pictures.y_train.sort().indices
+    by_class = dataclasses.replace(pictures, x_train=pictures.x_train[order], y_train=torch.arange(40) // 20)
+    with pytest.raises(InputError, match="share no class; expected them shuffled"):
+        pdarts.search(dataclasses.replace(TINY, pictures=0), by_class)
+
+
 def test_help_names_every_setting_with_its_source(capsys):
     with pytest.raises(SystemExit) as end:
         pdarts.main(["search", "--help"])
@@ -988,7 +995,7 @@ def test_help_names_every_setting_with_its_source(capsys):
     assert end.value.code == 0
     for field in dataclasses.fields(pdarts.SearchConfig):
         assert field.name == "dataset" or f"--{field.name.replace('_', '-')}" in text
-    assert "(paper, sec. 4.1.1)" in text
+    assert "(paper, search)" in " ".join(text.split())
 
 
 def test_live_line_shows_the_time_left_for_the_stage_and_the_whole(monkeypatch, capsys):
