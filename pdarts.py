@@ -89,7 +89,7 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(_Checked):
-    """A search. The defaults are those of the paper and the official code for CIFAR-10."""
+    """A search. The defaults are for CIFAR-10: the paper's settings ("paper, search") or the official code's."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
     pictures: int = option(0, "training pictures used at most, 0 = all", 0)
@@ -144,7 +144,7 @@ class SearchConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(_Checked):
-    """Training of a found cell from scratch. The defaults are those of the paper and the official code for CIFAR."""
+    """Training of a found cell from scratch. The defaults are for CIFAR: "paper, evaluation" or the official code."""
 
     dataset: str = option("cifar10", "shapes, cifar10 or cifar100; own data: --data FILE.npz")
     pictures: int = option(0, "training pictures used at most, 0 = all", 0)
@@ -239,6 +239,11 @@ def relu_conv_bn(in_channels, out_channels, affine):
     return Operation(
         nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels, affine=affine)
     )
+
+
+def preprocess_0(in_channels, out_channels, reduction_before, affine):
+    """Brings input 0 of a cell to the size of input 1, twice as large if the cell before it is a reduction cell."""
+    return (FactorizedReduce if reduction_before else relu_conv_bn)(in_channels, out_channels, affine)
 
 
 def depthwise_separable(channels, size, stride, dilation, affine):
@@ -339,10 +344,7 @@ class SearchCell(nn.Module):
     def __init__(self, candidates, channels_0, channels_1, channels, reduction, reduction_before):
         super().__init__()
         self.reduction = reduction
-        if reduction_before:  # input 0 comes from before the reduction and is twice as large as input 1
-            self.preprocess0 = FactorizedReduce(channels_0, channels, affine=False)
-        else:
-            self.preprocess0 = relu_conv_bn(channels_0, channels, affine=False)
+        self.preprocess0 = preprocess_0(channels_0, channels, reduction_before, affine=False)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=False)
         self.edges = nn.ModuleList(
             MixedOp(names, channels, stride=2 if reduction and source < 2 else 1)
@@ -372,14 +374,14 @@ class SearchNetwork(nn.Module):
 
     def __init__(self, channels, num_classes, cells, normal, reduce, skip_dropout=0.0, in_channels=3, stem_stride=1):
         super().__init__()
-        _check_cells(cells)
+        reductions = reduction_cells(cells)
         normal, reduce = _check_candidates(normal), _check_candidates(reduce)
         self.stem = _stem(in_channels, 3 * channels, stem_stride)
         channels_0, channels_1 = 3 * channels, 3 * channels
         reduction_before = False
         self.cells = nn.ModuleList()
         for i in range(cells):
-            reduction = i in (cells // 3, 2 * cells // 3)
+            reduction = i in reductions
             channels *= 2 if reduction else 1
             candidates = reduce if reduction else normal
             self.cells.append(SearchCell(candidates, channels_0, channels_1, channels, reduction, reduction_before))
@@ -414,13 +416,15 @@ class SearchNetwork(nn.Module):
         return self.classifier(s1.mean(dim=(2, 3)))
 
 
-def _stem(in_channels, channels, stride=1):
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels))
-
-
-def _check_cells(cells):
+def reduction_cells(cells: int) -> tuple[int, int]:
+    """Where the two reduction cells of a network of `cells` cells stand."""
     if cells < 3:
         raise InputError(f"cells is {cells}; expected at least 3, two of them reduction cells")
+    return cells // 3, 2 * cells // 3
+
+
+def _stem(in_channels, channels, stride=1):
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels))
 
 
 def _check_candidates(candidates):
@@ -640,30 +644,27 @@ class Cell(nn.Module):
 
     def __init__(self, pairs, concat, channels_0, channels_1, channels, reduction, reduction_before):
         super().__init__()
-        if reduction_before:
-            self.preprocess0 = FactorizedReduce(channels_0, channels, affine=True)
-        else:
-            self.preprocess0 = relu_conv_bn(channels_0, channels, affine=True)
+        self.preprocess0 = preprocess_0(channels_0, channels, reduction_before, affine=True)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
         self.concat, self.sources = concat, [source for _, source in pairs]
         self._ops = nn.ModuleList(
             OPERATIONS[name](channels, 2 if reduction and source < 2 else 1, affine=True) for name, source in pairs
         )
 
-    def forward(self, s0, s1, drop_path):
+    def forward(self, s0, s1, rate):  # of drop-path
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for first in range(0, len(self._ops), 2):  # two operations per node
             inputs = []
             for op, source in zip(self._ops[first : first + 2], self.sources[first : first + 2]):
                 x = op(states[source])
-                if self.training and drop_path > 0 and not isinstance(op, nn.Identity):
-                    x = drop_samples(x, drop_path)
+                if self.training and rate > 0 and not isinstance(op, nn.Identity):
+                    x = drop_path(x, rate)
                 inputs.append(x)
             states.append(sum(inputs))
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
-def drop_samples(x, rate: float):
+def drop_path(x, rate: float):
     """Drop-path: zeroes whole samples of x [N,C,H,W] with probability `rate` and rescales the others."""
     keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= rate
     return x * keep / (1 - rate)
@@ -708,7 +709,7 @@ class Network(nn.Module):
 
     def __init__(self, genotype, channels, num_classes, cells, auxiliary=False, stem="cifar", in_channels=3):
         super().__init__()
-        _check_cells(cells)
+        reductions = reduction_cells(cells)
         genotype = check_genotype(genotype)
         self.drop_path = 0.0
         if stem == "cifar":
@@ -732,9 +733,9 @@ class Network(nn.Module):
         else:
             raise InputError(f"stem is {stem!r}; expected 'cifar' or 'imagenet'")
         self.cells = nn.ModuleList()
-        self.auxiliary_head, self.auxiliary_cell = None, 2 * cells // 3
+        self.auxiliary_head, self.auxiliary_cell = None, reductions[1]
         for i in range(cells):
-            reduction = i in (cells // 3, 2 * cells // 3)
+            reduction = i in reductions
             channels *= 2 if reduction else 1
             pairs, concat = genotype[2:] if reduction else genotype[:2]
             self.cells.append(Cell(pairs, concat, channels_0, channels_1, channels, reduction, reduction_before))
@@ -966,7 +967,7 @@ class Pictures:
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
                 f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes, "
-                "counted from 0, no gaps, each in y_train"
+                "counted from 0, none of them in y_test only"
             )
         if mean is None or std is None:
             # From the histogram of each channel: exact and without a float copy of the pictures.
@@ -1179,7 +1180,7 @@ def load_cifar(name: str, folder: pathlib.Path) -> Pictures:
     """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), the binary or the python version, found by name in `folder`."""
     form = CIFAR[name]
     versions = [(form.binary, ".bin"), (form.python, "")]
-    found = next(((name, ending) for name, ending in versions if (folder / name).is_dir()), None)
+    found = next((version for version in versions if (folder / version[0]).is_dir()), None)
     if found is None:
         raise InputError(
             f"no {name} in {folder}; expected a folder {form.binary} or {form.python} there (--download fetches it)"
@@ -1207,12 +1208,7 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
             raise InputError(
                 f"cannot fetch {form.url}: {error}; the archive can be unpacked into {folder} by hand"
             ) from None
-        with open(archive, "rb") as file:
-            md5 = (
-                hashlib.file_digest(file, "md5").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.md5(file.read()).hexdigest()
-            )
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
         if md5 != form.md5:
             raise InputError(f"{form.url} has MD5 {md5}; expected {form.md5}")
         unpacked.mkdir()
@@ -1224,7 +1220,7 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
                 except KeyError:
                     source = None
                 if source is None:
-                    raise InputError(f"{form.url} holds no file {form.binary}/{file}.bin")
+                    raise InputError(f"{form.url} has no file {form.binary}/{file}.bin; expected the published archive")
                 with open(unpacked / f"{file}.bin", "wb") as target:
                     shutil.copyfileobj(source, target)
         unpacked.rename(folder / form.binary)
@@ -1323,8 +1319,8 @@ class Progress:
     work: what each stage takes, in any unit; the time left follows from what a unit took so far.
     """
 
-    def __init__(self, work: list[float], stage_name: str, show: bool):
-        self.work, self.name, self.show = work, stage_name, show
+    def __init__(self, work: list[float], show: bool):
+        self.work, self.show = work, show
         self.live = show and sys.stdout.isatty()
         self.start, self.done, self.last, self.length = time.monotonic(), 0.0, 0.0, 0
 
@@ -1335,13 +1331,12 @@ class Progress:
         if not self.live or now - self.last < 0.2:
             return
         self.last = now
-        meter.check()
         pace = (now - self.start) / self.done
         stage_left = pace * (sum(self.work[: stage + 1]) - self.done)
         whole_left = pace * (sum(self.work) - self.done)
         left = f"left: {_duration(whole_left)}"
         if len(self.work) > 1:
-            left = f"left: {self.name} {_duration(stage_left)}, all {_duration(whole_left)}"
+            left = f"left: stage {_duration(stage_left)}, all {_duration(whole_left)}"
         loss, accuracy = meter.result()
         self._write(
             f"{text}  loss {loss:.3f}  acc {accuracy:6.1%}  {pictures_per_second:.0f} pictures/s  {left}", end=""
@@ -1420,7 +1415,7 @@ def _describe(config, pictures: Pictures, device: torch.device) -> dict:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one. A device that torch cannot use is an InputError."""
+    """The device that `name` stands for; "auto" is the GPU if there is one. InputError if torch cannot use it."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.Generator(device)
@@ -1499,7 +1494,7 @@ def search(
     folder.write("config.json", _describe(config, pictures, device))
     learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
     epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
-    progress = Progress([w * (config.epochs + learning) for w in epoch_work], "stage", show)
+    progress = Progress([w * (config.epochs + learning) for w in epoch_work], show)
 
     normal = reduce = (PRIMITIVES,) * len(EDGES)
     stages = []
@@ -1613,7 +1608,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The evaluation (paper, evaluation)
+# The evaluation (paper, sec. 4)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1679,7 +1674,7 @@ def _train(network, config, pictures, folder, show):
     device = pictures.x_train.device
     generator = torch.Generator(device).manual_seed(config.seed)
     optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    progress = Progress([config.epochs * len(pictures.x_train)], "training", show)
+    progress = Progress([config.epochs * len(pictures.x_train)], show)
     indices = torch.arange(len(pictures.x_train), device=device)
     network.train()
     for epoch in range(config.epochs):
@@ -1914,13 +1909,12 @@ def _default_out(command):
 
 def _search_command(args):
     config = _configure(args, SEARCH_PRESETS)
-    pictures = load(config.dataset, args.data, args.download)
+    pictures = load(config.dataset, args.data, args.download).first(config.pictures)
     out = pathlib.Path(args.out) if args.out else _default_out("search")
     started = time.monotonic()
-    used = min(config.pictures or len(pictures.x_train), len(pictures.x_train))
     print(
-        f"preset {args.preset}: searching on {used} pictures of {pictures.name}, {len(config.cells)} stages of "
-        f"{_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
+        f"preset {args.preset}: searching on {len(pictures.x_train)} pictures of {pictures.name}, "
+        f"{len(config.cells)} stages of {_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
     )
     result = search(config, pictures, out, args.device, show=True)
     print(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
@@ -1934,13 +1928,12 @@ def _evaluate_command(args):
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
     config = _configure(args, EVALUATE_PRESETS)
-    pictures = load(config.dataset, args.data, args.download)
+    pictures = load(config.dataset, args.data, args.download).first(config.pictures)
     out = pathlib.Path(args.out) if args.out else _default_out("evaluate")
     if not args.weights:
-        used = min(config.pictures or len(pictures.x_train), len(pictures.x_train))
         print(
-            f"preset {args.preset}: training on {used} pictures of {pictures.name}, {config.cells} cells, "
-            f"{config.channels} channels, {config.epochs} epochs; results in {out}"
+            f"preset {args.preset}: training on {len(pictures.x_train)} pictures of {pictures.name}, "
+            f"{config.cells} cells, {config.channels} channels, {config.epochs} epochs; results in {out}"
         )
     result = evaluate(genotype, config, pictures, out, args.device, args.weights, show=True)
     print(f"parameters:    {result.cost.parameters / 1e6:.3f} M")

@@ -509,6 +509,17 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
         assert not torch.allclose(gradient, plain, rtol=0.05)  # first order would not pass
 
 
+def test_second_order_sees_the_same_dropout_on_both_sides_of_the_difference():
+    network, batch, train = small_network()
+    optimizer = torch.optim.SGD(network.weights(), 0.05, 0.9)
+    architect = Architect(network, unrolled=True, weight_optimizer=optimizer)
+    architect.difference = 1e-6  # other dropout on either side would be amplified a million times
+    network.skip_dropout = 0.5
+    torch.manual_seed(0)
+    gradients = architect._second_order(*batch, *train)[2]
+    assert all(0 < gradient.abs().max() < 10 for gradient in gradients)
+
+
 # --- evaluation network -----------------------------------------------------------------------------------------------
 
 
@@ -563,7 +574,7 @@ def test_imagenet_stem_reduces_eightfold():
 
 def test_drop_path_drops_whole_samples_rescales_and_spares_identities():
     torch.manual_seed(0)
-    y = pdarts.drop_samples(torch.ones(1000, 2, 3, 3), 0.3)
+    y = pdarts.drop_path(torch.ones(1000, 2, 3, 3), 0.3)
     per_sample = y.flatten(1)
     assert (per_sample == per_sample[:, :1]).all()
     assert per_sample.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -692,7 +703,7 @@ def test_download_checks_the_sum_unpacks_only_the_data_and_leaves_nothing_else(t
 
 def test_download_refuses_links_in_the_archive(tmp_path):
     form = archive(tmp_path, links=True)
-    with pytest.raises(InputError, match="holds no file cifar-10-batches-bin/test_batch.bin"):
+    with pytest.raises(InputError, match="has no file cifar-10-batches-bin/test_batch.bin; expected"):
         pdarts.download_cifar("cifar10", tmp_path / "target", form)
     assert list((tmp_path / "target").iterdir()) == []
 
@@ -1001,7 +1012,7 @@ def test_help_names_every_setting_with_its_source(capsys):
 def test_live_line_shows_the_time_left_for_the_stage_and_the_whole(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    progress = pdarts.Progress([100.0, 300.0], "stage", show=True)
+    progress = pdarts.Progress([100.0, 300.0], show=True)
     progress.start -= 50  # 50 seconds for the first 50 of 400 units
     meter = pdarts.Meter("loss", "here")
     meter.update(torch.tensor(1.5), torch.eye(4), torch.tensor([0, 1, 2, 0]))
@@ -1012,6 +1023,6 @@ def test_live_line_shows_the_time_left_for_the_stage_and_the_whole(monkeypatch, 
     assert (pdarts._duration(59), pdarts._duration(3700)) == ("59 s", "1 h 01 min")
 
 
-def test_the_module_runs_from_its_own_header():
+def test_the_module_declares_what_it_needs_in_its_header():
     head = (HERE / "pdarts.py").read_text().split("# ///")[1]
     assert 'requires-python = ">=3.10"' in head and 'dependencies = ["torch>=2.10", "numpy"]' in head
