@@ -1,0 +1,301 @@
+"""The mixed operation of differentiable architecture search, fused: forward and backward, CPU and CUDA.
+
+    from kernels import mixed_sum, mixed_norm_sum
+
+    y = mixed_sum(outputs, weights)                 # sum_k weights[k] * outputs[k]
+    y = mixed_norm_sum(outputs, weights, running_means, running_vars, training=True)
+                                                    # sum_k weights[k] * batch_norm_k(outputs[k])
+
+`mixed_sum_ref` and `mixed_norm_sum_ref` are the same in plain torch. The folder works alone, copied into any project.
+
+The extension is compiled when it is first needed (ninja and a C++ compiler; nvcc too where torch has CUDA) and cached.
+`use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
+`use("off")` never tries; the environment variable PDARTS_KERNELS sets the mode at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+MODES = ("auto", "on", "off")
+_SOURCES = ("mixed_op.cpp", "mixed_op.h")
+_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
+_CUDA_FLAGS = ["-O3"]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mixed_sum_ref(outputs, weights):
+    """Plain torch version of `mixed_sum`."""
+    return sum(w.to(y.dtype) * y for w, y in zip(weights, outputs, strict=True))
+
+
+def mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
+    """Plain torch version of `mixed_norm_sum`."""
+    statistics = zip(running_means, running_vars, strict=True)
+    normed = [
+        y if mean is None else F.batch_norm(y, mean, var, None, None, training, momentum, eps)
+        for y, (mean, var) in zip(outputs, statistics, strict=True)
+    ]
+    return mixed_sum_ref(normed, weights)
+
+
+def mixed_sum(outputs, weights):
+    """sum_k weights[k] * outputs[k], read once and written once.
+
+    outputs: 1 to 64 tensors [N,C,H,W] of one dtype: float32, float64, bfloat16 or float16, accumulated in float32 (in
+    float64 for float64). weights: [K], float32 or the outputs' dtype. Returns [N,C,H,W] in the memory format of the
+    first output, and keeps the outputs for backward only if the weights need a gradient. Deterministic; RuntimeError
+    for what does not fit together. Differentiable once.
+    """
+    outputs = _one_dtype(outputs)
+    if not fused(outputs[0].device if outputs else "cpu"):
+        return mixed_sum_ref(outputs, weights)
+    return torch.ops.pdarts.mixed(outputs, weights, None, [])
+
+
+def mixed_norm_sum(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
+    """sum_k weights[k] * bn_k(outputs[k]), bn_k a batch norm without affine parameters; nothing normalised is stored.
+
+    outputs, weights and result as in `mixed_sum`. running_means, running_vars: K tensors [C] in the type that is
+    accumulated in, or None where the output is not to be normalised (an identity). `training`: normalise by the
+    statistics of the batch and move the running ones by `momentum` towards them (the variance unbiased), as torch's
+    batch_norm does; otherwise normalise by the running ones. Kept for backward: the outputs and 3 numbers per output
+    and channel.
+    """
+    outputs = _one_dtype(outputs)
+    if not fused(outputs[0].device if outputs else "cpu"):
+        return mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, momentum, eps)
+    if not len(outputs) == len(running_means) == len(running_vars):
+        raise RuntimeError(
+            f"running_means has {len(running_means)} and running_vars {len(running_vars)} entries; expected "
+            f"{len(outputs)}, one for each of the outputs"
+        )
+    normalised = [mean is not None for mean in running_means]
+    if normalised != [var is not None for var in running_vars]:
+        raise RuntimeError("running_means and running_vars are None in different places; expected the same")
+    means, vars = ([t for t in running if t is not None] for running in (running_means, running_vars))
+    if not means:
+        return mixed_sum(outputs, weights)
+    with torch.no_grad():
+        if training:
+            statistics = torch.ops.pdarts.batch_statistics(outputs, means, vars, normalised, momentum, eps)
+        else:
+            statistics = _running_statistics(means, vars, normalised, eps)
+    return torch.ops.pdarts.mixed(outputs, weights, statistics, [training and n for n in normalised])
+
+
+def _running_statistics(means, vars, normalised, eps):
+    """What batch_statistics returns, from running statistics: mean, variance, 1 / sqrt(variance + eps) [3,K,C]."""
+    zero, one, means, vars = torch.zeros_like(means[0]), torch.ones_like(means[0]), iter(means), iter(vars)
+    mean, var = (torch.stack([next(t) if n else zero for n in normalised]) for t in (means, vars))
+    invstd = torch.where(torch.tensor(normalised, device=var.device)[:, None], (var + eps).rsqrt(), one)
+    return torch.stack([mean, var, invstd])
+
+
+def _one_dtype(outputs):
+    """Under autocast some operations return float32 and others a shorter type: the widest of them, as `+` would."""
+    outputs = list(outputs)
+    if outputs and torch.is_autocast_enabled(outputs[0].device.type):
+        dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
+        outputs = [y.to(dtype) for y in outputs]
+    return outputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd and torch.compile
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _register():
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+
+    def empty(x, like):
+        channels_last = torch._prims_common.suggest_memory_format(like) == torch.channels_last
+        return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def accumulated(x):
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    @register_fake("pdarts::batch_statistics")
+    def _(outputs, running_means, running_vars, normalised, momentum, eps):
+        return outputs[0].new_empty(3, len(outputs), outputs[0].shape[1], dtype=accumulated(outputs[0]))
+
+    @register_fake("pdarts::mixed")
+    def _(outputs, weights, statistics, batch):
+        return empty(outputs[0], outputs[0])
+
+    @register_fake("pdarts::mixed_backward")
+    def _(grad, outputs, weights, statistics, batch, needs_outputs, needs_weights):
+        like = next((y for y in outputs if y is not None), grad)
+        grads = [empty(like, like) for needs in needs_outputs if needs]
+        return grads, weights.new_empty(len(outputs) if needs_weights else 0)
+
+    def setup(ctx, inputs, output):
+        outputs, weights, statistics, batch = inputs
+        ctx.flags, ctx.batch = batch, batch or [False] * len(outputs)
+        ctx.needs = [y.requires_grad for y in outputs]
+        kept = [
+            y if weights.requires_grad or batch and needs else None
+            for y, batch, needs in zip(outputs, ctx.batch, ctx.needs)
+        ]
+        ctx.save_for_backward(weights, statistics, *kept)
+
+    def backward(ctx, grad):
+        weights, statistics, *outputs = ctx.saved_tensors
+        grads, grad_weights = torch.ops.pdarts.mixed_backward(
+            grad, outputs, weights, statistics, ctx.batch, ctx.needs, weights.requires_grad
+        )
+        grads = iter(grads)
+        grads = [next(grads) if needs else None for needs in ctx.needs]
+        return grads, grad_weights if weights.requires_grad else None, None, [None] * len(ctx.flags)
+
+    def no_second_derivative(ctx, *grads):
+        raise RuntimeError(
+            "the fused mixed operation was differentiated twice; expected once: use mixed_sum_ref or "
+            "mixed_norm_sum_ref where second derivatives are needed"
+        )
+
+    register_autograd("pdarts::mixed", backward, setup_context=setup)
+    register_autograd("pdarts::mixed_backward", no_second_derivative)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building and loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_mode = os.environ.get("PDARTS_KERNELS", "auto")
+_loaded: set[str] = set()  # the types of device that the loaded library serves
+_failures: dict[str, str] = {}  # type of device -> why there are no kernels for it
+
+
+def use(mode: str):
+    """Sets how this process runs the operations: "auto", "on" or "off"; "on" builds now and raises if that fails."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"the mode of the kernels is {mode!r}; expected one of {MODES}")
+    _mode = mode
+    if mode == "on":
+        load()
+
+
+def fused(device: str | torch.device = "cpu") -> bool:
+    """Whether the kernels serve tensors on `device`; builds them if that is not known yet.
+
+    Call it, or `use("on")`, before torch.compile with fullgraph=True, which cannot look into a build.
+    """
+    kind = device if isinstance(device, str) else device.type
+    if _mode == "off":
+        return False
+    if kind in _loaded:
+        return True
+    if _mode not in MODES:
+        raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
+    if _mode == "on":
+        load(kind)
+        return True
+    if kind not in _failures:
+        try:
+            load(kind)
+            return True
+        except (RuntimeError, OSError, ImportError) as error:
+            _failures[kind] = str(error)
+            warnings.warn(f"plain torch instead of the fused kernels: {error}", RuntimeWarning, stacklevel=3)
+    return False
+
+
+def load(kind: str = "cpu"):
+    """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
+    with _lock:
+        if not _loaded:
+            if not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses what the first one loaded
+                _load_library()
+                _register()
+            _loaded.update(
+                {"cpu", "cuda"} if torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", "CUDA") else {"cpu"}
+            )
+        if kind not in _loaded:
+            raise RuntimeError(
+                "the kernels were built without CUDA; expected nvcc (CUDA_HOME)"
+                if kind == "cuda"
+                else f"the tensors are on a device of type {kind!r}; expected cpu or cuda"
+            )
+
+
+def _load_library():
+    """One process builds, in a folder of its own, and moves the result into the cache; the others wait for it."""
+    from torch.utils import cpp_extension
+
+    folder = pathlib.Path(__file__).resolve().parent
+    cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    key = hashlib.sha256(repr((torch.__version__, platform.machine(), cuda, _FLAGS, _CUDA_FLAGS)).encode())
+    if cuda:
+        key.update(
+            repr(sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})).encode()
+        )
+    for name in _SOURCES:
+        key.update((folder / name).read_bytes())
+    cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    cache = cache / "pdarts_kernels"
+    cache.mkdir(parents=True, exist_ok=True)
+    library = cache / f"{key.hexdigest()[:16]}.so"
+    with _file_lock(library.with_suffix(".lock")):
+        if not library.exists():
+            _build(folder, cuda, library)
+    torch.ops.load_library(library)
+
+
+def _build(folder, cuda, library):
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"there is no C++ compiler {compiler!r}; expected one in PATH or named by CXX")
+    path = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        # ninja lies beside this Python even where its folder is not in PATH.
+        os.environ["PATH"] = os.pathsep.join([path, os.path.dirname(sys.executable)])
+        try:
+            cpp_extension.load(
+                name="pdarts_kernels",
+                sources=[str(folder / name) for name in _SOURCES if name.endswith((".cpp", ".cu")[: 1 + cuda])],
+                extra_cflags=[*_FLAGS, *["-DPDARTS_CUDA"] * cuda],
+                extra_cuda_cflags=_CUDA_FLAGS,
+                build_directory=scratch,
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError, ImportError) as error:
+            lines = str(error).splitlines() or [""]
+            why = next((line for line in lines if "error" in line[1:].lower()), lines[0])
+            raise RuntimeError(f"the fused kernels could not be built: {why.strip()}") from error
+        finally:
+            os.environ["PATH"] = path
+        os.replace(os.path.join(scratch, "pdarts_kernels.so"), library)
+
+
+@contextlib.contextmanager
+def _file_lock(path):
+    """Held by one process at a time, and released by its death, unlike a file that only exists."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: two processes may both build, which is safe
+            pass
+        yield
