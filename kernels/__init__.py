@@ -67,7 +67,7 @@ def mixed_sum(outputs, weights):
     outputs = _one_dtype(outputs)
     if not fused(outputs[0].device if outputs else "cpu"):
         return mixed_sum_ref(outputs, weights)
-    return torch.ops.pdarts.mixed(outputs, weights, None, [])
+    return torch.ops.pdarts.mixed(outputs, weights, None, [False] * len(outputs))
 
 
 def mixed_norm_sum(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
@@ -149,7 +149,7 @@ def _register():
 
     def setup(ctx, inputs, output):
         outputs, weights, statistics, batch = inputs
-        ctx.flags, ctx.batch = batch, batch or [False] * len(outputs)
+        ctx.batch = batch
         ctx.needs = [y.requires_grad for y in outputs]
         kept = [
             y if weights.requires_grad or batch and needs else None
@@ -164,7 +164,7 @@ def _register():
         )
         grads = iter(grads)
         grads = [next(grads) if needs else None for needs in ctx.needs]
-        return grads, grad_weights if weights.requires_grad else None, None, [None] * len(ctx.flags)
+        return grads, grad_weights if weights.requires_grad else None, None, None
 
     def no_second_derivative(ctx, *grads):
         raise RuntimeError(
