@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 import pdarts
 from pdarts import EDGES, GENOTYPES, PRIMITIVES, Architect, Genotype, InputError, Network, SearchNetwork, derive, shrink
 
@@ -1026,3 +1027,72 @@ def test_live_line_shows_the_time_left_for_the_stage_and_the_whole(monkeypatch, 
 def test_the_module_declares_what_it_needs_in_its_header():
     head = (HERE / "pdarts.py").read_text().split("# ///")[1]
     assert 'requires-python = ">=3.10"' in head and 'dependencies = ["torch>=2.10", "numpy"]' in head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fused kernels against their plain twins
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused_kernels():
+    kernels.use("on")
+    yield
+    kernels.use("auto")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape, count", [((2, 3, 5, 7), 3), ((3, 16, 8, 8), 8), ((4, 36, 9, 9), 40), ((2, 20, 1, 33), 1)]
+)
+@pytest.mark.parametrize("normalised", [None, True, False])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, shape, count, normalised, dtype, bound):
+    """normalised: None for mixed_sum, else whether mixed_norm_sum is in training."""
+    torch.manual_seed(0)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    outputs = [torch.randn(shape, dtype=torch.float64).to(dtype).to(memory_format=memory) for _ in range(count)]
+    weights, gradient = torch.rand(count, dtype=torch.float64).to(dtype), torch.randn(shape, dtype=torch.float64)
+
+    def run(function, dtype):
+        xs = [x.to(dtype).requires_grad_() for x in [y.detach().clone() for y in outputs]]
+        w = weights.detach().clone().to(dtype).requires_grad_()
+        running = []
+        if normalised is not None:  # the first candidate of three or more is an identity
+            some = [count > 1 and k == 0 for k in range(count)]
+            running = [[None if s else f(shape[1], dtype=dtype) for s in some] for f in (torch.zeros, torch.ones)]
+        y = function(xs, w, *running, *[normalised] * (normalised is not None))
+        return [
+            y,
+            *torch.autograd.grad(y, [w, *xs], gradient.to(dtype)),
+            *(r for rs in running for r in rs if r is not None),
+        ]
+
+    fused, plain = (
+        (kernels.mixed_sum, kernels.mixed_sum_ref)
+        if normalised is None
+        else (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref)
+    )
+    for mine, right in zip(run(fused, dtype), run(plain, torch.float64), strict=True):
+        assert (mine.double() - right).norm() <= bound * right.norm()
+
+
+def test_second_derivative_of_the_fused_sum_is_refused(fused_kernels):
+    x, w = torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(1, requires_grad=True)
+    (gradient,) = torch.autograd.grad(kernels.mixed_sum([x], w).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "outputs, weights, message",
+    [
+        ([], torch.rand(0), "outputs has 0 tensors; expected 1 to 64"),
+        ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
+        ([torch.rand(1, 2, 3, 3)] * 2, torch.rand(3), "weights has shape .3.; expected .2."),
+        ([torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
+    ],
+)
+def test_fused_sum_names_what_does_not_fit(fused_kernels, outputs, weights, message):
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mixed_sum(outputs, weights)
