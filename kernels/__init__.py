@@ -233,7 +233,7 @@ def load(kind: str = "cpu"):
             )
         if kind not in _loaded:
             raise RuntimeError(
-                "the kernels were built without CUDA; expected nvcc (CUDA_HOME)"
+                "the kernels were built without CUDA; expected mixed_op.cu beside them, nvcc and CUDA_HOME"
                 if kind == "cuda"
                 else f"the tensors are on a device of type {kind!r}; expected cpu or cuda"
             )
@@ -244,7 +244,7 @@ def _load_library():
     from torch.utils import cpp_extension
 
     folder = pathlib.Path(__file__).resolve().parent
-    cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    cuda = (folder / "mixed_op.cu").exists() and torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
     key = hashlib.sha256(repr((torch.__version__, platform.machine(), cuda, _FLAGS, _CUDA_FLAGS)).encode())
     if cuda:
         key.update(
