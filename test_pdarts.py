@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import pickle
 import re
@@ -1036,14 +1037,23 @@ def test_the_module_declares_what_it_needs_in_its_header():
 
 @pytest.fixture
 def fused_kernels():
+    before = kernels._mode
     kernels.use("on")
     yield
-    kernels.use("auto")
+    kernels._mode = before
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "shape, count", [((2, 3, 5, 7), 3), ((3, 16, 8, 8), 8), ((4, 36, 9, 9), 40), ((2, 20, 1, 33), 1)]
+    "shape, count",
+    [
+        ((2, 3, 5, 7), 3),
+        ((3, 16, 8, 8), 8),
+        ((4, 36, 9, 9), 40),
+        ((40, 36, 8, 8), 2),
+        ((60, 20, 1, 33), 2),
+        ((2, 20, 1, 33), 1),
+    ],
 )
 @pytest.mark.parametrize("normalised", [None, True, False])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
@@ -1059,9 +1069,10 @@ def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, 
         w = weights.detach().clone().to(dtype).requires_grad_()
         running = []
         if normalised is not None:  # the first candidate of three or more is an identity
-            some = [count > 1 and k == 0 for k in range(count)]
+            some = [count > 2 and k == 0 for k in range(count)]
             running = [[None if s else f(shape[1], dtype=dtype) for s in some] for f in (torch.zeros, torch.ones)]
         y = function(xs, w, *running, *[normalised] * (normalised is not None))
+        assert y.is_contiguous(memory_format=memory)
         return [
             y,
             *torch.autograd.grad(y, [w, *xs], gradient.to(dtype)),
@@ -1091,8 +1102,149 @@ def test_second_derivative_of_the_fused_sum_is_refused(fused_kernels):
         ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
         ([torch.rand(1, 2, 3, 3)] * 2, torch.rand(3), "weights has shape .3.; expected .2."),
         ([torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
+        ([torch.rand(1, 2, 3, 3)] * 65, torch.rand(65), "outputs has 65 tensors; expected 1 to 64"),
+        ([torch.ones(1, 2, 3, 3, dtype=torch.int32)], torch.rand(1), "outputs.0. is Int; expected float32, float64"),
+        ([torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3).double()], torch.rand(2), "outputs.1. is Double; expected"),
+        ([torch.rand(1, 2, 3, 3)], torch.rand(1).double(), "weights is Double; expected float32 or Float"),
     ],
 )
 def test_fused_sum_names_what_does_not_fit(fused_kernels, outputs, weights, message):
     with pytest.raises(RuntimeError, match=message):
         kernels.mixed_sum(outputs, weights)
+
+
+def normed(weights, *outputs, function=kernels.mixed_norm_sum, none=1):
+    """mixed_norm_sum in training, with fresh running statistics; the first `none` outputs are not normalised."""
+    channels, dtype = outputs[0].shape[1], torch.float64 if weights.dtype == torch.float64 else torch.float32
+    running = [[None] * none + [f(channels, dtype=dtype) for _ in outputs[none:]] for f in (torch.zeros, torch.ones)]
+    return function(list(outputs), weights, *running, True)
+
+
+def leaves(count, shape=(2, 3, 4, 5), dtype=torch.float32):
+    torch.manual_seed(0)
+    tensors = [torch.rand(count, dtype=dtype), *(torch.randn(shape, dtype=dtype) for _ in range(count))]
+    return [t.requires_grad_() for t in tensors]
+
+
+FUSED = [lambda w, *xs: kernels.mixed_sum(list(xs), w), normed]
+
+
+@pytest.mark.parametrize("function", FUSED, ids=["sum", "norm"])
+def test_fused_gradients_are_numerical_derivatives(fused_kernels, function):
+    assert torch.autograd.gradcheck(function, leaves(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", FUSED, ids=["sum", "norm"])
+def test_fused_operation_compiles_without_graph_breaks(fused_kernels, function):
+    inputs = leaves(3)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function))
+    assert all(map(torch.equal, mine, right))
+
+
+def test_fused_operators_pass_opcheck(fused_kernels):
+    ops, (weights, *outputs) = torch.ops.pdarts, leaves(3)
+    detached, statistics, batch = [x.detach() for x in outputs], torch.rand(3, 3, 3), [False, True, True]
+    running = [[f(3), f(3)] for f in (torch.zeros, torch.ones)]
+    for op, arguments in (
+        (ops.mixed, (outputs, weights, None, [False] * 3)),
+        (ops.mixed, (outputs, weights, statistics, batch)),
+        (ops.batch_statistics, (detached, *running, batch, 0.1, 1e-5)),
+        (ops.mixed_backward, (detached[0], detached, weights.detach(), statistics, batch, [True] * 3, True)),
+    ):
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def test_fused_operation_gives_the_same_bits_with_any_number_of_threads(fused_kernels):
+    inputs, threads, results = leaves(3, (32, 16, 32, 32)), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            y = normed(*inputs)
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_16_bit_result_is_the_rounded_float32_result(fused_kernels, dtype):
+    weights, *outputs = (t.detach() for t in leaves(5, (3, 16, 8, 8)))
+    outputs = [y.to(dtype) for y in outputs]
+    exact = normed(weights, *(y.float() for y in outputs)).to(dtype)
+    units = normed(weights, *outputs).view(torch.int16).int() - exact.view(torch.int16).int()
+    assert units.abs().max() <= 1
+
+
+def test_fused_operation_keeps_only_what_its_gradients_need(fused_kernels):
+    weights, *outputs = leaves(3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kernels.mixed_sum(outputs, weights.detach())
+        assert [t.dim() for t in kept] == [1]  # the weights
+        kept.clear()
+        normed(weights, *outputs)
+    assert sorted(t.dim() for t in kept) == [1, 3, 4, 4, 4]  # weights, statistics, outputs
+
+
+def test_fused_norm_is_no_worse_than_torch_where_the_mean_is_large(fused_kernels):
+    weights, *outputs = (t.detach() for t in leaves(3, (32, 16, 16, 16)))
+    outputs = [y + 1000 for y in outputs]
+    plain = kernels.mixed_norm_sum_ref
+    right = normed(weights.double(), *(y.double() for y in outputs), function=plain, none=0)
+    mine, torchs = (normed(weights, *outputs, function=f, none=0) for f in (kernels.mixed_norm_sum, plain))
+    assert (mine - right).norm() <= (torchs - right).norm()
+
+
+def test_fused_operation_takes_no_pictures_and_expanded_gradients(fused_kernels):
+    empty = leaves(2, (0, 3, 4, 4))
+    y = normed(*empty)
+    assert y.shape == (0, 3, 4, 4) and not any(g.any() for g in torch.autograd.grad(y.sum(), empty))
+    inputs = leaves(2, dtype=torch.float64)
+    mine = torch.autograd.grad(kernels.mixed_sum(inputs[1:], inputs[0]).sum(), inputs)
+    right = torch.autograd.grad(kernels.mixed_sum_ref(inputs[1:], inputs[0]).sum(), inputs)
+    assert all(map(torch.allclose, mine, right))
+
+
+@pytest.mark.parametrize(
+    "means, variances, message",
+    [
+        ([torch.zeros(2)], [torch.ones(2)], "running_means has 1 and running_vars 1 entries; expected 2"),
+        ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
+        ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
+        ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
+    ],
+)
+def test_fused_norm_names_what_does_not_fit(fused_kernels, means, variances, message):
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mixed_norm_sum([torch.rand(2, 2, 3, 3)] * 2, torch.rand(2), means, variances, True)
+
+
+def test_fused_norm_refuses_a_single_value_per_channel(fused_kernels):
+    with pytest.raises(RuntimeError, match="expected more than one value per channel"):
+        normed(*leaves(2, (1, 3, 1, 1)))
+
+
+def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(tmp_path):
+    code = """if True:
+        import warnings, torch, kernels
+        outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert torch.equal(kernels.mixed_sum(outputs, weights), kernels.mixed_sum_ref(outputs, weights))
+        print([str(w.message) for w in seen])
+        try:
+            kernels.use("on")
+        except RuntimeError as error:
+            print(error)"""
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment["PDARTS_KERNELS"] = "auto"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    why = "there is no C++ compiler 'no-such-compiler'; expected one in PATH or named by CXX"
+    assert run.stdout.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
+
+
+def test_unknown_mode_of_the_kernels_is_refused():
+    with pytest.raises(ValueError, match="the mode of the kernels is 'maybe'; expected one of"):
+        kernels.use("maybe")

@@ -1,4 +1,4 @@
-"""The mixed operation of differentiable architecture search, fused: forward and backward, CPU and CUDA.
+"""The mixed operation of differentiable architecture search, fused: forward and backward, on the CPU.
 
     from kernels import mixed_sum, mixed_norm_sum
 
@@ -8,7 +8,7 @@
 
 `mixed_sum_ref` and `mixed_norm_sum_ref` are the same in plain torch. The folder works alone, copied into any project.
 
-The extension is compiled when it is first needed (ninja and a C++ compiler; nvcc too where torch has CUDA) and cached.
+The extension is compiled when it is first needed (by ninja and a C++ compiler) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
 `use("off")` never tries; the environment variable PDARTS_KERNELS sets the mode at the start.
 """
@@ -34,7 +34,6 @@ import torch.nn.functional as F
 MODES = ("auto", "on", "off")
 _SOURCES = ("mixed_op.cpp", "mixed_op.h")
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
-_CUDA_FLAGS = ["-O3"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -126,8 +125,8 @@ def _one_dtype(outputs):
 def _register():
     register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
 
-    def empty(x, like):
-        channels_last = torch._prims_common.suggest_memory_format(like) == torch.channels_last
+    def empty(x):
+        channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last
         return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def accumulated(x):
@@ -139,32 +138,28 @@ def _register():
 
     @register_fake("pdarts::mixed")
     def _(outputs, weights, statistics, batch):
-        return empty(outputs[0], outputs[0])
+        return empty(outputs[0])
 
     @register_fake("pdarts::mixed_backward")
     def _(grad, outputs, weights, statistics, batch, needs_outputs, needs_weights):
         like = next((y for y in outputs if y is not None), grad)
-        grads = [empty(like, like) for needs in needs_outputs if needs]
+        grads = [empty(like) for needs in needs_outputs if needs]
         return grads, weights.new_empty(len(outputs) if needs_weights else 0)
 
     def setup(ctx, inputs, output):
         outputs, weights, statistics, batch = inputs
-        ctx.batch = batch
-        ctx.needs = [y.requires_grad for y in outputs]
-        kept = [
-            y if weights.requires_grad or batch and needs else None
-            for y, batch, needs in zip(outputs, ctx.batch, ctx.needs)
-        ]
+        ctx.batch, ctx.needs, ctx.needs_weights = batch, [y.requires_grad for y in outputs], weights.requires_grad
+        kept = [y if ctx.needs_weights or b and needs else None for y, b, needs in zip(outputs, batch, ctx.needs)]
         ctx.save_for_backward(weights, statistics, *kept)
 
     def backward(ctx, grad):
         weights, statistics, *outputs = ctx.saved_tensors
         grads, grad_weights = torch.ops.pdarts.mixed_backward(
-            grad, outputs, weights, statistics, ctx.batch, ctx.needs, weights.requires_grad
+            grad, outputs, weights, statistics, ctx.batch, ctx.needs, ctx.needs_weights
         )
         grads = iter(grads)
         grads = [next(grads) if needs else None for needs in ctx.needs]
-        return grads, grad_weights if weights.requires_grad else None, None, None
+        return grads, grad_weights if ctx.needs_weights else None, None, None
 
     def no_second_derivative(ctx, *grads):
         raise RuntimeError(
@@ -182,8 +177,8 @@ def _register():
 
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
-_loaded: set[str] = set()  # the types of device that the loaded library serves
-_failures: dict[str, str] = {}  # type of device -> why there are no kernels for it
+_loaded = False
+_failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 
 
 def use(mode: str):
@@ -204,7 +199,7 @@ def fused(device: str | torch.device = "cpu") -> bool:
     kind = device if isinstance(device, str) else device.type
     if _mode == "off":
         return False
-    if kind in _loaded:
+    if _loaded and kind == "cpu":
         return True
     if _mode not in MODES:
         raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
@@ -223,20 +218,14 @@ def fused(device: str | torch.device = "cpu") -> bool:
 
 def load(kind: str = "cpu"):
     """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
+    global _loaded
+    if kind != "cpu":
+        raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu")
     with _lock:
-        if not _loaded:
-            if not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses what the first one loaded
-                _load_library()
-                _register()
-            _loaded.update(
-                {"cpu", "cuda"} if torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", "CUDA") else {"cpu"}
-            )
-        if kind not in _loaded:
-            raise RuntimeError(
-                "the kernels were built without CUDA; expected mixed_op.cu beside them, nvcc and CUDA_HOME"
-                if kind == "cuda"
-                else f"the tensors are on a device of type {kind!r}; expected cpu or cuda"
-            )
+        if not _loaded and not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
+            _load_library()
+            _register()
+        _loaded = True
 
 
 def _load_library():
@@ -244,12 +233,7 @@ def _load_library():
     from torch.utils import cpp_extension
 
     folder = pathlib.Path(__file__).resolve().parent
-    cuda = (folder / "mixed_op.cu").exists() and torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    key = hashlib.sha256(repr((torch.__version__, platform.machine(), cuda, _FLAGS, _CUDA_FLAGS)).encode())
-    if cuda:
-        key.update(
-            repr(sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})).encode()
-        )
+    key = hashlib.sha256(repr((torch.__version__, platform.machine(), _FLAGS)).encode())
     for name in _SOURCES:
         key.update((folder / name).read_bytes())
     cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -258,11 +242,11 @@ def _load_library():
     library = cache / f"{key.hexdigest()[:16]}.so"
     with _file_lock(library.with_suffix(".lock")):
         if not library.exists():
-            _build(folder, cuda, library)
+            _build(folder, library)
     torch.ops.load_library(library)
 
 
-def _build(folder, cuda, library):
+def _build(folder, library):
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
@@ -275,9 +259,8 @@ def _build(folder, cuda, library):
         try:
             cpp_extension.load(
                 name="pdarts_kernels",
-                sources=[str(folder / name) for name in _SOURCES if name.endswith((".cpp", ".cu")[: 1 + cuda])],
-                extra_cflags=[*_FLAGS, *["-DPDARTS_CUDA"] * cuda],
-                extra_cuda_cflags=_CUDA_FLAGS,
+                sources=[str(folder / name) for name in _SOURCES if name.endswith(".cpp")],
+                extra_cflags=_FLAGS,
                 build_directory=scratch,
                 is_python_module=False,
             )

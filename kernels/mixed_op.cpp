@@ -1,5 +1,5 @@
 // The fused mixed operation: its operators for torch with all their checks, and its implementation for the CPU.
-// mixed_op.h says what the four functions compute, mixed_op.cu is the same for CUDA, __init__.py adds autograd.
+// mixed_op.h says what the four functions compute, __init__.py adds autograd.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -9,11 +9,6 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-#ifdef PDARTS_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #include "mixed_op.h"
 
@@ -250,23 +245,27 @@ void write(int dtype, const A* p, int64_t n, void* out, int64_t offset, bool str
 // The four passes, each for one unit of work
 // ---------------------------------------------------------------------------------------------------------------------
 
-// partial [3][period]: count, sum of (x - pivot), sum of (x - pivot)^2, and pivot [period].
-// One pass: the pivot is the mean of the unit's first tile, which keeps the squares small.
+// partial [4][period]: count, sum of (x - pivot), sum of (x - pivot)^2, and pivot.
+// One pass: the pivot is the channel's mean in the first tile that holds it, which keeps the squares small.
 template <bool CL, class A>
 CLONES void statistics_unit(const Rows& r, int64_t unit, int dtype, const void* x, double* partial) {
   A buffer[kTile];
   std::vector<A> pivots(r.period);
+  std::vector<double> first(r.period);
   double *count = partial, *sum = count + r.period, *square = sum + r.period, *pivot = square + r.period;
   std::fill(partial, partial + 4 * r.period, 0.0);
   for_tiles<CL>(r, unit, [&](int64_t offset, int64_t rows, int64_t length, int64_t at) ALWAYS {
     const A* tile = read(dtype, x, offset, rows * length, buffer);
     int64_t entries = CL ? length : rows, each = CL ? rows : length;
-    if (count[at] == 0) {
-      double* const first[] = {pivot + at};
-      reduce<CL, 1, A>(rows, length, pivots.data() + at, first, [&](int64_t i, auto c, auto* acc) ALWAYS {
+    if (std::find(count + at, count + at + entries, 0.0) != count + at + entries) {
+      std::fill(first.begin() + at, first.begin() + at + entries, 0.0);
+      double* const total[] = {first.data() + at};
+      reduce<CL, 1, A>(rows, length, pivots.data() + at, total, [&](int64_t i, auto c, auto* acc) ALWAYS {
         acc[0] += load<decltype(c)>(tile + i);
       });
-      for (int64_t i = at; i < at + entries; i++) pivot[i] = pivots[i] = static_cast<A>(pivot[i] / each);
+      for (int64_t i = at; i < at + entries; i++) {  // a unit that starts amid the channels meets some of them again
+        if (count[i] == 0) pivot[i] = pivots[i] = static_cast<A>(first[i] / each);
+      }
     }
     for (int64_t i = at; i < at + entries; i++) count[i] += each;
     double* const total[] = {sum + at, square + at};
@@ -413,7 +412,7 @@ int64_t mixed_scratch_cpu(int dtype, int K, PdartsShape shape) {
   for_accumulator(dtype, [&](auto t) {
     for (bool has_channels : {false, true}) {
       Rows r = rows_of<decltype(t)>(shape, has_channels);
-      most = std::max(most, r.units * r.period * std::max(4 * K, K + 1));
+      most = std::max(most, r.units * r.period * 4 * K);
     }
   });
   return most;
@@ -421,7 +420,7 @@ int64_t mixed_scratch_cpu(int dtype, int K, PdartsShape shape) {
 
 void mixed_statistics_cpu(
     int dtype, int K, const void* const* x, const uint8_t* batch, PdartsShape shape, double eps, double momentum,
-    void* const* running_mean, void* const* running_var, void* statistics, double* scratch, void*) {
+    void* const* running_mean, void* const* running_var, void* statistics, double* scratch) {
   for_accumulator(dtype, [&](auto t) {
     using A = decltype(t);
     Rows r = rows_of<A>(shape, true);
@@ -456,8 +455,7 @@ void mixed_statistics_cpu(
 }
 
 void mixed_forward_cpu(
-    int dtype, int K, const void* const* x, const void* weights, const void* statistics, PdartsShape shape, void* y,
-    void*) {
+    int dtype, int K, const void* const* x, const void* weights, const void* statistics, PdartsShape shape, void* y) {
   for_accumulator(dtype, [&](auto t) {
     using A = decltype(t);
     Rows r = rows_of<A>(shape, statistics);
@@ -478,7 +476,7 @@ void mixed_forward_cpu(
 
 void mixed_backward_sums_cpu(
     int dtype, int K, const void* const* x, const void* g, const void* statistics, PdartsShape shape, void* sums,
-    void* grad_weights, double* scratch, void*) {
+    void* grad_weights, double* scratch) {
   for_accumulator(dtype, [&](auto t) {
     using A = decltype(t);
     Rows r = rows_of<A>(shape, statistics);
@@ -510,7 +508,7 @@ void mixed_backward_sums_cpu(
 
 void mixed_backward_inputs_cpu(
     int dtype, int K, const void* const* x, const void* g, const void* weights, const void* statistics,
-    const void* sums, const uint8_t* batch, PdartsShape shape, void* const* grad_x, void*) {
+    const void* sums, const uint8_t* batch, PdartsShape shape, void* const* grad_x) {
   for_accumulator(dtype, [&](auto t) {
     using A = decltype(t);
     Rows r = rows_of<A>(shape, statistics);
@@ -616,19 +614,9 @@ struct Call {
   PdartsShape shape;
   std::vector<Tensor> dense;  // owns the copies of what was in another format
   std::vector<const void*> x;
-  void* stream = nullptr;
-#ifdef PDARTS_CUDA
-  c10::cuda::OptionalCUDAGuard guard;
-#endif
 
   explicit Call(const Tensor& t) : first(t), format(format_of(t)) {
     shape = {t.size(0), t.size(1), t.size(2) * t.size(3), format == at::MemoryFormat::ChannelsLast};
-#ifdef PDARTS_CUDA
-    if (t.is_cuda()) {
-      guard.set_device(t.device());
-      stream = c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
-    }
-#endif
   }
   void add(const Tensor& t) {
     dense.push_back(t.defined() ? t.contiguous(format) : t);
@@ -642,15 +630,8 @@ struct Call {
   }
 };
 
-#ifdef PDARTS_CUDA
-#define DEVICE_CALL(FUNCTION, ...) \
-  (call.first.is_cuda() ? FUNCTION##_cuda(__VA_ARGS__) : FUNCTION##_cpu(__VA_ARGS__))
-#else
-#define DEVICE_CALL(FUNCTION, ...) FUNCTION##_cpu(__VA_ARGS__)
-#endif
-
 Tensor scratch_for(const Call& call, int type) {
-  int64_t doubles = DEVICE_CALL(mixed_scratch, type, call.K(), call.shape);
+  int64_t doubles = mixed_scratch_cpu(type, call.K(), call.shape);
   return at::empty({doubles}, call.first.options().dtype(at::kDouble));
 }
 
@@ -681,9 +662,9 @@ Tensor batch_statistics(
   int type = type_of(call.first);
   Tensor statistics = call.accumulators({3, call.K(), call.shape.C});
   Tensor scratch = scratch_for(call, type);
-  DEVICE_CALL(
-      mixed_statistics, type, call.K(), call.x.data(), batch.data(), call.shape, eps, momentum, means.data(),
-      vars.data(), statistics.data_ptr(), scratch.data_ptr<double>(), call.stream);
+  mixed_statistics_cpu(
+      type, call.K(), call.x.data(), batch.data(), call.shape, eps, momentum, means.data(),
+      vars.data(), statistics.data_ptr(), scratch.data_ptr<double>());
   return statistics;
 }
 
@@ -702,14 +683,17 @@ Tensor mixed(
     at::TensorList outputs, const Tensor& weights, const std::optional<Tensor>& statistics, c10::List<bool> batch) {
   check_outputs(outputs);
   check_weights(weights, outputs);
+  TORCH_CHECK(
+      batch.size() == outputs.size(), "batch has ", batch.size(), " entries; expected ", outputs.size(),
+      ", one for each of the outputs");
   Call call(outputs[0]);
   for (const Tensor& t : outputs) call.add(t);
   check_statistics(statistics, call.first, call.K());
   Tensor w = weights.to(accumulated(call.first)).contiguous();
   Tensor y = call.empty();
-  DEVICE_CALL(
-      mixed_forward, type_of(y), call.K(), call.x.data(), w.const_data_ptr(),
-      statistics ? statistics->const_data_ptr() : nullptr, call.shape, y.data_ptr(), call.stream);
+  mixed_forward_cpu(
+      type_of(y), call.K(), call.x.data(), w.const_data_ptr(),
+      statistics ? statistics->const_data_ptr() : nullptr, call.shape, y.data_ptr());
   return y;
 }
 
@@ -717,8 +701,12 @@ Tensor mixed(
 // outputs[k] may be None where nothing depends on it: neither weights nor batch statistics.
 std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
     const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& weights,
-    const std::optional<Tensor>& statistics, c10::List<bool> batch_statistics, c10::List<bool> needs_outputs,
+    const std::optional<Tensor>& statistics, c10::List<bool> batch_flags, c10::List<bool> needs_outputs,
     bool needs_weights) {
+  TORCH_CHECK(
+      batch_flags.size() == outputs.size() && needs_outputs.size() == outputs.size(), "batch has ",
+      batch_flags.size(), " and needs_outputs ", needs_outputs.size(), " entries; expected ", outputs.size(),
+      ", one for each of the outputs");
   std::vector<Tensor> given;
   Tensor like = grad;
   for (size_t k = 0; k < outputs.size(); k++) {
@@ -730,7 +718,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
   for (const Tensor& t : given) call.add(t);
   int type = type_of(like), K = call.K();
   Tensor g = grad.to(like.scalar_type()).contiguous(call.format), w = weights.to(accumulated(like)).contiguous();
-  std::vector<uint8_t> batch(batch_statistics.begin(), batch_statistics.end());
+  std::vector<uint8_t> batch(batch_flags.begin(), batch_flags.end());
   if (!statistics) batch.assign(K, 0);
   bool any_batch = false;
   for (int k = 0; k < K; k++) {
@@ -748,10 +736,10 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
     }
     if (statistics) sums = call.accumulators({K + 1, call.shape.C});
     Tensor scratch = scratch_for(call, type);
-    DEVICE_CALL(
-        mixed_backward_sums, type, K, x.data(), g.const_data_ptr(),
+    mixed_backward_sums_cpu(
+      type, K, x.data(), g.const_data_ptr(),
         statistics ? statistics->const_data_ptr() : nullptr, call.shape, statistics ? sums.data_ptr() : nullptr,
-        grad_weights.data_ptr(), scratch.data_ptr<double>(), call.stream);
+        grad_weights.data_ptr(), scratch.data_ptr<double>());
   }
 
   std::vector<Tensor> grads;
@@ -762,10 +750,10 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
     grad_x[k] = grads.back().data_ptr();
   }
   if (!grads.empty()) {
-    DEVICE_CALL(
-        mixed_backward_inputs, type, K, call.x.data(), g.const_data_ptr(), w.const_data_ptr(),
+    mixed_backward_inputs_cpu(
+      type, K, call.x.data(), g.const_data_ptr(), w.const_data_ptr(),
         statistics ? statistics->const_data_ptr() : nullptr, any_batch ? sums.const_data_ptr() : nullptr,
-        batch.data(), call.shape, grad_x.data(), call.stream);
+        batch.data(), call.shape, grad_x.data());
   }
   grad_weights = needs_weights ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options());
   return {std::move(grads), grad_weights};
@@ -783,14 +771,8 @@ TORCH_LIBRARY(pdarts, m) {
       "bool[] needs_outputs, bool needs_weights) -> (Tensor[], Tensor)");
 }
 
-#define REGISTER(KEY)                               \
-  TORCH_LIBRARY_IMPL(pdarts, KEY, m) {              \
-    m.impl("batch_statistics", &batch_statistics);  \
-    m.impl("mixed", &mixed);                        \
-    m.impl("mixed_backward", &mixed_backward);      \
-  }
-
-REGISTER(CPU)
-#ifdef PDARTS_CUDA
-REGISTER(CUDA)
-#endif
+TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
+  m.impl("batch_statistics", &batch_statistics);
+  m.impl("mixed", &mixed);
+  m.impl("mixed_backward", &mixed_backward);
+}
