@@ -1053,6 +1053,9 @@ def fused_kernels():
         ((40, 36, 8, 8), 2),
         ((60, 20, 1, 33), 2),
         ((2, 20, 1, 33), 1),
+        ((3, 2, 150, 150), 2),
+        ((2, 2100, 2, 3), 2),
+        ((5, 70, 1, 1), 3),
     ],
 )
 @pytest.mark.parametrize("normalised", [None, True, False])
@@ -1084,8 +1087,9 @@ def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, 
         if normalised is None
         else (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref)
     )
-    for mine, right in zip(run(fused, dtype), run(plain, torch.float64), strict=True):
-        assert (mine.double() - right).norm() <= bound * right.norm()
+    for i, (mine, right) in enumerate(zip(run(fused, dtype), run(plain, torch.float64), strict=True)):
+        # A gradient of a weight is a sum in which much cancels.
+        assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 
 def test_second_derivative_of_the_fused_sum_is_refused(fused_kernels):
@@ -1147,9 +1151,10 @@ def test_fused_operators_pass_opcheck(fused_kernels):
     detached, statistics, batch = [x.detach() for x in outputs], torch.rand(3, 3, 3), [False, True, True]
     running = [[f(3), f(3)] for f in (torch.zeros, torch.ones)]
     for op, arguments in (
-        (ops.mixed, (outputs, weights, None, [False] * 3)),
-        (ops.mixed, (outputs, weights, statistics, batch)),
-        (ops.batch_statistics, (detached, *running, batch, 0.1, 1e-5)),
+        (ops.mixed, (outputs, weights, None, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, weights, statistics, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, weights, None, batch, 1e-5)),
+        (ops.update_running, (*running, statistics, batch, 10, 0.1)),
         (ops.mixed_backward, (detached[0], detached, weights.detach(), statistics, batch, [True] * 3, True)),
     ):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}

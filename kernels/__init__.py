@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("mixed_op.cpp", "mixed_op.h")
+_SOURCES = ("mixed_op.cpp", "mixed_op_cpu.cpp", "mixed_op.h")
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def mixed_sum(outputs, weights):
     outputs = _one_dtype(outputs)
     if not fused(outputs[0].device if outputs else "cpu"):
         return mixed_sum_ref(outputs, weights)
-    return torch.ops.pdarts.mixed(outputs, weights, None, [False] * len(outputs))
+    return torch.ops.pdarts.mixed(outputs, weights, None, [False] * len(outputs), 0.0)[0]
 
 
 def mixed_norm_sum(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
@@ -92,20 +92,21 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
     means, vars = ([t for t in running if t is not None] for running in (running_means, running_vars))
     if not means:
         return mixed_sum(outputs, weights)
-    with torch.no_grad():
-        if training:
-            statistics = torch.ops.pdarts.batch_statistics(outputs, means, vars, normalised, momentum, eps)
-        else:
-            statistics = _running_statistics(means, vars, normalised, eps)
-    return torch.ops.pdarts.mixed(outputs, weights, statistics, [training and n for n in normalised])
+    if not training:
+        statistics = _running_statistics(means, vars, normalised, eps)
+        return torch.ops.pdarts.mixed(outputs, weights, statistics, [False] * len(outputs), eps)[0]
+    y, statistics = torch.ops.pdarts.mixed(outputs, weights, None, normalised, eps)
+    torch.ops.pdarts.update_running(means, vars, statistics, normalised, y.numel() // y.shape[1], momentum)
+    return y
 
 
+@torch.no_grad()
 def _running_statistics(means, vars, normalised, eps):
-    """What batch_statistics returns, from running statistics: mean, variance, 1 / sqrt(variance + eps) [3,K,C]."""
+    """Running statistics as the operator takes them: mean, 1 / sqrt(variance + eps), variance [3,K,C]."""
     zero, one, means, vars = torch.zeros_like(means[0]), torch.ones_like(means[0]), iter(means), iter(vars)
     mean, var = (torch.stack([next(t) if n else zero for n in normalised]) for t in (means, vars))
     invstd = torch.where(torch.tensor(normalised, device=var.device)[:, None], (var + eps).rsqrt(), one)
-    return torch.stack([mean, var, invstd])
+    return torch.stack([mean, invstd, var])
 
 
 def _one_dtype(outputs):
@@ -118,57 +119,31 @@ def _one_dtype(outputs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Autograd and torch.compile
+# torch.compile
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _register():
-    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+def _register_fakes():
+    """Shapes and memory formats of the results, for torch.compile."""
 
     def empty(x):
         channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last
         return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def accumulated(x):
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
+    @torch.library.register_fake("pdarts::mixed")
+    def _(outputs, weights, statistics, batch, eps):
+        x = outputs[0]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return empty(x), x.new_empty(3 if any(batch) else 0, len(outputs), x.shape[1], dtype=dtype)
 
-    @register_fake("pdarts::batch_statistics")
-    def _(outputs, running_means, running_vars, normalised, momentum, eps):
-        return outputs[0].new_empty(3, len(outputs), outputs[0].shape[1], dtype=accumulated(outputs[0]))
-
-    @register_fake("pdarts::mixed")
-    def _(outputs, weights, statistics, batch):
-        return empty(outputs[0])
-
-    @register_fake("pdarts::mixed_backward")
+    @torch.library.register_fake("pdarts::mixed_backward")
     def _(grad, outputs, weights, statistics, batch, needs_outputs, needs_weights):
         like = next((y for y in outputs if y is not None), grad)
-        grads = [empty(like) for needs in needs_outputs if needs]
-        return grads, weights.new_empty(len(outputs) if needs_weights else 0)
+        return [empty(like) for needs in needs_outputs if needs], weights.new_empty(len(outputs) * needs_weights)
 
-    def setup(ctx, inputs, output):
-        outputs, weights, statistics, batch = inputs
-        ctx.batch, ctx.needs, ctx.needs_weights = batch, [y.requires_grad for y in outputs], weights.requires_grad
-        kept = [y if ctx.needs_weights or b and needs else None for y, b, needs in zip(outputs, batch, ctx.needs)]
-        ctx.save_for_backward(weights, statistics, *kept)
-
-    def backward(ctx, grad):
-        weights, statistics, *outputs = ctx.saved_tensors
-        grads, grad_weights = torch.ops.pdarts.mixed_backward(
-            grad, outputs, weights, statistics, ctx.batch, ctx.needs, ctx.needs_weights
-        )
-        grads = iter(grads)
-        grads = [next(grads) if needs else None for needs in ctx.needs]
-        return grads, grad_weights if ctx.needs_weights else None, None, None
-
-    def no_second_derivative(ctx, *grads):
-        raise RuntimeError(
-            "the fused mixed operation was differentiated twice; expected once: use mixed_sum_ref or "
-            "mixed_norm_sum_ref where second derivatives are needed"
-        )
-
-    register_autograd("pdarts::mixed", backward, setup_context=setup)
-    register_autograd("pdarts::mixed_backward", no_second_derivative)
+    @torch.library.register_fake("pdarts::update_running")
+    def _(running_means, running_vars, statistics, batch, count, momentum):
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,7 +199,7 @@ def load(kind: str = "cpu"):
     with _lock:
         if not _loaded and not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
             _load_library()
-            _register()
+            _register_fakes()
         _loaded = True
 
 

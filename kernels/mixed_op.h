@@ -1,14 +1,16 @@
-// The passes of the mixed operation on raw pointers, apart from torch. mixed_op.cpp implements them for the CPU.
+// The mixed operation on raw pointers, apart from torch: what mixed_op.cpp asks of the CPU and of CUDA.
 //
 // The mixed operation of an edge or a node is
 //
-//     y = sum_k weights[k] * (x_k - mean_kc) * invstd_kc        x_k = outputs[k] and y: [N,C,H,W], c: the channel
+//     y = sum_k weights[k] * (x_k - mean_kc) * invstd_kc        x_k, y: [N,C,H,W], c: the channel
 //
-// where mean and invstd are those of the batch (batch[k] is true), running ones, or 0 and 1 for a candidate that is not
-// normalised. `statistics` is nullptr if no candidate is: a plain weighted sum.
+// in one of three modes:
+//     plain        statistics == nullptr: mean 0 and invstd 1 everywhere
+//     training     batch != 0: statistics of the batch for the candidates in `batch`, 0 and 1 for the others; written
+//     evaluation   batch == 0: the given statistics
 //
-// Tensors are dense and of one dtype. Weights, statistics and their gradients have the type that is accumulated in:
-// double for kFloat64, else float. All results are the same bits at every call, whatever the number of threads.
+// Tensors are dense, of one type and in one memory format. Weights, statistics and the weights' gradients have the type
+// that is accumulated in: double for kFloat64, else float. Results are the same bits at every call.
 #pragma once
 
 #include <stdint.h>
@@ -17,31 +19,26 @@
 
 enum PdartsType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-struct PdartsShape {
-  int64_t N, C, HW;   // batch, channels, height * width
-  int channels_last;  // [N,HW,C] in memory instead of [N,C,HW]
+struct PdartsMixed {
+  int64_t N, C, HW;       // batch, channels, height * width
+  int32_t channels_last;  // [N,HW,C] in memory instead of [N,C,HW]
+  int32_t type;           // PdartsType of x, y and their gradients
+  int32_t K;              // candidates, 1 to PDARTS_MAX_CANDIDATES
+  double eps;             // invstd = 1 / sqrt(variance + eps)
+  uint64_t batch;         // bit k: candidate k is normalised by the statistics of the batch
+  const void* weights;    // [K]
+  void* statistics;       // [3,K,C]: mean, invstd and (only when it is written) the biased variance; or nullptr
+  const void* x[PDARTS_MAX_CANDIDATES];
 };
 
-// Doubles of scratch memory that the functions below need at most.
-int64_t mixed_scratch_cpu(int dtype, int K, PdartsShape shape);
+// scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a CPU.
+// A backward pass writes grad_x[k] where it is not nullptr, and grad_weights [K] unless it is nullptr; x[k] may be
+// nullptr where neither depends on it.
+#define PDARTS_DECLARE(DEVICE)                                                                                \
+  extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                            \
+  extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);         \
+  extern "C" void mixed_backward_##DEVICE(                                                                    \
+      const PdartsMixed* m, const void* g, void* const* grad_x, void* grad_weights, void* scratch, void* stream);
 
-// statistics [3,K,C] = mean, biased variance, 1 / sqrt(variance + eps) over the batch where batch[k], else 0, 0, 1.
-// Moves running_mean[k], running_var[k] (same type, [C]) by momentum to mean and unbiased variance, like torch.
-void mixed_statistics_cpu(
-    int dtype, int K, const void* const* x, const uint8_t* batch, PdartsShape shape, double eps, double momentum,
-    void* const* running_mean, void* const* running_var, void* statistics, double* scratch);
+PDARTS_DECLARE(cpu)
 
-// y, as above.
-void mixed_forward_cpu(
-    int dtype, int K, const void* const* x, const void* weights, const void* statistics, PdartsShape shape, void* y);
-
-// sums [K+1,C]: sum of g * (x_k - mean_k) per channel, and in the last row sum of g; nullptr without statistics.
-// grad_weights [K], the gradients of the weights, follow from them. x[k] == nullptr: not needed, 0.
-void mixed_backward_sums_cpu(
-    int dtype, int K, const void* const* x, const void* g, const void* statistics, PdartsShape shape, void* sums,
-    void* grad_weights, double* scratch);
-
-// grad_x[k], the gradients of the inputs, where grad_x[k] is not nullptr. x and sums are read where batch[k].
-void mixed_backward_inputs_cpu(
-    int dtype, int K, const void* const* x, const void* g, const void* weights, const void* statistics,
-    const void* sums, const uint8_t* batch, PdartsShape shape, void* const* grad_x);

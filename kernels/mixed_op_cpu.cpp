@@ -1,0 +1,605 @@
+// The mixed operation on the CPU. mixed_op.h says what it computes.
+//
+// Work is divided by the shape alone, into units that each keep sums of their own; these are added up in a fixed order,
+// in double. So the result does not depend on the number of threads.
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "mixed_op.h"
+
+// The same function is compiled for three generations of x86 and chosen when the library is loaded, so that a binary
+// built on one machine runs on any other of its architecture. Elsewhere the compiler's default is used.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define ALWAYS __attribute__((always_inline))  // on lambdas too: what is not inlined is not compiled for the clones
+#define INLINE inline ALWAYS
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Portable vectors
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Simd {
+  static constexpr int64_t W = 32 / sizeof(A);
+  typedef A vec __attribute__((vector_size(32)));
+  typedef A unaligned __attribute__((vector_size(32), aligned(sizeof(A)), may_alias));
+};
+
+// load<V>(p): V is a vector, or one element in the tail of a loop.
+template <class V, class A>
+INLINE V load(const A* p) {
+  if constexpr (std::is_same_v<V, A>) {
+    return *p;
+  } else {
+    return *reinterpret_cast<const typename Simd<A>::unaligned*>(p);
+  }
+}
+
+template <class V, class A>
+INLINE void store(A* p, V v) {
+  if constexpr (std::is_same_v<V, A>) {
+    *p = v;
+  } else {
+    *reinterpret_cast<typename Simd<A>::unaligned*>(p) = v;
+  }
+}
+
+// Past the caches, for results that would not fit and must not be read from memory first; p aligned to 16 bytes.
+template <class V, class A>
+INLINE void stream(A* p, V v) {
+#ifdef __SSE2__
+  if constexpr (!std::is_same_v<V, A>) {
+    __m128i half[2];
+    std::memcpy(half, &v, 32);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), half[0]);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + 1, half[1]);
+    return;
+  }
+#endif
+  store(p, v);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// How a tensor is divided
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTile = 2048;       // elements handled at a time: they stay in the first-level cache
+constexpr int64_t kGroup = 1024;      // elements of a picture that one group of channels has at least, in NCHW
+constexpr int64_t kUnit = 1 << 14;    // elements of a unit of work, about
+constexpr int64_t kStream = 1 << 20;  // results of more elements than this are written past the caches
+constexpr int kAtOnce = 8;            // candidates whose tiles are read together
+
+// A unit of work is a group of channels in some pictures (NCHW), or some rows of pixels (channels-last). What belongs to
+// a channel has one entry per channel of the group (NCHW); in channels-last the channels are repeated until they fill
+// whole vectors, and 8 of them at least.
+struct Layout {
+  bool channels_last;
+  int64_t N, C, HW;
+  int64_t entries, groups;  // entries of a group
+  int64_t rows, tail;       // channels-last: whole rows of `entries` elements, and the elements after them
+  int64_t chunk, pieces, piece, chunks;  // pictures or rows of a unit, pieces of a plane, units of a group
+
+  Layout(const PdartsMixed& m, int64_t vector) {
+    // Without statistics all elements are alike: one long plane.
+    bool plain = !m.statistics;
+    channels_last = m.channels_last && !plain;
+    N = plain ? 1 : m.N, C = plain ? 1 : m.C, HW = plain ? m.N * m.C * m.HW : m.HW;
+    if (channels_last) {
+      int64_t repeat = 1;
+      while (repeat * C % vector || repeat * C < 8 * vector) repeat++;
+      entries = repeat * C, groups = 1, pieces = 1, piece = 0;
+      rows = N * HW * C / entries, tail = N * HW * C % entries;
+      chunk = std::max<int64_t>(1, kUnit / entries);
+      chunks = (rows + chunk - 1) / chunk + (tail > 0);
+    } else {
+      int64_t plane = std::max<int64_t>(1, HW);
+      rows = tail = 0;
+      entries = std::clamp<int64_t>(kGroup / plane, 1, std::max<int64_t>(1, C));
+      groups = (C + entries - 1) / entries;
+      pieces = (plane + kUnit - 1) / kUnit;
+      piece = (plane / pieces + 31) / 32 * 32;
+      chunk = std::max<int64_t>(1, kGroup / plane);
+      chunks = (N + chunk - 1) / chunk * pieces;
+    }
+  }
+
+  int64_t channels(int64_t group) const { return channels_last ? C : std::min(entries, C - group * entries); }
+
+  // f(offset, rows, length, entry, first) for every tile of a unit: `rows` runs of `length` elements, which belong to
+  // the entries from `entry` on, one per run (NCHW) or one per element (channels-last); first: these entries' first.
+  template <bool CL, class F>
+  INLINE void for_tiles(int64_t group, int64_t unit, F f) const {
+    if (CL) {
+      int64_t row = unit * chunk, end = std::min(rows, row + chunk), length = entries;
+      if (row >= rows) row = rows, end = rows + 1, length = tail;
+      int64_t step = std::max<int64_t>(1, kTile / entries);
+      for (int64_t begin = row, n; row < end; row += n) {
+        n = std::min(step, end - row);
+        for (int64_t j = 0; j < length; j += kTile) {
+          f(row * entries + j, n, std::min(kTile, length - j), j, row == begin);
+        }
+      }
+    } else {
+      int64_t begin = unit / pieces * chunk, end = std::min(N, begin + chunk), count = channels(group);
+      int64_t from = unit % pieces * piece, to = std::min(HW, from + piece);
+      for (int64_t n = begin; n < end; n++) {
+        int64_t offset = (n * C + group * entries) * HW;
+        if (HW <= kGroup) {
+          f(offset, count, HW, 0, n == begin);
+        } else {
+          for (int64_t j = from; j < to; j += kTile) f(offset + j, 1, std::min(kTile, to - j), 0, n == begin && j == from);
+        }
+      }
+    }
+  }
+
+  // The entries of a group that hold the values of its channel c.
+  template <class F>
+  INLINE void for_entries(int64_t c, F f) const {
+    for (int64_t i = c; i < entries; i += channels_last ? C : entries) f(i);
+  }
+};
+
+// f(offset, a, b, ...) for every vector of a tile; a, b, ... are the values of its channels, from `coefficients`.
+template <bool CL, class A, class F, class... P>
+INLINE void map(int64_t rows, int64_t length, F f, const P*... coefficients) {
+  using V = typename Simd<A>::vec;
+  constexpr int64_t W = Simd<A>::W;
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t j = 0, at = row * length;
+    if (CL) {
+      for (; j + W <= length; j += W) f(at + j, load<V>(coefficients + j)...);
+      for (; j < length; j++) f(at + j, coefficients[j]...);
+    } else {
+      [&](auto... c) ALWAYS {
+        for (; j + W <= length; j += W) f(at + j, c...);
+      }((V{} + coefficients[row])...);
+      for (; j < length; j++) f(at + j, coefficients[row]...);
+    }
+  }
+}
+
+// Adds up f(offset, value of the channel, accumulators [S]) over a tile into acc [S][stride], which has one vector per
+// entry (NCHW) or one element per entry (channels-last).
+template <bool CL, int S, class A, class F>
+INLINE void reduce(int64_t rows, int64_t length, const A* coefficients, A* acc, int64_t stride, F f) {
+  using V = typename Simd<A>::vec;
+  constexpr int64_t W = Simd<A>::W, U = 4;  // U independent accumulators hide the latency of an addition
+  if (CL) {
+    int64_t j = 0;
+    for (; j + U * W <= length; j += U * W) {
+      V a[U][S], c[U];
+      for (int64_t i = 0; i < U; i++) {
+        c[i] = load<V>(coefficients + j + i * W);
+        for (int s = 0; s < S; s++) a[i][s] = load<V>(acc + s * stride + j + i * W);
+      }
+      for (int64_t row = 0; row < rows; row++) {
+        for (int64_t i = 0; i < U; i++) f(row * length + j + i * W, c[i], a[i]);
+      }
+      for (int64_t i = 0; i < U; i++) {
+        for (int s = 0; s < S; s++) store(acc + s * stride + j + i * W, a[i][s]);
+      }
+    }
+    for (; j < length; j++) {
+      A a[S];
+      for (int s = 0; s < S; s++) a[s] = acc[s * stride + j];
+      for (int64_t row = 0; row < rows; row++) f(row * length + j, coefficients[j], a);
+      for (int s = 0; s < S; s++) acc[s * stride + j] = a[s];
+    }
+  } else {
+    for (int64_t row = 0; row < rows; row++) {
+      int64_t j = row * length, end = j + length;
+      V a[U][S] = {}, c = V{} + coefficients[row];
+      for (; j + U * W <= end; j += U * W) {
+        for (int64_t i = 0; i < U; i++) f(j + i * W, c, a[i]);
+      }
+      for (; j + W <= end; j += W) f(j, c, a[0]);
+      A rest[S] = {};
+      for (; j < end; j++) f(j, coefficients[row], rest);
+      for (int s = 0; s < S; s++) {
+        A* to = acc + s * stride + row * W;
+        store(to, load<V>(to) + ((a[0][s] + a[1][s]) + (a[2][s] + a[3][s])));
+        to[0] += rest[s];
+      }
+    }
+  }
+}
+
+template <bool CL, class A>
+INLINE double total(const A* acc, int64_t entry) {
+  if (CL) return acc[entry];
+  double sum = 0;
+  for (int64_t l = 0; l < Simd<A>::W; l++) sum += acc[entry * Simd<A>::W + l];
+  return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 16-bit types are converted tile by tile; float and double are used where they lie
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+CLONES void to_float(const T* p, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = static_cast<float>(p[i]);
+}
+
+template <class T>
+CLONES void from_float(const float* p, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = static_cast<T>(p[i]);
+}
+
+template <class A>
+const A* read(int type, const void* p, int64_t offset, int64_t n, A* buffer) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (type == kBFloat16) return to_float(static_cast<const at::BFloat16*>(p) + offset, n, buffer), buffer;
+    if (type == kFloat16) return to_float(static_cast<const at::Half*>(p) + offset, n, buffer), buffer;
+  }
+  return static_cast<const A*>(p) + offset;
+}
+
+// The result of a tile: where it lies, or a buffer for 16-bit types, which `finish` converts.
+template <class A>
+struct Result {
+  int type;
+  bool past_caches;
+  A buffer[kTile];
+
+  Result(const PdartsMixed& m, int64_t results) : type(m.type) {
+    bool aligned = (m.channels_last ? m.C : m.HW) * sizeof(A) % 16 == 0;
+    past_caches = type != kBFloat16 && type != kFloat16 && aligned && results * m.N * m.C * m.HW > kStream;
+  }
+  A* at(void* p, int64_t offset) { return type == kBFloat16 || type == kFloat16 ? buffer : static_cast<A*>(p) + offset; }
+  template <class V>
+  INLINE void put(A* p, V v) const {
+    past_caches ? stream(p, v) : store(p, v);
+  }
+  void finish(void* p, int64_t offset, int64_t n) {
+    if constexpr (std::is_same_v<A, float>) {
+      if (type == kBFloat16) from_float(buffer, n, static_cast<at::BFloat16*>(p) + offset);
+      if (type == kFloat16) from_float(buffer, n, static_cast<at::Half*>(p) + offset);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The four passes, each for one unit of work
+// ---------------------------------------------------------------------------------------------------------------------
+
+// partial [4][entries]: count, sum of (x - pivot), sum of (x - pivot)^2, and pivot: the mean of the channel's first
+// elements of the unit, which keeps the squares small.
+template <bool CL, class A>
+CLONES void statistics_unit(const Layout& l, const PdartsMixed& m, int k, int64_t group, int64_t unit, double* partial) {
+  A buffer[kTile];
+  int64_t stride = l.entries * (CL ? 1 : Simd<A>::W);
+  std::vector<A> memory(l.entries + 2 * stride, A(0));
+  A *pivot = memory.data(), *acc = pivot + l.entries;
+  double *count = partial, *sum = count + l.entries, *square = sum + l.entries, *pivots = square + l.entries;
+  std::fill(count, count + l.entries, 0.0);
+  l.for_tiles<CL>(group, unit, [&](int64_t offset, int64_t rows, int64_t length, int64_t entry, bool first) ALWAYS {
+    const A* x = read(m.type, m.x[k], offset, rows * length, buffer);
+    int64_t here = CL ? length : rows, each = CL ? rows : length;
+    if (first) {
+      int64_t some = std::min<int64_t>(each, CL ? 8 : 64);
+      for (int64_t i = 0; i < here; i++) {
+        A all = 0;
+        for (int64_t j = 0; j < some; j++) all += CL ? x[j * length + i] : x[i * length + j];
+        pivot[entry + i] = all / some;
+      }
+    }
+    for (int64_t i = entry; i < entry + here; i++) count[i] += each;
+    A* to = acc + entry * (CL ? 1 : Simd<A>::W);
+    reduce<CL, 2, A>(rows, length, pivot + entry, to, stride, [&](int64_t i, auto p, auto* a) ALWAYS {
+      auto d = load<decltype(p)>(x + i) - p;
+      a[0] += d;
+      a[1] += d * d;
+    });
+  });
+  for (int64_t i = 0; i < l.entries; i++) {
+    sum[i] = total<CL>(acc, i), square[i] = total<CL>(acc + stride, i), pivots[i] = pivot[i];
+  }
+}
+
+// The statistics of a group's channels from the partial sums of its units.
+template <class A>
+void statistics_group(const Layout& l, const PdartsMixed& m, int k, int64_t group, const double* partial, int64_t step) {
+  double M = m.N * m.HW;
+  A *mean = static_cast<A*>(m.statistics) + k * m.C, *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
+  for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+    double s = 0, q = 0;
+    auto for_parts = [&](auto f) {
+      for (int64_t unit = 0; unit < l.chunks; unit++) {
+        const double* p = partial + unit * step;
+        l.for_entries(i, [&](int64_t e) { f(p[e], p[l.entries + e], p[2 * l.entries + e], p[3 * l.entries + e]); });
+      }
+    };
+    for_parts([&](double n, double sum, double, double pivot) { s += sum + n * pivot; });
+    s /= M;
+    for_parts([&](double n, double sum, double square, double pivot) {
+      double d = pivot - s;
+      q += square + d * (2 * sum + n * d);
+    });
+    q = std::max(q, 0.0) / M;
+    mean[c] = s, invstd[c] = 1 / std::sqrt(q + m.eps), variance[c] = q;
+  }
+}
+
+// y = sum_k scale_k * (x_k - mean_k)
+template <bool CL, bool PLAIN, class A>
+CLONES void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, void* y) {
+  using V = typename Simd<A>::vec;
+  constexpr int64_t W = Simd<A>::W, U = 4;
+  std::vector<A> coefficients(2 * m.K * l.entries), buffers;
+  A *means = coefficients.data(), *scales = means + m.K * l.entries;
+  if (m.type == kBFloat16 || m.type == kFloat16) buffers.resize(kAtOnce * kTile);
+  const A *w = static_cast<const A*>(m.weights), *statistics = static_cast<const A*>(m.statistics);
+  for (int64_t k = 0; k < m.K; k++) {
+    for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+      l.for_entries(i, [&](int64_t e) {
+        means[k * l.entries + e] = PLAIN ? A(0) : statistics[k * m.C + c];
+        scales[k * l.entries + e] = PLAIN ? w[k] : w[k] * statistics[(m.K + k) * m.C + c];
+      });
+    }
+  }
+  Result<A> result(m, 1);
+  l.for_tiles<CL>(group, unit, [&](int64_t offset, int64_t rows, int64_t length, int64_t entry, bool) ALWAYS {
+    int64_t n = rows * length;
+    A* out = result.at(y, offset);
+    for (int k0 = 0; k0 < m.K; k0 += kAtOnce) {
+      int K = std::min(kAtOnce, m.K - k0);
+      bool last = k0 + K == m.K;
+      const A* x[kAtOnce];
+      for (int k = 0; k < K; k++) x[k] = read(m.type, m.x[k0 + k], offset, n, buffers.data() + k * kTile);
+      for (int64_t row = 0; row < rows; row++) {
+        const A *mean = means + k0 * l.entries + entry + (CL ? 0 : row), *scale = scales + (mean - means);
+        int64_t j = 0, at = row * length;
+        // u values of type T at j: vectors, or one element in the tail
+        auto step = [&](auto zero, auto unroll) ALWAYS {
+          using T = decltype(zero);
+          constexpr int64_t u = decltype(unroll)::value, w = sizeof(T) / sizeof(A);
+          T sum[u];
+          for (int64_t i = 0; i < u; i++) sum[i] = k0 ? load<T>(out + at + j + i * w) : zero;
+          for (int k = 0; k < K; k++) {
+            for (int64_t i = 0; i < u; i++) {
+              const A *a = mean + k * l.entries, *b = scale + k * l.entries;
+              T v = load<T>(x[k] + at + j + i * w);
+              T s = CL ? load<T>(b + j + i * w) : zero + *b;
+              if (!PLAIN) v -= CL ? load<T>(a + j + i * w) : zero + *a;
+              sum[i] += s * v;
+            }
+          }
+          for (int64_t i = 0; i < u; i++) {
+            last ? result.put(out + at + j + i * w, sum[i]) : store(out + at + j + i * w, sum[i]);
+          }
+          j += u * w;
+        };
+        while (j + U * W <= length) step(V{}, std::integral_constant<int64_t, U>());
+        while (j + W <= length) step(V{}, std::integral_constant<int64_t, 1>());
+        while (j < length) step(A(0), std::integral_constant<int64_t, 1>());
+      }
+    }
+    result.finish(y, offset, n);
+  });
+}
+
+// partial [K+1][entries]: sum of g * (x_k - mean_k), and in the last row sum of g.
+template <bool CL, class A>
+CLONES void backward_sums_unit(
+    const Layout& l, const PdartsMixed& m, uint64_t needed, int64_t group, int64_t unit, const void* g, double* partial) {
+  A buffer[kTile], g_buffer[kTile];
+  int64_t stride = l.entries * (CL ? 1 : Simd<A>::W);
+  std::vector<A> memory((m.K + 1) * (stride + l.entries), A(0));
+  A *acc = memory.data(), *means = acc + (m.K + 1) * stride;
+  const A* statistics = static_cast<const A*>(m.statistics);
+  for (int64_t k = 0; statistics && k < m.K; k++) {
+    for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+      l.for_entries(i, [&](int64_t e) { means[k * l.entries + e] = statistics[k * m.C + c]; });
+    }
+  }
+  l.for_tiles<CL>(group, unit, [&](int64_t offset, int64_t rows, int64_t length, int64_t entry, bool) ALWAYS {
+    const A* gradient = read(m.type, g, offset, rows * length, g_buffer);
+    A* to = acc + entry * (CL ? 1 : Simd<A>::W);
+    for (int k = 0; k < m.K; k++) {
+      if (!(needed >> k & 1)) continue;
+      const A* x = read(m.type, m.x[k], offset, rows * length, buffer);
+      const A* mean = means + k * l.entries + entry;
+      reduce<CL, 1, A>(rows, length, mean, to + k * stride, 0, [&](int64_t i, auto mean, auto* a) ALWAYS {
+        using V = decltype(mean);
+        a[0] += load<V>(gradient + i) * (load<V>(x + i) - mean);
+      });
+    }
+    if (!statistics) return;
+    reduce<CL, 1, A>(rows, length, means + m.K * l.entries, to + m.K * stride, 0, [&](int64_t i, auto v, auto* a) ALWAYS {
+      a[0] += load<decltype(v)>(gradient + i);
+    });
+  });
+  for (int64_t k = 0; k <= m.K; k++) {
+    for (int64_t i = 0; i < l.entries; i++) partial[k * l.entries + i] = total<CL>(acc + k * stride, i);
+  }
+}
+
+// grad_x_k = a_k * g + b_k * (x_k - mean_k) + c_k; sums [K+1][C] as in backward_sums_unit.
+template <bool CL, class A>
+CLONES void backward_inputs_unit(
+    const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, const void* g, const double* sums,
+    void* const* grad_x) {
+  A buffer[kTile], g_buffer[kTile];
+  std::vector<A> coefficients(4 * m.K * l.entries);
+  int64_t step = m.K * l.entries;
+  A *as = coefficients.data(), *bs = as + step, *cs = bs + step, *means = cs + step;
+  const A *w = static_cast<const A*>(m.weights), *statistics = static_cast<const A*>(m.statistics);
+  double M = m.N * m.HW;
+  for (int64_t k = 0; k < m.K; k++) {
+    for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+      A invstd = statistics ? statistics[(m.K + k) * m.C + c] : A(1), a = w[k] * invstd;
+      bool batch = m.batch >> k & 1;
+      A b = batch ? -a * invstd * invstd * sums[k * l.C + c] / M : 0, d = batch ? -a * sums[m.K * l.C + c] / M : 0;
+      l.for_entries(i, [&](int64_t e) {
+        e += k * l.entries;
+        as[e] = a, bs[e] = b, cs[e] = d, means[e] = statistics ? statistics[k * m.C + c] : A(0);
+      });
+    }
+  }
+  Result<A> result(m, m.K - std::count(grad_x, grad_x + m.K, nullptr));
+  l.for_tiles<CL>(group, unit, [&](int64_t offset, int64_t rows, int64_t length, int64_t entry, bool) ALWAYS {
+    int64_t n = rows * length;
+    const A* gradient = read(m.type, g, offset, n, g_buffer);
+    for (int k = 0; k < m.K; k++) {
+      if (!grad_x[k]) continue;
+      A* out = result.at(grad_x[k], offset);
+      int64_t e = k * l.entries + entry;
+      if (m.batch >> k & 1) {
+        const A* x = read(m.type, m.x[k], offset, n, buffer);
+        map<CL, A>(rows, length, [&](int64_t i, auto a, auto b, auto c, auto mean) ALWAYS {
+          using V = decltype(a);
+          result.put(out + i, a * load<V>(gradient + i) + (b * (load<V>(x + i) - mean) + c));
+        }, as + e, bs + e, cs + e, means + e);
+      } else {
+        map<CL, A>(rows, length, [&](int64_t i, auto a) ALWAYS {
+          result.put(out + i, a * load<decltype(a)>(gradient + i));
+        }, as + e);
+      }
+      result.finish(grad_x[k], offset, n);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The functions of mixed_op.h
+// ---------------------------------------------------------------------------------------------------------------------
+
+// f(0.0f) or f(0.0): the type that is accumulated in.
+template <class F>
+void for_accumulator(int type, F f) {
+  type == kFloat64 ? f(double()) : f(float());
+}
+
+void parallel(int64_t n, const std::function<void(int64_t)>& f, bool backwards = false) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(backwards ? begin + end - 1 - i : i);
+#ifdef __SSE2__
+    _mm_sfence();  // what was written past the caches is there before another thread reads it
+#endif
+  });
+}
+
+// sums(group, unit) for all units of a group, then finish(group), then apply(group, unit): group by group, so that the
+// second pass finds in the cache what the first has read, unless threads are too many to share a group.
+template <class Sums, class Finish, class Apply>
+void two_passes(const Layout& l, Sums sums, Finish finish, Apply apply) {
+  bool one_by_one = l.chunks >= 2 * at::get_num_threads();
+  int64_t step = one_by_one ? 1 : l.groups, units = step * l.chunks;
+  for (int64_t group = 0; group < l.groups; group += step) {
+    parallel(units, [&](int64_t i) { sums(group + i / l.chunks, i % l.chunks); });
+    parallel(step, [&](int64_t i) { finish(group + i); });
+    parallel(units, [&](int64_t i) { apply(group + i / l.chunks, i % l.chunks); }, true);
+  }
+}
+
+template <class Apply>
+void one_pass(const Layout& l, Apply apply) {
+  parallel(l.groups * l.chunks, [&](int64_t i) { apply(i / l.chunks, i % l.chunks); });
+}
+
+}  // namespace
+
+int64_t mixed_scratch_cpu(const PdartsMixed* m) {
+  int64_t doubles = 0;
+  for_accumulator(m->type, [&](auto t) {
+    Layout l(*m, Simd<decltype(t)>::W);
+    doubles = l.groups * l.chunks * l.entries * std::max(4 * m->K, m->K + 1) + (m->K + 1) * l.C;
+  });
+  return doubles * sizeof(double);
+}
+
+void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
+  const PdartsMixed& m = *call;
+  for_accumulator(m.type, [&](auto t) {
+    using A = decltype(t);
+    Layout l(m, Simd<A>::W);
+    int64_t part = 4 * l.entries;
+    double* partial = static_cast<double*>(scratch);
+    auto at = [&](int64_t group, int64_t unit, int64_t k) { return partial + ((group * l.chunks + unit) * m.K + k) * part; };
+    if (m.batch) {
+      A *mean = static_cast<A*>(m.statistics), *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
+      std::fill(mean, invstd, A(0)), std::fill(invstd, variance, A(1)), std::fill(variance, variance + m.K * m.C, A(0));
+    }
+    if (m.N * m.HW == 0) return;
+    auto apply = [&](int64_t group, int64_t unit) {
+      auto pass = l.channels_last ? forward_unit<true, false, A> : forward_unit<false, false, A>;
+      if (!m.statistics) pass = forward_unit<false, true, A>;
+      pass(l, m, group, unit, y);
+    };
+    if (!m.batch) return one_pass(l, apply);
+    two_passes(l, [&](int64_t group, int64_t unit) {
+      for (int k = 0; k < m.K; k++) {
+        if (!(m.batch >> k & 1)) continue;
+        auto pass = l.channels_last ? statistics_unit<true, A> : statistics_unit<false, A>;
+        pass(l, m, k, group, unit, at(group, unit, k));
+      }
+    }, [&](int64_t group) {
+      for (int k = 0; k < m.K; k++) {
+        if (m.batch >> k & 1) statistics_group<A>(l, m, k, group, at(group, 0, k), m.K * part);
+      }
+    }, apply);
+  });
+}
+
+void mixed_backward_cpu(
+    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_weights, void* scratch, void*) {
+  const PdartsMixed& m = *call;
+  uint64_t inputs = 0;  // the candidates whose gradient is asked for
+  for (int k = 0; k < m.K; k++) inputs |= uint64_t(grad_x[k] != nullptr) << k;
+  uint64_t needed = grad_weights ? ~uint64_t(0) : m.batch & inputs;  // those whose sums are needed
+  for_accumulator(m.type, [&](auto t) {
+    using A = decltype(t);
+    Layout l(m, Simd<A>::W);
+    int64_t part = (m.K + 1) * l.entries;
+    double *sums = static_cast<double*>(scratch), *partial = sums + (m.K + 1) * l.C;
+    auto at = [&](int64_t group, int64_t unit) { return partial + (group * l.chunks + unit) * part; };
+    auto add_up = [&](int64_t group, int64_t unit) {
+      auto pass = l.channels_last ? backward_sums_unit<true, A> : backward_sums_unit<false, A>;
+      if (needed) pass(l, m, needed, group, unit, g, at(group, unit));
+    };
+    auto finish = [&](int64_t group) {
+      for (int64_t k = 0; k <= m.K && needed; k++) {
+        for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+          double& sum = sums[k * l.C + c] = 0;
+          for (int64_t unit = 0; unit < l.chunks; unit++) {
+            l.for_entries(i, [&](int64_t e) { sum += at(group, unit)[k * l.entries + e]; });
+          }
+        }
+      }
+    };
+    auto apply = [&](int64_t group, int64_t unit) {
+      auto pass = l.channels_last ? backward_inputs_unit<true, A> : backward_inputs_unit<false, A>;
+      if (inputs) pass(l, m, group, unit, g, sums, grad_x);
+    };
+    if (m.batch & inputs) {
+      two_passes(l, add_up, finish, apply);
+    } else {  // the inputs' gradients do not wait for the sums
+      one_pass(l, [&](int64_t group, int64_t unit) { add_up(group, unit), apply(group, unit); });
+      parallel(l.groups, finish);
+    }
+    for (int64_t k = 0; grad_weights && k < m.K; k++) {
+      const A* invstd = m.statistics ? static_cast<const A*>(m.statistics) + (m.K + k) * m.C : nullptr;
+      double sum = 0;
+      for (int64_t c = 0; c < l.C; c++) sum += sums[k * l.C + c] * (invstd ? invstd[c] : 1);
+      static_cast<A*>(grad_weights)[k] = sum;
+    }
+  });
+}
