@@ -58,6 +58,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:  # the mixed operation fused; without the folder everything runs in plain torch
+    import kernels as fused
+
+    fused.mixed_norm_sum  # noqa: B018  (there are other packages of this name)
+except (ImportError, AttributeError):
+    fused = None
+
 
 class InputError(ValueError):
     """What was given cannot be used or leads nowhere; the message says what was wrong and what was expected."""
@@ -304,12 +311,20 @@ EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + no
 def mixed_norm_sum(outputs, norms, weights):
     """Eq. 1 of the paper: sum_k weights[k] * norms[k](outputs[k]), the one place where candidates are added up.
 
-    The last batch norm of every candidate is part of it, so that a fused version need not store what it normalises.
+    The last batch norm of every candidate is part of it, so that the fused version need not store what it normalises.
 
     outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
-    weights: [K], softmax(alpha) of the edge. Returns [N,C,H,W].
+    weights: [K], softmax(alpha). Returns [N,C,H,W].
     """
-    return sum(w * (y if norm is None else norm(y)) for y, norm, w in zip(outputs, norms, weights, strict=True))
+    if fused is None or not fused.fused(outputs[0].device):
+        return sum(w * (y if norm is None else norm(y)) for y, norm, w in zip(outputs, norms, weights, strict=True))
+    tracked = [norm for norm in norms if norm is not None]
+    training = bool(tracked) and tracked[0].training
+    if training:
+        torch._foreach_add_([norm.num_batches_tracked for norm in tracked], 1)
+    means = [None if norm is None else norm.running_mean for norm in norms]
+    variances = [None if norm is None else norm.running_var for norm in norms]
+    return fused.mixed_norm_sum(outputs, weights, means, variances, training)
 
 
 class MixedOp(nn.Module):
@@ -317,11 +332,10 @@ class MixedOp(nn.Module):
 
     def __init__(self, candidates: tuple[str, ...], channels: int, stride: int):
         super().__init__()
-        # `none` contributes exactly zero: only its place in the softmax matters.
-        self.nonzero = [k for k, name in enumerate(candidates) if name != "none"]
-        self.zero = Zero(stride)
+        # `none`, always the first candidate, contributes exactly zero: only its place in the softmax matters.
+        self.skipped = int(candidates[0] == "none" and len(candidates) > 1)
         self.ops = nn.ModuleList()
-        for name in (candidates[k] for k in self.nonzero):
+        for name in candidates[self.skipped :]:
             op = OPERATIONS[name](channels, stride, affine=False)
             if "pool" in name:
                 op = Operation(op, nn.BatchNorm2d(channels, affine=False))
@@ -329,13 +343,14 @@ class MixedOp(nn.Module):
                 op = nn.Dropout(0.0)  # the rate is SearchNetwork.skip_dropout
             self.ops.append(op)
 
-    def forward(self, x, weights):  # [N, C, H, W], [K]
-        if not self.nonzero:
-            return self.zero(x)
+    def terms(self, x, weights):
+        """What `mixed_norm_sum` adds up: outputs, norms and weights of the candidates. x: [N,C,H,W], weights: [K]."""
         normed = [isinstance(op, (Operation, FactorizedReduce)) for op in self.ops]
         outputs = [op.before_norm(x) if n else op(x) for op, n in zip(self.ops, normed)]
-        norms = [op.norm if n else None for op, n in zip(self.ops, normed)]
-        return mixed_norm_sum(outputs, norms, [weights[k] for k in self.nonzero])
+        return outputs, [op.norm if n else None for op, n in zip(self.ops, normed)], weights[self.skipped :]
+
+    def forward(self, x, weights):
+        return mixed_norm_sum(*self.terms(x, weights))
 
 
 class SearchCell(nn.Module):
@@ -355,9 +370,11 @@ class SearchCell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(NODES):
             incoming = [
-                (edge, states[source], w) for (n, source), edge, w in zip(EDGES, self.edges, weights) if n == node
+                edge.terms(states[source], w) for (n, source), edge, w in zip(EDGES, self.edges, weights) if n == node
             ]
-            states.append(sum(edge(x, w) for edge, x, w in incoming))
+            # A node is the sum of its edges, each of which is a sum over candidates: one sum.
+            outputs, norms, ws = zip(*incoming)
+            states.append(mixed_norm_sum(sum(outputs, []), sum(norms, []), torch.cat(ws)))
         return torch.cat(states[2:], dim=1)
 
 
@@ -1427,6 +1444,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_kernels(mode: str, device: torch.device):
+    """How this process runs the mixed operation: fused ("on"), in plain torch ("off"), or fused if it can ("auto")."""
+    if fused is not None:
+        try:
+            fused.use(mode)
+            fused.fused(device)  # builds the kernels now rather than amid the search
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise InputError(f"kernels is {mode!r}: {error}") from None
+    elif mode == "on":
+        raise InputError(
+            "kernels is 'on', but there is no folder kernels beside pdarts.py; expected it, or auto or off"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The search (paper, sec. 3.2)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1477,21 +1508,30 @@ def accuracy(network, pictures: Pictures, limit: int | None = None, batch: int =
 
 
 def search(
-    config: SearchConfig, pictures: Pictures | None = None, out=None, device: str = "auto", show: bool = False
+    config: SearchConfig,
+    pictures: Pictures | None = None,
+    out=None,
+    device: str = "auto",
+    kernels: str | None = None,
+    show: bool = False,
 ) -> SearchResult:
     """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
 
     pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
+    kernels: "auto", "on" or "off", see `pick_kernels`; by default as the process does already.
     show: print progress. The random state of the caller is left as it was.
     """
     device = pick_device(device)
+    if kernels is not None:
+        pick_kernels(kernels, device)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
     halves = pictures.y_train.tensor_split([len(pictures.y_train) // 2])
     if not torch.isin(*halves).any():
         raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
     folder = Folder(out)
-    folder.write("config.json", _describe(config, pictures, device))
+    is_fused = fused is not None and fused.fused(device)
+    folder.write("config.json", _describe(config, pictures, device) | {"kernels": "fused" if is_fused else "plain"})
     learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
     epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
     progress = Progress([w * (config.epochs + learning) for w in epoch_work], show)
@@ -1916,7 +1956,7 @@ def _search_command(args):
         f"preset {args.preset}: searching on {len(pictures.x_train)} pictures of {pictures.name}, "
         f"{len(config.cells)} stages of {_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
     )
-    result = search(config, pictures, out, args.device, show=True)
+    result = search(config, pictures, out, args.device, args.kernels, show=True)
     print(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     print(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
@@ -1961,6 +2001,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
     _add_options(command, SEARCH_PRESETS)
+    command.add_argument(
+        "--kernels",
+        choices=("auto", "on", "off"),
+        help="the fused mixed operation: on, off, or on if it can be built (default: PDARTS_KERNELS, else auto)",
+    )
     command.set_defaults(run=_search_command)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
     command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
