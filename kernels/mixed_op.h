@@ -41,4 +41,4 @@ struct PdartsMixed {
       const PdartsMixed* m, const void* g, void* const* grad_x, void* grad_weights, void* scratch, void* stream);
 
 PDARTS_DECLARE(cpu)
-
+PDARTS_DECLARE(cuda)
