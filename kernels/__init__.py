@@ -1,4 +1,4 @@
-"""The mixed operation of differentiable architecture search, fused: forward and backward, on the CPU.
+"""The mixed operation of differentiable architecture search, fused: forward and backward, on CPU and CUDA.
 
     from kernels import mixed_sum, mixed_norm_sum
 
@@ -8,7 +8,7 @@
 
 `mixed_sum_ref` and `mixed_norm_sum_ref` are the same in plain torch. The folder works alone, copied into any project.
 
-The extension is compiled when it is first needed (by ninja and a C++ compiler) and cached.
+The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
 `use("off")` never tries; the environment variable PDARTS_KERNELS sets the mode at the start.
 """
@@ -32,7 +32,9 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("mixed_op.cpp", "mixed_op_cpu.cpp", "mixed_op.h")
+_SOURCES = ("mixed_op.cpp", "mixed_op_cpu.cpp")
+_CUDA_SOURCES = ("mixed_op.cu",)
+_HEADERS = ("mixed_op.h",)
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,22 +196,52 @@ def fused(device: str | torch.device = "cpu") -> bool:
 def load(kind: str = "cpu"):
     """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
     global _loaded
-    if kind != "cpu":
-        raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu")
+    if kind not in ("cpu", "cuda"):
+        raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu or cuda")
     with _lock:
         if not _loaded and not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
             _load_library()
             _register_fakes()
         _loaded = True
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", kind.upper()):
+            raise RuntimeError(_no_cuda or "the kernels were built for the CPU only, by another copy of them")
+
+
+_no_cuda = ""  # why the library serves no CUDA device
 
 
 def _load_library():
-    """One process builds, in a folder of its own, and moves the result into the cache; the others wait for it."""
+    global _no_cuda
+    _no_cuda = _why_no_cuda()
+    if not _no_cuda:
+        try:
+            return torch.ops.load_library(_library(cuda=True))
+        except RuntimeError as error:
+            _no_cuda = str(error)
+    torch.ops.load_library(_library(cuda=False))
+
+
+def _why_no_cuda():
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if cpp_extension.CUDA_HOME is None:
+        return "there is no CUDA compiler; expected nvcc in PATH or in the folder that CUDA_HOME names"
+    return ""
+
+
+def _library(cuda):
+    """The built library. One process builds, in a folder of its own, and moves it into the cache; the others wait."""
     from torch.utils import cpp_extension
 
     folder = pathlib.Path(__file__).resolve().parent
-    key = hashlib.sha256(repr((torch.__version__, platform.machine(), _FLAGS)).encode())
-    for name in _SOURCES:
+    sources = _SOURCES + _CUDA_SOURCES * cuda
+    capabilities = sorted(
+        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else ()
+    )
+    key = hashlib.sha256(repr((torch.__version__, platform.machine(), _FLAGS, capabilities)).encode())
+    for name in sources + _HEADERS:
         key.update((folder / name).read_bytes())
     cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     cache = cache / "pdarts_kernels"
@@ -217,16 +249,17 @@ def _load_library():
     library = cache / f"{key.hexdigest()[:16]}.so"
     with _file_lock(library.with_suffix(".lock")):
         if not library.exists():
-            _build(folder, library)
-    torch.ops.load_library(library)
+            _build([str(folder / name) for name in sources], library, cuda)
+    return library
 
 
-def _build(folder, library):
+def _build(sources, library, cuda):
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise RuntimeError(f"there is no C++ compiler {compiler!r}; expected one in PATH or named by CXX")
+    print("compiling the fused kernels, once on this machine; this takes about a minute ...", file=sys.stderr)
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         # ninja lies beside this Python even where its folder is not in PATH.
@@ -234,10 +267,12 @@ def _build(folder, library):
         try:
             cpp_extension.load(
                 name="pdarts_kernels",
-                sources=[str(folder / name) for name in _SOURCES if name.endswith(".cpp")],
-                extra_cflags=_FLAGS,
+                sources=sources,
+                extra_cflags=_FLAGS + ["-DPDARTS_CUDA"] * cuda,
+                extra_cuda_cflags=["-O3"],
                 build_directory=scratch,
                 is_python_module=False,
+                with_cuda=cuda,
             )
         except (RuntimeError, OSError, ImportError) as error:
             lines = str(error).splitlines() or [""]

@@ -4,6 +4,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#ifdef PDARTS_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
@@ -77,16 +83,17 @@ at::MemoryFormat format_of(const Tensor& t) {
                                                                      : at::MemoryFormat::Contiguous;
 }
 
-// What mixed_op.h takes: K candidates in one memory format, on one device.
+// What mixed_op.h takes: K candidates in one memory format, on one device, which is current while it lives.
 struct Call : PdartsMixed {
   Tensor like;  // has the shape, type and device
+  c10::OptionalDeviceGuard guard;
   at::MemoryFormat format;
   std::vector<Tensor> kept;  // owns the copies of what was in another format or type
 
   Call(const Tensor& like, const Tensor& weights, const std::optional<Tensor>& given, const std::vector<bool>& flags)
-      : PdartsMixed{}, like(like), format(format_of(like)) {
+      : PdartsMixed{}, like(like), guard(like.device()), format(format_of(like)) {
     N = like.size(0), C = like.size(1), HW = like.size(2) * like.size(3);
-    channels_last = format == at::MemoryFormat::ChannelsLast;
+    channels_last = format == at::MemoryFormat::ChannelsLast || HW == 1;  // for one pixel both formats are the same
     type = type_of(like);
     kept.push_back(weights.to(accumulated(like)).contiguous());
     this->weights = kept.back().const_data_ptr();
@@ -100,7 +107,35 @@ struct Call : PdartsMixed {
   void add(const Tensor& t) { x[K++] = t.defined() ? dense(t) : nullptr; }
   Tensor empty() const { return at::empty_like(like, like.options(), format); }
   Tensor accumulators(at::IntArrayRef sizes) const { return at::empty(sizes, like.options().dtype(accumulated(like))); }
-  Tensor scratch() const { return at::empty({mixed_scratch_cpu(this)}, like.options().dtype(at::kByte)); }
+
+  void forward(void* y) {
+#ifdef PDARTS_CUDA
+    if (like.is_cuda()) {
+      auto stream = c10::cuda::getCurrentCUDAStream();
+      mixed_forward_cuda(this, y, scratch(mixed_scratch_cuda(this)), stream);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      return;
+    }
+#endif
+    mixed_forward_cpu(this, y, scratch(mixed_scratch_cpu(this)), nullptr);
+  }
+  void backward(const void* g, void* const* grad_x, void* grad_weights) {
+#ifdef PDARTS_CUDA
+    if (like.is_cuda()) {
+      auto stream = c10::cuda::getCurrentCUDAStream();
+      mixed_backward_cuda(this, g, grad_x, grad_weights, scratch(mixed_scratch_cuda(this)), stream);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      return;
+    }
+#endif
+    mixed_backward_cpu(this, g, grad_x, grad_weights, scratch(mixed_scratch_cpu(this)), nullptr);
+  }
+
+ private:
+  void* scratch(int64_t bytes) {
+    kept.push_back(at::empty({bytes}, like.options().dtype(at::kByte)));
+    return kept.back().data_ptr();
+  }
 };
 
 std::vector<bool> flags_of(const char* name, const c10::List<bool>& flags, size_t K) {
@@ -136,8 +171,8 @@ std::tuple<Tensor, Tensor> mixed(
   Tensor computed = call.accumulators({call.batch ? 3 : 0, call.K, call.C});
   if (call.batch) call.statistics = computed.data_ptr();
   call.eps = eps;
-  Tensor y = call.empty(), scratch = call.scratch();
-  mixed_forward_cpu(&call, y.data_ptr(), scratch.data_ptr(), nullptr);
+  Tensor y = call.empty();
+  call.forward(y.data_ptr());
   return {y, computed};
 }
 
@@ -168,9 +203,8 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
     call.add(given[k]);
     if (needs[k]) grads.push_back(call.empty()), grad_x[k] = grads.back().data_ptr();
   }
-  Tensor grad_weights = call.accumulators({needs_weights ? call.K : 0}), scratch = call.scratch();
-  mixed_backward_cpu(
-      &call, g, grad_x.data(), needs_weights ? grad_weights.data_ptr() : nullptr, scratch.data_ptr(), nullptr);
+  Tensor grad_weights = call.accumulators({needs_weights ? call.K : 0});
+  call.backward(g, grad_x.data(), needs_weights ? grad_weights.data_ptr() : nullptr);
   return {std::move(grads), grad_weights.to(weights.scalar_type())};
 }
 
@@ -187,6 +221,16 @@ void update_running(
   check_running("running_means", running_means, normalised, statistics);
   check_running("running_vars", running_vars, normalised, statistics);
   if (!count) return;
+  double correction = static_cast<double>(count) / (count - 1);
+  if (!statistics.is_cpu()) {
+    std::vector<Tensor> means, vars;
+    for (size_t k = 0; k < flags.size(); k++) {
+      if (flags[k]) means.push_back(statistics[0][k]), vars.push_back(statistics[2][k]);
+    }
+    at::_foreach_mul_(running_means, 1 - momentum), at::_foreach_add_(running_means, means, momentum);
+    at::_foreach_mul_(running_vars, 1 - momentum), at::_foreach_add_(running_vars, vars, momentum * correction);
+    return;
+  }
   AT_DISPATCH_FLOATING_TYPES(statistics.scalar_type(), "update_running", [&] {
     const scalar_t* batch_mean = statistics.const_data_ptr<scalar_t>();
     int64_t C = statistics.size(2), variances = 2 * statistics.size(1) * C;
@@ -194,9 +238,8 @@ void update_running(
       if (!flags[k]) continue;
       scalar_t *mean = running_means[i].data_ptr<scalar_t>(), *var = running_vars[i++].data_ptr<scalar_t>();
       for (int64_t c = 0; c < C; c++) {
-        double unbiased = static_cast<double>(batch_mean[variances + c]) * count / (count - 1);
         mean[c] = momentum * batch_mean[c] + (1 - momentum) * mean[c];
-        var[c] = momentum * unbiased + (1 - momentum) * var[c];
+        var[c] = momentum * correction * batch_mean[variances + c] + (1 - momentum) * var[c];
       }
     }
   });
@@ -328,6 +371,14 @@ TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
   m.impl("mixed_backward", &mixed_backward);
   m.impl("update_running", &update_running);
 }
+
+#ifdef PDARTS_CUDA
+TORCH_LIBRARY_IMPL(pdarts, CUDA, m) {
+  m.impl("mixed", &mixed);
+  m.impl("mixed_backward", &mixed_backward);
+  m.impl("update_running", &update_running);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(pdarts, Autograd, m) {
   m.impl("mixed", &mixed_autograd);
