@@ -1444,18 +1444,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_kernels(mode: str, device: torch.device):
-    """How this process runs the mixed operation: fused ("on"), in plain torch ("off"), or fused if it can ("auto")."""
-    if fused is not None:
-        try:
+def pick_kernels(mode: str | None, device: torch.device) -> bool:
+    """How this process runs the mixed operation: fused ("on"), in plain torch ("off"), or fused if it can ("auto").
+
+    None: as before, at first PDARTS_KERNELS or "auto". Returns whether it is fused, and builds the kernels if it is.
+    """
+    if fused is None:
+        if mode == "on":
+            raise InputError(
+                "kernels is 'on', but no folder kernels lies beside pdarts.py; expected it, or auto or off"
+            )
+        return False
+    try:
+        if mode is not None:
             fused.use(mode)
-            fused.fused(device)  # builds the kernels now rather than amid the search
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            raise InputError(f"kernels is {mode!r}: {error}") from None
-    elif mode == "on":
-        raise InputError(
-            "kernels is 'on', but there is no folder kernels beside pdarts.py; expected it, or auto or off"
-        )
+        return fused.fused(device)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise InputError(f"the mixed operation cannot be fused: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1518,19 +1523,17 @@ def search(
     """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
 
     pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
-    kernels: "auto", "on" or "off", see `pick_kernels`; by default as the process does already.
+    kernels: "auto", "on" or "off", or None, see `pick_kernels`.
     show: print progress. The random state of the caller is left as it was.
     """
     device = pick_device(device)
-    if kernels is not None:
-        pick_kernels(kernels, device)
+    is_fused = pick_kernels(kernels, device)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
     halves = pictures.y_train.tensor_split([len(pictures.y_train) // 2])
     if not torch.isin(*halves).any():
         raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
     folder = Folder(out)
-    is_fused = fused is not None and fused.fused(device)
     folder.write("config.json", _describe(config, pictures, device) | {"kernels": "fused" if is_fused else "plain"})
     learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
     epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]

@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -1035,11 +1036,17 @@ def test_the_module_declares_what_it_needs_in_its_header():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fused_kernels():
+CUDA = torch.cuda.is_available()
+FRESH = (torch.zeros, torch.ones)  # running means and variances
+
+
+@pytest.fixture(params=["cpu", "cuda"] if CUDA else ["cpu"])
+def device(request):
+    """Of the tensors; the fused kernels are used."""
     before = kernels._mode
     kernels.use("on")
-    yield
+    kernels.fused(request.param)
+    yield request.param
     kernels._mode = before
 
 
@@ -1060,12 +1067,12 @@ def fused_kernels():
 )
 @pytest.mark.parametrize("normalised", [None, True, False])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, shape, count, normalised, dtype, bound):
+def test_fused_mixed_operation_equals_plain_torch(device, channels_last, shape, count, normalised, dtype, bound):
     """normalised: None for mixed_sum, else whether mixed_norm_sum is in training."""
     torch.manual_seed(0)
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    outputs = [torch.randn(shape, dtype=torch.float64).to(dtype).to(memory_format=memory) for _ in range(count)]
-    weights, gradient = torch.rand(count, dtype=torch.float64).to(dtype), torch.randn(shape, dtype=torch.float64)
+    outputs = [torch.randn(shape, dtype=torch.float64).to(device, dtype, memory_format=memory) for _ in range(count)]
+    weights, gradient = torch.rand(count, dtype=torch.float64).to(device, dtype), torch.randn(shape).double().to(device)
 
     def run(function, dtype):
         xs = [x.to(dtype).requires_grad_() for x in [y.detach().clone() for y in outputs]]
@@ -1073,7 +1080,7 @@ def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, 
         running = []
         if normalised is not None:  # the first candidate of three or more is an identity
             some = [count > 2 and k == 0 for k in range(count)]
-            running = [[None if s else f(shape[1], dtype=dtype) for s in some] for f in (torch.zeros, torch.ones)]
+            running = [[None if s else f(shape[1], dtype=dtype, device=device) for s in some] for f in FRESH]
         y = function(xs, w, *running, *[normalised] * (normalised is not None))
         assert y.is_contiguous(memory_format=memory)
         return [
@@ -1092,8 +1099,8 @@ def test_fused_mixed_operation_equals_plain_torch(fused_kernels, channels_last, 
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 
-def test_second_derivative_of_the_fused_sum_is_refused(fused_kernels):
-    x, w = torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(1, requires_grad=True)
+def test_second_derivative_of_the_fused_sum_is_refused(device):
+    w, x = leaves(device, 1)
     (gradient,) = torch.autograd.grad(kernels.mixed_sum([x], w).sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.sum().backward()
@@ -1112,44 +1119,44 @@ def test_second_derivative_of_the_fused_sum_is_refused(fused_kernels):
         ([torch.rand(1, 2, 3, 3)], torch.rand(1).double(), "weights is Double; expected float32 or Float"),
     ],
 )
-def test_fused_sum_names_what_does_not_fit(fused_kernels, outputs, weights, message):
+def test_fused_sum_names_what_does_not_fit(device, outputs, weights, message):
     with pytest.raises(RuntimeError, match=message):
-        kernels.mixed_sum(outputs, weights)
+        kernels.mixed_sum([y.to(device) for y in outputs], weights.to(device))
 
 
 def normed(weights, *outputs, function=kernels.mixed_norm_sum, none=1):
     """mixed_norm_sum in training, with fresh running statistics; the first `none` outputs are not normalised."""
-    channels, dtype = outputs[0].shape[1], torch.float64 if weights.dtype == torch.float64 else torch.float32
-    running = [[None] * none + [f(channels, dtype=dtype) for _ in outputs[none:]] for f in (torch.zeros, torch.ones)]
+    kind = {"dtype": torch.float64 if weights.dtype == torch.float64 else torch.float32, "device": weights.device}
+    running = [[None] * none + [f(outputs[0].shape[1], **kind) for _ in outputs[none:]] for f in FRESH]
     return function(list(outputs), weights, *running, True)
 
 
-def leaves(count, shape=(2, 3, 4, 5), dtype=torch.float32):
+def leaves(device, count, shape=(2, 3, 4, 5), dtype=torch.float32):
     torch.manual_seed(0)
     tensors = [torch.rand(count, dtype=dtype), *(torch.randn(shape, dtype=dtype) for _ in range(count))]
-    return [t.requires_grad_() for t in tensors]
+    return [t.to(device).requires_grad_() for t in tensors]
 
 
 FUSED = [lambda w, *xs: kernels.mixed_sum(list(xs), w), normed]
 
 
 @pytest.mark.parametrize("function", FUSED, ids=["sum", "norm"])
-def test_fused_gradients_are_numerical_derivatives(fused_kernels, function):
-    assert torch.autograd.gradcheck(function, leaves(3, dtype=torch.float64))
+def test_fused_gradients_are_numerical_derivatives(device, function):
+    assert torch.autograd.gradcheck(function, leaves(device, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("function", FUSED, ids=["sum", "norm"])
-def test_fused_operation_compiles_without_graph_breaks(fused_kernels, function):
-    inputs = leaves(3)
+def test_fused_operation_compiles_without_graph_breaks(device, function):
+    inputs = leaves(device, 3)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function))
     assert all(map(torch.equal, mine, right))
 
 
-def test_fused_operators_pass_opcheck(fused_kernels):
-    ops, (weights, *outputs) = torch.ops.pdarts, leaves(3)
-    detached, statistics, batch = [x.detach() for x in outputs], torch.rand(3, 3, 3), [False, True, True]
-    running = [[f(3), f(3)] for f in (torch.zeros, torch.ones)]
+def test_fused_operators_pass_opcheck(device):
+    ops, (weights, *outputs) = torch.ops.pdarts, leaves(device, 3)
+    detached, statistics, batch = [x.detach() for x in outputs], torch.rand(3, 3, 3, device=device), [False, True, True]
+    running = [[f(3, device=device), f(3, device=device)] for f in FRESH]
     for op, arguments in (
         (ops.mixed, (outputs, weights, None, [False] * 3, 0.0)),
         (ops.mixed, (outputs, weights, statistics, [False] * 3, 0.0)),
@@ -1160,8 +1167,8 @@ def test_fused_operators_pass_opcheck(fused_kernels):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
-def test_fused_operation_gives_the_same_bits_with_any_number_of_threads(fused_kernels):
-    inputs, threads, results = leaves(3, (32, 16, 32, 32)), torch.get_num_threads(), []
+def test_fused_operation_gives_the_same_bits_with_any_number_of_threads(device):
+    inputs, threads, results = leaves(device, 3, (32, 16, 32, 32)), torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
@@ -1173,16 +1180,16 @@ def test_fused_operation_gives_the_same_bits_with_any_number_of_threads(fused_ke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_16_bit_result_is_the_rounded_float32_result(fused_kernels, dtype):
-    weights, *outputs = (t.detach() for t in leaves(5, (3, 16, 8, 8)))
+def test_fused_16_bit_result_is_the_rounded_float32_result(device, dtype):
+    weights, *outputs = (t.detach() for t in leaves(device, 5, (3, 16, 8, 8)))
     outputs = [y.to(dtype) for y in outputs]
     exact = normed(weights, *(y.float() for y in outputs)).to(dtype)
     units = normed(weights, *outputs).view(torch.int16).int() - exact.view(torch.int16).int()
     assert units.abs().max() <= 1
 
 
-def test_fused_operation_keeps_only_what_its_gradients_need(fused_kernels):
-    weights, *outputs = leaves(3)
+def test_fused_operation_keeps_only_what_its_gradients_need(device):
+    weights, *outputs = leaves(device, 3)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         kernels.mixed_sum(outputs, weights.detach())
@@ -1192,8 +1199,8 @@ def test_fused_operation_keeps_only_what_its_gradients_need(fused_kernels):
     assert sorted(t.dim() for t in kept) == [1, 3, 4, 4, 4]  # weights, statistics, outputs
 
 
-def test_fused_norm_is_no_worse_than_torch_where_the_mean_is_large(fused_kernels):
-    weights, *outputs = (t.detach() for t in leaves(3, (32, 16, 16, 16)))
+def test_fused_norm_is_no_worse_than_torch_where_the_mean_is_large(device):
+    weights, *outputs = (t.detach() for t in leaves(device, 3, (32, 16, 16, 16)))
     outputs = [y + 1000 for y in outputs]
     plain = kernels.mixed_norm_sum_ref
     right = normed(weights.double(), *(y.double() for y in outputs), function=plain, none=0)
@@ -1201,11 +1208,11 @@ def test_fused_norm_is_no_worse_than_torch_where_the_mean_is_large(fused_kernels
     assert (mine - right).norm() <= (torchs - right).norm()
 
 
-def test_fused_operation_takes_no_pictures_and_expanded_gradients(fused_kernels):
-    empty = leaves(2, (0, 3, 4, 4))
+def test_fused_operation_takes_no_pictures_and_expanded_gradients(device):
+    empty = leaves(device, 2, (0, 3, 4, 4))
     y = normed(*empty)
     assert y.shape == (0, 3, 4, 4) and not any(g.any() for g in torch.autograd.grad(y.sum(), empty))
-    inputs = leaves(2, dtype=torch.float64)
+    inputs = leaves(device, 2, dtype=torch.float64)
     mine = torch.autograd.grad(kernels.mixed_sum(inputs[1:], inputs[0]).sum(), inputs)
     right = torch.autograd.grad(kernels.mixed_sum_ref(inputs[1:], inputs[0]).sum(), inputs)
     assert all(map(torch.allclose, mine, right))
@@ -1220,14 +1227,99 @@ def test_fused_operation_takes_no_pictures_and_expanded_gradients(fused_kernels)
         ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
     ],
 )
-def test_fused_norm_names_what_does_not_fit(fused_kernels, means, variances, message):
+def test_fused_norm_names_what_does_not_fit(device, means, variances, message):
+    means, variances = ([None if t is None else t.to(device) for t in ts] for ts in (means, variances))
     with pytest.raises(RuntimeError, match=message):
-        kernels.mixed_norm_sum([torch.rand(2, 2, 3, 3)] * 2, torch.rand(2), means, variances, True)
+        kernels.mixed_norm_sum(
+            [torch.rand(2, 2, 3, 3).to(device)] * 2, torch.rand(2).to(device), means, variances, True
+        )
 
 
-def test_fused_norm_refuses_a_single_value_per_channel(fused_kernels):
+def test_fused_norm_refuses_a_single_value_per_channel(device):
     with pytest.raises(RuntimeError, match="expected more than one value per channel"):
-        normed(*leaves(2, (1, 3, 1, 1)))
+        normed(*leaves(device, 2, (1, 3, 1, 1)))
+
+
+def test_a_fused_search_network_computes_what_the_plain_one_does(device):
+    results = []
+    for mode in ("on", "off"):
+        kernels.use(mode)
+        torch.manual_seed(0)
+        network = SearchNetwork(4, 10, 3, ALL, ALL).to(device, torch.float64)
+        loss = F.cross_entropy(network(torch.randn(6, 3, 16, 16).double().to(device)), torch.arange(6, device=device))
+        gradients = torch.autograd.grad(loss, network.alphas() + network.weights())
+        results.append([loss, *gradients, *network.buffers()])
+        with torch.no_grad():
+            results[-1].append(network.eval()(torch.ones(2, 3, 16, 16).double().to(device)))
+    assert all(torch.allclose(mine, right, rtol=1e-9, atol=1e-12) for mine, right in zip(*results, strict=True))
+
+
+def test_fused_operation_takes_slices_and_outputs_in_different_memory_formats(device):
+    weights, *outputs = (t.detach() for t in leaves(device, 4, (4, 6, 8, 8), torch.float64))
+    strange = [outputs[0].to(memory_format=torch.channels_last), outputs[1][:, :, ::2].repeat_interleave(2, 2)]
+    strange += [outputs[2].transpose(2, 3), outputs[3][:1].expand(4, -1, -1, -1)]
+    for order in (strange, strange[::-1], [y[1:3, 1:, ::3, 1:] for y in strange]):
+        inputs = [weights.clone().requires_grad_(), *(y.detach().requires_grad_() for y in order)]
+        mine, right = (normed(*inputs, function=f) for f in (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref))
+        gradient = torch.randn_like(right).transpose(2, 3).contiguous().transpose(2, 3)
+        gradients = [torch.autograd.grad(y, inputs, gradient) for y in (mine, right)]
+        assert torch.allclose(mine, right) and all(map(torch.allclose, *gradients))
+
+
+def test_fused_operation_leaves_alone_what_needs_no_gradient(device):
+    weights, *outputs = leaves(device, 4, dtype=torch.float64)
+    every = torch.autograd.grad(normed(weights, *outputs).square().sum(), [weights, *outputs])
+    for needed in ([1], [0], [2, 4], [0, 3]):
+        inputs = [t.detach().requires_grad_(i in needed) for i, t in enumerate([weights, *outputs])]
+        some = torch.autograd.grad(normed(*inputs).square().sum(), [inputs[i] for i in needed])
+        assert all(torch.allclose(mine, every[i], rtol=1e-12) for mine, i in zip(some, needed, strict=True))
+
+
+def test_fused_operation_under_autocast_takes_the_widest_type_of_its_outputs(device):
+    weights, *outputs = (t.detach() for t in leaves(device, 3))
+    short = [outputs[0].bfloat16(), outputs[1].bfloat16(), outputs[2]]
+    with torch.autocast(device, torch.bfloat16):
+        y = kernels.mixed_sum(short, weights)
+        assert kernels.mixed_sum(short[:2], weights[:2]).dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert torch.allclose(y, kernels.mixed_sum_ref([x.float() for x in short], weights), atol=1e-6)
+
+
+@pytest.mark.skipif("PDARTS_LARGE" not in os.environ, reason="needs 20 GB: set PDARTS_LARGE=1")
+def test_fused_operation_takes_more_elements_than_32_bits_count(device):
+    shape = (2, 2, 1 << 15, (1 << 14) + 1)  # 2^31 + 2^17 elements
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    x[-1, -1, -1] = 1
+    running = [[f(2, device=device)] for f in FRESH]
+    weights = torch.full((1,), 2.0, device=device, requires_grad=True)
+    y = kernels.mixed_sum([x], weights)
+    assert y[-1, -1, -1].eq(2).all() and y.count_nonzero() == shape[-1]
+    (gradient,) = torch.autograd.grad(y, weights, x)
+    assert gradient.item() == shape[-1]
+    del y
+    y = kernels.mixed_norm_sum([x], weights.detach(), *running, True)
+    assert y[-1, -1, -1].gt(100).all() and y[:, 0].eq(0).all()
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_fused_operation_in_a_cuda_graph_and_on_another_stream():
+    kernels.use("auto")
+    inputs = leaves("cuda", 3, (8, 16, 8, 8))
+
+    def step():
+        y = normed(*inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    right, stream, graph = step(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        there = step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, right, there)) and all(map(torch.equal, right, captured))
 
 
 def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(tmp_path):
@@ -1250,6 +1342,25 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_
     assert run.stdout.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
 
 
-def test_unknown_mode_of_the_kernels_is_refused():
+@pytest.mark.parametrize("mode, status", [("on", 2), ("auto", 0)])
+def test_the_module_works_without_its_kernels(tmp_path, mode, status):
+    shutil.copy(HERE / "pdarts.py", tmp_path)
+    arguments = "search --cells 3 3 3 --channels 2 --pictures 32 --epochs 1 --warmup 0 --batch 16 --out out --kernels"
+    run = subprocess.run(
+        [sys.executable, "pdarts.py", *arguments.split(), mode], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == status, run.stderr
+    if status:
+        assert run.stderr == (
+            "pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py; expected it, or auto or off\n"
+        )
+    else:
+        assert json.loads((tmp_path / "out/config.json").read_text())["kernels"] == "plain"
+
+
+def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "_mode", "perhaps")  # from PDARTS_KERNELS
+    with pytest.raises(ValueError, match="PDARTS_KERNELS is 'perhaps'; expected one of"):
+        kernels.fused()
     with pytest.raises(ValueError, match="the mode of the kernels is 'maybe'; expected one of"):
         kernels.use("maybe")

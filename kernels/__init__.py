@@ -66,7 +66,7 @@ def mixed_sum(outputs, weights):
     for what does not fit together. Differentiable once.
     """
     outputs = _one_dtype(outputs)
-    if not fused(outputs[0].device if outputs else "cpu"):
+    if not fused(outputs[0].device):
         return mixed_sum_ref(outputs, weights)
     return torch.ops.pdarts.mixed(outputs, weights, None, [False] * len(outputs), 0.0)[0]
 
@@ -81,7 +81,7 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
     and channel.
     """
     outputs = _one_dtype(outputs)
-    if not fused(outputs[0].device if outputs else "cpu"):
+    if not fused(outputs[0].device):
         return mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, momentum, eps)
     if not len(outputs) == len(running_means) == len(running_vars):
         raise RuntimeError(
@@ -114,7 +114,9 @@ def _running_statistics(means, vars, normalised, eps):
 def _one_dtype(outputs):
     """Under autocast some operations return float32 and others a shorter type: the widest of them, as `+` would."""
     outputs = list(outputs)
-    if outputs and torch.is_autocast_enabled(outputs[0].device.type):
+    if not outputs:
+        raise RuntimeError("outputs has 0 tensors; expected 1 to 64")
+    if torch.is_autocast_enabled(outputs[0].device.type):
         dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
         outputs = [y.to(dtype) for y in outputs]
     return outputs
@@ -155,6 +157,7 @@ def _register_fakes():
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
 _loaded = False
+_served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 
 
@@ -174,12 +177,12 @@ def fused(device: str | torch.device = "cpu") -> bool:
     Call it, or `use("on")`, before torch.compile with fullgraph=True, which cannot look into a build.
     """
     kind = device if isinstance(device, str) else device.type
-    if _mode == "off":
-        return False
-    if _loaded and kind == "cpu":
-        return True
     if _mode not in MODES:
         raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
+    if _mode == "off":
+        return False
+    if kind in _served:
+        return True
     if _mode == "on":
         load(kind)
         return True
@@ -205,6 +208,7 @@ def load(kind: str = "cpu"):
         _loaded = True
         if not torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", kind.upper()):
             raise RuntimeError(_no_cuda or "the kernels were built for the CPU only, by another copy of them")
+        _served.add(kind)
 
 
 _no_cuda = ""  # why the library serves no CUDA device
