@@ -269,6 +269,8 @@ bool any_requires_grad(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
 
+std::optional<Tensor> given(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
+
 // What autograd does not look into.
 struct Settings {
   std::optional<Tensor> statistics;
@@ -281,18 +283,14 @@ struct Mixed : torch::autograd::Function<Mixed> {
       AutogradContext* ctx, at::TensorList outputs, const Tensor& weights, const Settings& settings) {
     auto [y, computed] = below_autograd(outputs, weights, settings.statistics, settings.batch, settings.eps);
     bool training = std::count(settings.batch.begin(), settings.batch.end(), true);
-    bool needs_weights = weights.requires_grad();
-    Flags needs;
     variable_list kept{weights, training ? computed : settings.statistics.value_or(Tensor())};
     for (size_t k = 0; k < outputs.size(); k++) {
-      needs.push_back(outputs[k].requires_grad());
       // Its gradient depends on an output only through the statistics.
-      kept.push_back(needs_weights || (settings.batch[k] && needs[k]) ? outputs[k] : Tensor());
+      bool needed = weights.requires_grad() || (settings.batch[k] && outputs[k].requires_grad());
+      kept.push_back(needed ? outputs[k] : Tensor());
     }
     ctx->save_for_backward(kept);
     ctx->saved_data["batch"] = settings.batch;
-    ctx->saved_data["needs"] = needs;
-    ctx->saved_data["needs_weights"] = needs_weights;
     ctx->mark_non_differentiable({computed});
     return {y, computed};
   }
@@ -300,11 +298,13 @@ struct Mixed : torch::autograd::Function<Mixed> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static auto op = operator_of<decltype(mixed_backward)>("pdarts::mixed_backward");
     variable_list kept = ctx->get_saved_variables();
-    auto given = [](const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; };
     c10::List<std::optional<Tensor>> outputs;
-    for (size_t i = 2; i < kept.size(); i++) outputs.push_back(given(kept[i]));
-    Flags batch = ctx->saved_data["batch"].toBoolList(), needs = ctx->saved_data["needs"].toBoolList();
-    bool needs_weights = ctx->saved_data["needs_weights"].toBool();
+    Flags batch = ctx->saved_data["batch"].toBoolList(), needs;
+    for (size_t k = 0; k + 2 < kept.size(); k++) {
+      outputs.push_back(given(kept[k + 2]));
+      needs.push_back(ctx->needs_input_grad(k));  // of this call of backward: others may ask for more
+    }
+    bool needs_weights = ctx->needs_input_grad(outputs.size());
     auto [grads, grad_weights] = op.call(grad[0], outputs, kept[0], given(kept[1]), batch, needs, needs_weights);
     variable_list all;
     size_t next = 0;
