@@ -213,8 +213,8 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool):
         super().__init__()
-        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     @property
@@ -222,10 +222,11 @@ class FactorizedReduce(nn.Module):
         return self.bn
 
     def before_norm(self, x):  # [N, C_in, H, W]
-        x = F.relu(x)
         # Deviation: at odd sizes the shifted picture gets a row or column of zeros, where the official code fails.
         shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
-        return torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
+        # A convolution of stride 2 with a kernel of one pixel sees every second pixel.
+        halves = [separable(y[:, :, ::2, ::2], None, conv) for y, conv in ((x, self.conv_1), (shifted, self.conv_2))]
+        return torch.cat(halves, dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
 
     def forward(self, x):
         return self.bn(self.before_norm(x))
@@ -242,8 +243,38 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
 
 
+def separable(x, depthwise, pointwise):
+    """pointwise(depthwise(relu(x))), the one place for it; depthwise: a convolution, or None for pointwise(relu(x))."""
+    if fused is None or not fused.fused(x.device):
+        x = F.relu(x)
+        return pointwise(x if depthwise is None else depthwise(x))
+    if depthwise is None:
+        return fused.separable(x, None, pointwise.weight)
+    stride, padding, dilation = depthwise.stride[0], depthwise.padding[0], depthwise.dilation[0]
+    return fused.separable(x, depthwise.weight, pointwise.weight, stride, padding, dilation)
+
+
+class Separable(Operation):
+    """One or two units of ReLU, depthwise convolution, pointwise convolution and batch norm."""
+
+    def before_norm(self, x):
+        units = [self.op[i : i + 4] for i in range(0, len(self.op), 4)]
+        for _, depthwise, pointwise, norm in units:
+            x = separable(x, depthwise, pointwise)
+            if norm is not self.norm:
+                x = norm(x)
+        return x
+
+
+class ReLUConv(Operation):
+    """ReLU, pointwise convolution and batch norm."""
+
+    def before_norm(self, x):
+        return separable(x, None, self.op[1])
+
+
 def relu_conv_bn(in_channels, out_channels, affine):
-    return Operation(
+    return ReLUConv(
         nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels, affine=affine)
     )
 
@@ -265,13 +296,13 @@ def depthwise_separable(channels, size, stride, dilation, affine):
 
 
 def sep_conv(channels, size, stride, affine):
-    return Operation(
+    return Separable(
         *depthwise_separable(channels, size, stride, 1, affine), *depthwise_separable(channels, size, 1, 1, affine)
     )
 
 
 def dil_conv(channels, size, stride, affine):
-    return Operation(*depthwise_separable(channels, size, stride, 2, affine))
+    return Separable(*depthwise_separable(channels, size, stride, 2, affine))
 
 
 def conv_7x1_1x7(channels, stride, affine):
@@ -428,6 +459,8 @@ class SearchNetwork(nn.Module):
     def forward(self, images):
         normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
         s0 = s1 = self.stem(images)
+        if fused is not None and fused.fused(images.device):
+            s0 = s1 = s0.contiguous(memory_format=torch.channels_last)  # the fused convolutions' own
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
         return self.classifier(s1.mean(dim=(2, 3)))
@@ -796,11 +829,14 @@ def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int =
     layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(add) for layer in layers]
     was_training = network.training
+    mode = fused and fused.use("off")  # fused, the layers would not be called
     try:
         with torch.no_grad():
             network.eval()(next(network.parameters()).new_zeros(1, in_channels, height, width))
     finally:
         network.train(was_training)
+        if fused:
+            fused.use(mode)
         for hook in hooks:
             hook.remove()
     named = network.named_parameters()

@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("mixed_op.cpp", "mixed_op_cpu.cpp")
+_SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
-_HEADERS = ("mixed_op.h",)
-_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
+_HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
+_FLAGS = ["-O2", "-fopenmp", "-Wno-psabi"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -55,6 +55,14 @@ def mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, 
         for y, (mean, var) in zip(outputs, statistics, strict=True)
     ]
     return mixed_sum_ref(normed, weights)
+
+
+def separable_ref(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
+    """Plain torch version of `separable`."""
+    x = F.relu(x)
+    if depthwise is not None:
+        x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
+    return F.conv2d(x, pointwise)
 
 
 def mixed_sum(outputs, weights):
@@ -102,6 +110,19 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
     return y
 
 
+def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
+    """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is kept.
+
+    x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
+    [channels,C,1,1]. Fused on the CPU in float32 and float64, in channels-last memory format, which the result has;
+    plain torch elsewhere, where cuDNN serves. Deterministic. Differentiable once.
+    """
+    on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.dtype == pointwise.dtype
+    if not on_cpu or torch.is_autocast_enabled("cpu") or not fused("cpu"):
+        return separable_ref(x, depthwise, pointwise, stride, padding, dilation)
+    return torch.ops.pdarts.separable(x, depthwise, pointwise, stride, padding, dilation)
+
+
 @torch.no_grad()
 def _running_statistics(means, vars, normalised, eps):
     """Running statistics as the operator takes them: mean, 1 / sqrt(variance + eps), variance [3,K,C]."""
@@ -145,6 +166,23 @@ def _register_fakes():
         like = next((y for y in outputs if y is not None), grad)
         return [empty(like) for needs in needs_outputs if needs], weights.new_empty(len(outputs) * needs_weights)
 
+    @torch.library.register_fake("pdarts::separable")
+    def _(x, depthwise, pointwise, stride, padding, dilation):
+        size = x.shape[2:]
+        if depthwise is not None:
+            size = [(n + 2 * padding - dilation * (depthwise.shape[2] - 1) - 1) // stride + 1 for n in size]
+        y = x.new_empty(x.shape[0], *size, pointwise.shape[0])
+        return y.permute(0, 3, 1, 2)
+
+    @torch.library.register_fake("pdarts::separable_backward")
+    def _(grad, x, depthwise, pointwise, stride, padding, dilation, needs):
+        like = [torch.empty_like(x, memory_format=torch.channels_last), depthwise, pointwise]
+        fresh = torch.contiguous_format
+        return tuple(
+            x.new_empty(0) if not need or t is None else t if t is like[0] else torch.empty_like(t, memory_format=fresh)
+            for t, need in zip(like, needs, strict=True)
+        )
+
     @torch.library.register_fake("pdarts::update_running")
     def _(running_means, running_vars, statistics, batch, count, momentum):
         return None
@@ -161,14 +199,18 @@ _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 
 
-def use(mode: str):
-    """Sets how this process runs the operations: "auto", "on" or "off"; "on" builds now and raises if that fails."""
+def use(mode: str) -> str:
+    """Sets how this process runs the operations: "auto", "on" or "off"; "on" builds now and raises if that fails.
+
+    Returns the mode before.
+    """
     global _mode
     if mode not in MODES:
         raise ValueError(f"the mode of the kernels is {mode!r}; expected one of {MODES}")
-    _mode = mode
+    before, _mode = _mode, mode
     if mode == "on":
         load()
+    return before
 
 
 def fused(device: str | torch.device = "cpu") -> bool:

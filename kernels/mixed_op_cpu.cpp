@@ -13,52 +13,13 @@
 #include <vector>
 
 #include "mixed_op.h"
-
-// The same function is compiled for three generations of x86 and chosen when the library is loaded, so that a binary
-// built on one machine runs on any other of its architecture. Elsewhere the compiler's default is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define ALWAYS __attribute__((always_inline))  // on lambdas too: what is not inlined is not compiled for the clones
-#define INLINE inline ALWAYS
+#include "simd.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Portable vectors
-// ---------------------------------------------------------------------------------------------------------------------
-
-template <class A>
-struct Simd {
-  static constexpr int64_t W = 32 / sizeof(A);
-  typedef A vec __attribute__((vector_size(32)));
-  typedef A unaligned __attribute__((vector_size(32), aligned(sizeof(A)), may_alias));
-};
-
-// load<V>(p): V is a vector, or one element in the tail of a loop.
-template <class V, class A>
-INLINE V load(const A* p) {
-  if constexpr (std::is_same_v<V, A>) {
-    return *p;
-  } else {
-    return *reinterpret_cast<const typename Simd<A>::unaligned*>(p);
-  }
-}
-
-template <class V, class A>
-INLINE void store(A* p, V v) {
-  if constexpr (std::is_same_v<V, A>) {
-    *p = v;
-  } else {
-    *reinterpret_cast<typename Simd<A>::unaligned*>(p) = v;
-  }
-}
 
 // Past the caches, for results that would not fit and must not be read from memory first; p aligned to 16 bytes.
 template <class V, class A>
@@ -481,12 +442,6 @@ CLONES void backward_inputs_unit(
 // ---------------------------------------------------------------------------------------------------------------------
 // The functions of mixed_op.h
 // ---------------------------------------------------------------------------------------------------------------------
-
-// f(0.0f) or f(0.0): the type that is accumulated in.
-template <class F>
-void for_accumulator(int type, F f) {
-  type == kFloat64 ? f(double()) : f(float());
-}
 
 void parallel(int64_t n, const std::function<void(int64_t)>& f, bool backwards = false) {
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// The operators of the mixed operation for torch: checks, memory formats, autograd. mixed_op.h says what they compute.
+// The operators for torch: checks, memory formats, autograd. mixed_op.h and convolution.h say what they compute.
 
 #include <ATen/Dispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "convolution.h"
 #include "mixed_op.h"
 
 namespace {
@@ -246,6 +247,113 @@ void update_running(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// The convolutions of a candidate, on the CPU: y = pointwise(depthwise(max(x, 0))), or without the depthwise one
+// ---------------------------------------------------------------------------------------------------------------------
+
+using OptionalTensor = std::optional<Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+struct Separable {
+  Tensor x, y_like;  // channels-last; y_like: what the depthwise convolution returns
+  OptionalTensor depthwise;
+  Tensor pointwise;
+  PdartsDepthwise d{};
+  PdartsPointwise p{};
+
+  Separable(
+      const Tensor& x_, const OptionalTensor& depthwise_, const Tensor& pointwise_, int64_t stride, int64_t padding,
+      int64_t dilation)
+      : depthwise(depthwise_), pointwise(pointwise_.contiguous()) {
+    TORCH_CHECK(x_.dim() == 4, "x has shape ", x_.sizes(), "; expected [N,C,H,W]");
+    TORCH_CHECK(
+        x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble, "x is ", x_.scalar_type(),
+        "; expected float32 or float64");
+    int64_t C = x_.size(1);
+    TORCH_CHECK(
+        pointwise.dim() == 4 && pointwise.size(1) == C && pointwise.size(2) == 1 && pointwise.size(3) == 1 &&
+            pointwise.scalar_type() == x_.scalar_type(),
+        "pointwise is a ", pointwise.scalar_type(), " ", pointwise.sizes(), "; expected a ", x_.scalar_type(),
+        " [channels,", C, ",1,1]");
+    x = x_.contiguous(at::MemoryFormat::ChannelsLast);
+    int64_t N = x.size(0), H = x.size(2), W = x.size(3);
+    int type = type_of(x);
+    if (depthwise) {
+      depthwise = depthwise->contiguous();
+      TORCH_CHECK(
+          depthwise->dim() == 4 && depthwise->size(0) == C && depthwise->size(1) == 1 &&
+              depthwise->size(2) == depthwise->size(3) && depthwise->scalar_type() == x.scalar_type(),
+          "depthwise is a ", depthwise->scalar_type(), " ", depthwise->sizes(), "; expected a ", x.scalar_type(), " [",
+          C, ",1,k,k]");
+      int64_t k = depthwise->size(2);
+      TORCH_CHECK(
+          stride >= 1 && padding >= 0 && dilation >= 1 && k >= 1, "stride, padding, dilation and kernel are ", stride,
+          ", ", padding, ", ", dilation, " and ", k, "; expected at least 1, 0, 1 and 1");
+      d = {N, H, W, C, static_cast<int32_t>(k), static_cast<int32_t>(stride), static_cast<int32_t>(dilation),
+           static_cast<int32_t>(padding), 1, type, x.const_data_ptr(), depthwise->const_data_ptr()};
+      int64_t room = 2 * padding - dilation * (k - 1) - 1;
+      TORCH_CHECK(
+          H + room >= 0 && W + room >= 0, "x has shape ", x.sizes(), "; expected it not to be smaller than the kernel");
+      H = (H + room) / stride + 1, W = (W + room) / stride + 1;
+    }
+    p = {N * H * W, C, pointwise.size(0), !depthwise, type, x.const_data_ptr(), pointwise.const_data_ptr()};
+    y_like = empty(N, C, H, W);
+  }
+  Tensor empty(int64_t N, int64_t C, int64_t H, int64_t W) const {
+    return at::empty({N, C, H, W}, x.options(), at::MemoryFormat::ChannelsLast);
+  }
+  Tensor scratch(int64_t bytes) const { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+
+  // Runs the depthwise convolution, if there is one, so that the pointwise one can be run or differentiated.
+  void middle() {
+    if (!depthwise) return;
+    depthwise_forward_cpu(&d, y_like.data_ptr(), scratch(depthwise_scratch_cpu(&d)).data_ptr());
+    p.x = y_like.const_data_ptr();
+  }
+};
+
+Tensor separable(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
+    int64_t dilation) {
+  Separable s(x, depthwise, pointwise, stride, padding, dilation);
+  s.middle();
+  Tensor y = s.empty(s.y_like.size(0), pointwise.size(0), s.y_like.size(2), s.y_like.size(3));
+  pointwise_forward_cpu(&s.p, y.data_ptr(), s.scratch(pointwise_scratch_cpu(&s.p)).data_ptr());
+  return y;
+}
+
+// The gradients of x and of both weights, empty where they are not asked for. What is between them is computed again.
+Three separable_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
+    int64_t padding, int64_t dilation, c10::List<bool> needs) {
+  Separable s(x, depthwise, pointwise, stride, padding, dilation);
+  std::vector<bool> asked = flags_of("needs", needs, 3);
+  Tensor g = grad.to(s.x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
+  auto none = [&] { return at::empty({0}, s.x.options()); };
+  Tensor grad_x = none(), grad_depthwise = none(), grad_pointwise = none(), grad_middle;
+  Tensor scratch = s.scratch(pointwise_scratch_cpu(&s.p));
+  if (asked[2]) {
+    s.middle();
+    grad_pointwise = at::empty_like(s.pointwise);
+    pointwise_backward_weight_cpu(&s.p, g.const_data_ptr(), grad_pointwise.data_ptr(), scratch.data_ptr());
+  }
+  if (asked[0] || (s.depthwise && asked[1])) {
+    grad_middle = at::empty_like(s.y_like);
+    pointwise_backward_input_cpu(&s.p, g.const_data_ptr(), grad_middle.data_ptr(), scratch.data_ptr());
+  }
+  if (!s.depthwise) return {asked[0] ? grad_middle : grad_x, grad_depthwise, grad_pointwise};
+  scratch = s.scratch(depthwise_scratch_cpu(&s.d));
+  if (asked[1]) {
+    grad_depthwise = at::empty_like(*s.depthwise);
+    depthwise_backward_weight_cpu(&s.d, grad_middle.const_data_ptr(), grad_depthwise.data_ptr(), scratch.data_ptr());
+  }
+  if (asked[0]) {
+    grad_x = at::empty_like(s.x);
+    depthwise_backward_input_cpu(&s.d, grad_middle.const_data_ptr(), grad_x.data_ptr(), scratch.data_ptr());
+  }
+  return {grad_x, grad_depthwise, grad_pointwise};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Autograd
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -324,14 +432,20 @@ std::tuple<Tensor, Tensor> mixed_autograd(
   return {results[0], results[1]};
 }
 
-struct MixedBackward : torch::autograd::Function<MixedBackward> {
-  static variable_list forward(AutogradContext*, const variable_list& results, at::TensorList) { return results; }
+struct NotTwice : torch::autograd::Function<NotTwice> {
+  static variable_list forward(AutogradContext*, const variable_list& gradients, at::TensorList) { return gradients; }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(
-        false, "the fused mixed operation was differentiated twice; expected once: use mixed_sum_ref or "
-        "mixed_norm_sum_ref where second derivatives are needed");
+        false, "a fused operation was differentiated twice; expected once: use mixed_sum_ref, mixed_norm_sum_ref or "
+        "separable_ref where second derivatives are needed");
   }
 };
+
+// The gradients, which raise an error when they are differentiated in their turn.
+variable_list not_twice(const variable_list& gradients, const variable_list& inputs) {
+  if (!at::GradMode::is_enabled() || !any_requires_grad(inputs)) return gradients;
+  return NotTwice::apply(gradients, at::TensorList(inputs));  // the type says what the results depend on
+}
 
 std::tuple<std::vector<Tensor>, Tensor> mixed_backward_autograd(
     const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& weights,
@@ -345,13 +459,65 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward_autograd(
   for (const std::optional<Tensor>& t : outputs) {
     if (t) inputs.push_back(*t);
   }
-  if (at::GradMode::is_enabled() && any_requires_grad(inputs)) {
-    grads.push_back(grad_weights);
-    grads = MixedBackward::apply(grads, at::TensorList(inputs));  // the type says what the results depend on
-    grad_weights = grads.back();
-    grads.pop_back();
-  }
+  grads.push_back(grad_weights);
+  grads = not_twice(grads, inputs);
+  grad_weights = grads.back();
+  grads.pop_back();
   return {std::move(grads), grad_weights};
+}
+
+Tensor separable_below_autograd(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
+    int64_t dilation) {
+  static auto op = operator_of<decltype(separable)>("pdarts::separable");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, depthwise, pointwise, stride, padding, dilation);
+}
+
+struct SeparableFunction : torch::autograd::Function<SeparableFunction> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
+      int64_t padding, int64_t dilation) {
+    ctx->save_for_backward({x, depthwise.value_or(Tensor()), pointwise});
+    ctx->saved_data["settings"] = std::vector<int64_t>{stride, padding, dilation};
+    return separable_below_autograd(x, depthwise, pointwise, stride, padding, dilation);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
+    variable_list kept = ctx->get_saved_variables();
+    std::vector<int64_t> s = ctx->saved_data["settings"].toIntVector();
+    Flags needs;
+    size_t input = 0;  // those that exist are counted
+    for (const Tensor& t : kept) needs.push_back(t.defined() && ctx->needs_input_grad(input++));
+    auto [x, depthwise, pointwise] = op.call(grad[0], kept[0], given(kept[1]), kept[2], s[0], s[1], s[2], needs);
+    variable_list grads{x, depthwise, pointwise};
+    for (size_t i = 0; i < 3; i++) {
+      if (!needs[i]) grads[i] = Tensor();
+    }
+    grads.resize(6);
+    return grads;
+  }
+};
+
+Tensor separable_autograd(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
+    int64_t dilation) {
+  if (!at::GradMode::is_enabled() || !any_requires_grad({x, depthwise.value_or(Tensor()), pointwise})) {
+    return separable_below_autograd(x, depthwise, pointwise, stride, padding, dilation);
+  }
+  return SeparableFunction::apply(x, depthwise, pointwise, stride, padding, dilation);
+}
+
+Three separable_backward_autograd(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
+    int64_t padding, int64_t dilation, Flags needs) {
+  static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
+  auto [a, b, c] = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(grad, x, depthwise, pointwise, stride, padding, dilation, needs);
+  }();
+  variable_list grads = not_twice({a, b, c}, {grad, x, depthwise.value_or(Tensor()), pointwise});
+  return {grads[0], grads[1], grads[2]};
 }
 
 }  // namespace
@@ -364,12 +530,19 @@ TORCH_LIBRARY(pdarts, m) {
   m.def(
       "update_running(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor statistics, bool[] batch, "
       "int count, float momentum) -> ()");
+  m.def(
+      "separable(Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, int dilation) -> Tensor");
+  m.def(
+      "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, "
+      "int dilation, bool[] needs) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
   m.impl("mixed", &mixed);
   m.impl("mixed_backward", &mixed_backward);
   m.impl("update_running", &update_running);
+  m.impl("separable", &separable);
+  m.impl("separable_backward", &separable_backward);
 }
 
 #ifdef PDARTS_CUDA
@@ -383,4 +556,6 @@ TORCH_LIBRARY_IMPL(pdarts, CUDA, m) {
 TORCH_LIBRARY_IMPL(pdarts, Autograd, m) {
   m.impl("mixed", &mixed_autograd);
   m.impl("mixed_backward", &mixed_backward_autograd);
+  m.impl("separable", &separable_autograd);
+  m.impl("separable_backward", &separable_backward_autograd);
 }
