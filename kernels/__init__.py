@@ -1,12 +1,14 @@
 """The mixed operation of differentiable architecture search, fused: forward and backward, on CPU and CUDA.
 
-    from kernels import mixed_sum, mixed_norm_sum
+    from kernels import mixed_sum, mixed_norm_sum, separable
 
     y = mixed_sum(outputs, weights)                 # sum_k weights[k] * outputs[k]
     y = mixed_norm_sum(outputs, weights, running_means, running_vars, training=True)
                                                     # sum_k weights[k] * batch_norm_k(outputs[k])
+    y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
 
-`mixed_sum_ref` and `mixed_norm_sum_ref` are the same in plain torch. The folder works alone, copied into any project.
+`mixed_sum_ref`, `mixed_norm_sum_ref` and `separable_ref` are the same in plain torch. The folder works alone, copied into
+any project.
 
 The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
