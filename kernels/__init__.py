@@ -7,8 +7,8 @@
                                                     # sum_k weights[k] * batch_norm_k(outputs[k])
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
 
-`mixed_sum_ref`, `mixed_norm_sum_ref` and `separable_ref` are the same in plain torch. The folder works alone, copied into
-any project.
+`mixed_sum_ref`, `mixed_norm_sum_ref` and `separable_ref` are the same in plain torch. The folder works alone, copied
+into any project.
 
 The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
@@ -37,7 +37,7 @@ MODES = ("auto", "on", "off")
 _SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
-_FLAGS = ["-O2", "-fopenmp", "-Wno-psabi"]
+_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
