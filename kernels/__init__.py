@@ -108,7 +108,8 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
         statistics = _running_statistics(means, vars, normalised, eps)
         return torch.ops.pdarts.mixed(outputs, weights, statistics, [False] * len(outputs), eps)[0]
     y, statistics = torch.ops.pdarts.mixed(outputs, weights, None, normalised, eps)
-    torch.ops.pdarts.update_running(means, vars, statistics, normalised, y.numel() // y.shape[1], momentum)
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
     return y
 
 

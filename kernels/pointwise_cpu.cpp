@@ -26,7 +26,7 @@ INLINE void block(const A* a, int64_t K, const A* b, int64_t stride, typename Si
   using V = typename Simd<A>::vec;
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = V{};
   for (int64_t k = 0; k < K; k++, b += stride) {
-    V b0 = load<typename Simd<A>::vec>(b), b1 = load<typename Simd<A>::vec>(b + Simd<A>::W);
+    V b0 = load<V>(b), b1 = load<V>(b + Simd<A>::W);
     for (int r = 0; r < R; r++) {
       A value = a[r * K + k];
       acc[r][0] += value * b0;
@@ -35,30 +35,27 @@ INLINE void block(const A* a, int64_t K, const A* b, int64_t stride, typename Si
   }
 }
 
-// y [rows][J] = a [rows][K] * b [K][padded J], zero where mask [rows][J] is not positive.
+// y [rows][J] = a [rows][K] * b [K][padded J], zero where mask [rows][J] is not above zero.
 template <class A>
 CLONES void multiply(const A* a, int64_t rows, int64_t K, const A* b, int64_t J, const A* mask, A* y) {
+  using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
   int64_t stride = padded<A>(J);
-  auto put = [&](int64_t at, int64_t j, typename Simd<A>::vec v) ALWAYS {
-    if (mask && j + W <= J) {
-      auto m = load<typename Simd<A>::vec>(mask + at + j);
-      v = m > 0 ? v : typename Simd<A>::vec{};
-    }
-    if (j + W <= J) return store(y + at + j, v);
-    for (int64_t l = 0; j + l < J; l++) y[at + j + l] = mask && !(mask[at + j + l] > 0) ? A(0) : v[l];
+  auto put = [&](int64_t at, int64_t j, V v) ALWAYS {
+    if (j + W <= J) return store(y + at + j, mask ? load<V>(mask + at + j) <= 0 ? V{} : v : v);
+    for (int64_t l = 0; j + l < J; l++) y[at + j + l] = mask && mask[at + j + l] <= 0 ? A(0) : v[l];
   };
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     for (int64_t j = 0; j < J; j += 2 * W) {
-      typename Simd<A>::vec acc[4][2];
+      V acc[4][2];
       block<4>(a + r * K, K, b + j, stride, acc);
       for (int i = 0; i < 4; i++) put((r + i) * J, j, acc[i][0]), put((r + i) * J, j + W, acc[i][1]);
     }
   }
   for (; r < rows; r++) {
     for (int64_t j = 0; j < J; j += 2 * W) {
-      typename Simd<A>::vec acc[1][2];
+      V acc[1][2];
       block<1>(a + r * K, K, b + j, stride, acc);
       put(r * J, j, acc[0][0]), put(r * J, j + W, acc[0][1]);
     }
@@ -87,10 +84,11 @@ CLONES void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t ou
     for (int64_t i = 0; i < in; i += 2 * W) {
       V acc[R][2];
       for (int q = 0; q < R; q++) {
-        acc[q][0] = load<typename Simd<A>::vec>(sum + (o + q) * stride + i), acc[q][1] = load<typename Simd<A>::vec>(sum + (o + q) * stride + i + W);
+        const A* from = sum + (o + q) * stride + i;
+        acc[q][0] = load<V>(from), acc[q][1] = load<V>(from + W);
       }
       for (int64_t r = 0; r < rows; r++) {
-        V x0 = load<typename Simd<A>::vec>(x + r * stride + i), x1 = load<typename Simd<A>::vec>(x + r * stride + i + W);
+        V x0 = load<V>(x + r * stride + i), x1 = load<V>(x + r * stride + i + W);
         for (int q = 0; q < R; q++) {
           A value = g[r * out + o + q];
           acc[q][0] += value * x0;
@@ -98,7 +96,8 @@ CLONES void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t ou
         }
       }
       for (int q = 0; q < R; q++) {
-        store(sum + (o + q) * stride + i, acc[q][0]), store(sum + (o + q) * stride + i + W, acc[q][1]);
+        A* to = sum + (o + q) * stride + i;
+        store(to, acc[q][0]), store(to + W, acc[q][1]);
       }
     }
   };

@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "mixed_op.h"
+
 // For functions that hold inner loops. (arch=haswell would ask for that very processor, not for its instructions.)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -47,7 +49,7 @@ INLINE void store(A* p, V v) {
 // f(0.0f) or f(0.0): the type that is accumulated in.
 template <class F>
 void for_accumulator(int type, F f) {
-  type == 1 ? f(double()) : f(float());  // kFloat64
+  type == kFloat64 ? f(double()) : f(float());
 }
 
 }  // namespace
