@@ -238,7 +238,8 @@ struct Result {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The four passes, each for one unit of work
+// The four passes, each for one unit of work. In NCHW the first of two passes asks for the next picture's elements:
+// they lie far away, and the processor would not guess it.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // partial [4][entries]: count, sum of (x - pivot), sum of (x - pivot)^2, and pivot: the mean of the channel's first
@@ -265,6 +266,7 @@ CLONES void statistics_unit(const Layout& l, const PdartsMixed& m, int k, int64_
     for (int64_t i = entry; i < entry + here; i++) count[i] += each;
     A* to = acc + entry * (CL ? 1 : Simd<A>::W);
     reduce<CL, 2, A>(rows, length, pivot + entry, to, stride, [&](int64_t i, auto p, auto* a) ALWAYS {
+      if (!CL) __builtin_prefetch(x + i + l.C * l.HW);
       auto d = load<decltype(p)>(x + i) - p;
       a[0] += d;
       a[1] += d * d;
@@ -380,6 +382,7 @@ CLONES void backward_sums_unit(
       const A* mean = means + k * l.entries + entry;
       reduce<CL, 1, A>(rows, length, mean, to + k * stride, 0, [&](int64_t i, auto mean, auto* a) ALWAYS {
         using V = decltype(mean);
+        if (!CL && statistics) __builtin_prefetch(x + i + l.C * l.HW);
         a[0] += load<V>(gradient + i) * (load<V>(x + i) - mean);
       });
     }
