@@ -49,10 +49,9 @@ class Case:
         self.gradient = randn()
         self.running = []
         if name == "mixed_norm_sum":
-            self.running = [
-                [f(shape[1], device=device, dtype=dtype) for _ in self.outputs] for f in (torch.zeros, torch.ones)
-            ]
-            self.running.append(True)
+            kind = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+            fresh = [[f(shape[1], **kind) for _ in self.outputs] for f in (torch.zeros, torch.ones)]
+            self.running = [*fresh, True]
         self.sides = {
             "fused": getattr(kernels, name),
             "eager": getattr(kernels, f"{name}_ref"),

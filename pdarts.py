@@ -58,7 +58,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:  # the mixed operation fused; without the folder everything runs in plain torch
+try:  # what is slow in a search, fused; without the folder everything runs in plain torch
     import kernels as fused
 
     fused.mixed_norm_sum  # noqa: B018  (there are other packages of this name)
@@ -243,9 +243,14 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
 
 
+def is_fused(device: torch.device) -> bool:
+    """Whether the kernels serve `device`; the first call builds them, see `pick_kernels`."""
+    return fused is not None and fused.fused(device)
+
+
 def separable(x, depthwise, pointwise):
     """pointwise(depthwise(relu(x))), the one place for it; depthwise: a convolution, or None for pointwise(relu(x))."""
-    if fused is None or not fused.fused(x.device):
+    if not is_fused(x.device):
         x = F.relu(x)
         return pointwise(x if depthwise is None else depthwise(x))
     if depthwise is None:
@@ -347,7 +352,7 @@ def mixed_norm_sum(outputs, norms, weights):
     outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
     weights: [K], softmax(alpha). Returns [N,C,H,W].
     """
-    if fused is None or not fused.fused(outputs[0].device):
+    if not is_fused(outputs[0].device):
         return sum(w * (y if norm is None else norm(y)) for y, norm, w in zip(outputs, norms, weights, strict=True))
     tracked = [norm for norm in norms if norm is not None]
     training = bool(tracked) and tracked[0].training
@@ -459,7 +464,7 @@ class SearchNetwork(nn.Module):
     def forward(self, images):
         normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
         s0 = s1 = self.stem(images)
-        if fused is not None and fused.fused(images.device):
+        if is_fused(images.device):
             s0 = s1 = s0.contiguous(memory_format=torch.channels_last)  # the fused convolutions' own
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
@@ -1481,9 +1486,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_kernels(mode: str | None, device: torch.device) -> bool:
-    """How this process runs the mixed operation: fused ("on"), in plain torch ("off"), or fused if it can ("auto").
+    """How this process runs what kernels/ fuses: by it ("on"), in plain torch ("off"), or by it if it can ("auto").
 
-    None: as before, at first PDARTS_KERNELS or "auto". Returns whether it is fused, and builds the kernels if it is.
+    None: as before, at first PDARTS_KERNELS or "auto". Returns whether the kernels are used; builds them if they are.
     """
     if fused is None:
         if mode == "on":
@@ -1496,7 +1501,7 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
             fused.use(mode)
         return fused.fused(device)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise InputError(f"the mixed operation cannot be fused: {error}") from None
+        raise InputError(f"the kernels cannot be used: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1563,14 +1568,14 @@ def search(
     show: print progress. The random state of the caller is left as it was.
     """
     device = pick_device(device)
-    is_fused = pick_kernels(kernels, device)
+    uses_kernels = pick_kernels(kernels, device)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures).to(device)
     halves = pictures.y_train.tensor_split([len(pictures.y_train) // 2])
     if not torch.isin(*halves).any():
         raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
     folder = Folder(out)
-    folder.write("config.json", _describe(config, pictures, device) | {"kernels": "fused" if is_fused else "plain"})
+    folder.write("config.json", _describe(config, pictures, device) | {"kernels": "fused" if uses_kernels else "plain"})
     learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
     epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
     progress = Progress([w * (config.epochs + learning) for w in epoch_work], show)
@@ -2043,7 +2048,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--kernels",
         choices=("auto", "on", "off"),
-        help="the fused mixed operation: on, off, or on if it can be built (default: PDARTS_KERNELS, else auto)",
+        help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
     )
     command.set_defaults(run=_search_command)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)

@@ -1339,8 +1339,8 @@ def test_fused_separable_convolution_passes_gradcheck_opcheck_and_compiles():
 
 
 def test_fused_separable_convolution_gives_the_same_bits_with_any_number_of_threads():
-    inputs, threads, results = [torch.randn(s) for s in ((16, 16, 32, 32), (16, 1, 5, 5), (16, 16, 1, 1))], 0, []
-    threads = torch.get_num_threads()
+    inputs = [torch.randn(s) for s in ((16, 16, 32, 32), (16, 1, 5, 5), (16, 16, 1, 1))]
+    threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)

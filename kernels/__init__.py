@@ -197,7 +197,6 @@ def _register_fakes():
 
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
-_loaded = False
 _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 
@@ -210,9 +209,9 @@ def use(mode: str) -> str:
     global _mode
     if mode not in MODES:
         raise ValueError(f"the mode of the kernels is {mode!r}; expected one of {MODES}")
-    before, _mode = _mode, mode
     if mode == "on":
         load()
+    before, _mode = _mode, mode
     return before
 
 
@@ -243,14 +242,12 @@ def fused(device: str | torch.device = "cpu") -> bool:
 
 def load(kind: str = "cpu"):
     """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
-    global _loaded
     if kind not in ("cpu", "cuda"):
         raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu or cuda")
     with _lock:
-        if not _loaded and not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
+        if not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
             _load_library()
             _register_fakes()
-        _loaded = True
         if not torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", kind.upper()):
             raise RuntimeError(_no_cuda or "the kernels were built for the CPU only, by another copy of them")
         _served.add(kind)

@@ -254,7 +254,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 struct Separable {
-  Tensor x, y_like;  // channels-last; y_like: what the depthwise convolution returns
+  Tensor x, between;  // channels-last; between: what the depthwise convolution returns
   OptionalTensor depthwise;
   Tensor pointwise;
   PdartsDepthwise d{};
@@ -296,7 +296,7 @@ struct Separable {
       H = (H + room) / stride + 1, W = (W + room) / stride + 1;
     }
     p = {N * H * W, C, pointwise.size(0), !depthwise, type, x.const_data_ptr(), pointwise.const_data_ptr()};
-    y_like = empty(N, C, H, W);
+    between = empty(N, C, H, W);
   }
   Tensor empty(int64_t N, int64_t C, int64_t H, int64_t W) const {
     return at::empty({N, C, H, W}, x.options(), at::MemoryFormat::ChannelsLast);
@@ -304,10 +304,10 @@ struct Separable {
   Tensor scratch(int64_t bytes) const { return at::empty({bytes}, x.options().dtype(at::kByte)); }
 
   // Runs the depthwise convolution, if there is one, so that the pointwise one can be run or differentiated.
-  void middle() {
+  void run_depthwise() {
     if (!depthwise) return;
-    depthwise_forward_cpu(&d, y_like.data_ptr(), scratch(depthwise_scratch_cpu(&d)).data_ptr());
-    p.x = y_like.const_data_ptr();
+    depthwise_forward_cpu(&d, between.data_ptr(), scratch(depthwise_scratch_cpu(&d)).data_ptr());
+    p.x = between.const_data_ptr();
   }
 };
 
@@ -315,8 +315,8 @@ Tensor separable(
     const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
     int64_t dilation) {
   Separable s(x, depthwise, pointwise, stride, padding, dilation);
-  s.middle();
-  Tensor y = s.empty(s.y_like.size(0), pointwise.size(0), s.y_like.size(2), s.y_like.size(3));
+  s.run_depthwise();
+  Tensor y = s.empty(s.between.size(0), pointwise.size(0), s.between.size(2), s.between.size(3));
   pointwise_forward_cpu(&s.p, y.data_ptr(), s.scratch(pointwise_scratch_cpu(&s.p)).data_ptr());
   return y;
 }
@@ -329,26 +329,26 @@ Three separable_backward(
   std::vector<bool> asked = flags_of("needs", needs, 3);
   Tensor g = grad.to(s.x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
   auto none = [&] { return at::empty({0}, s.x.options()); };
-  Tensor grad_x = none(), grad_depthwise = none(), grad_pointwise = none(), grad_middle;
+  Tensor grad_x = none(), grad_depthwise = none(), grad_pointwise = none(), grad_between;
   Tensor scratch = s.scratch(pointwise_scratch_cpu(&s.p));
   if (asked[2]) {
-    s.middle();
+    s.run_depthwise();
     grad_pointwise = at::empty_like(s.pointwise);
     pointwise_backward_weight_cpu(&s.p, g.const_data_ptr(), grad_pointwise.data_ptr(), scratch.data_ptr());
   }
   if (asked[0] || (s.depthwise && asked[1])) {
-    grad_middle = at::empty_like(s.y_like);
-    pointwise_backward_input_cpu(&s.p, g.const_data_ptr(), grad_middle.data_ptr(), scratch.data_ptr());
+    grad_between = at::empty_like(s.between);
+    pointwise_backward_input_cpu(&s.p, g.const_data_ptr(), grad_between.data_ptr(), scratch.data_ptr());
   }
-  if (!s.depthwise) return {asked[0] ? grad_middle : grad_x, grad_depthwise, grad_pointwise};
+  if (!s.depthwise) return {asked[0] ? grad_between : grad_x, grad_depthwise, grad_pointwise};
   scratch = s.scratch(depthwise_scratch_cpu(&s.d));
   if (asked[1]) {
     grad_depthwise = at::empty_like(*s.depthwise);
-    depthwise_backward_weight_cpu(&s.d, grad_middle.const_data_ptr(), grad_depthwise.data_ptr(), scratch.data_ptr());
+    depthwise_backward_weight_cpu(&s.d, grad_between.const_data_ptr(), grad_depthwise.data_ptr(), scratch.data_ptr());
   }
   if (asked[0]) {
     grad_x = at::empty_like(s.x);
-    depthwise_backward_input_cpu(&s.d, grad_middle.const_data_ptr(), grad_x.data_ptr(), scratch.data_ptr());
+    depthwise_backward_input_cpu(&s.d, grad_between.const_data_ptr(), grad_x.data_ptr(), scratch.data_ptr());
   }
   return {grad_x, grad_depthwise, grad_pointwise};
 }
