@@ -32,7 +32,10 @@ Glossary
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import datetime
 import hashlib
 import html
 import http.client
@@ -46,15 +49,19 @@ import pickle
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.request
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -75,9 +82,9 @@ class InputError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def option(default, help, low=None, high=None):
+def option(default, help, low=None, high=None, choices=None):
     """A hyper-parameter: default, help text (with its source) and inclusive bounds; the command line reads them too."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 class _Checked:
@@ -86,12 +93,18 @@ class _Checked:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"{field.name} is {value!r}; expected {' or '.join(choices)}")
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, float) and not math.isfinite(x):
                     raise InputError(f"{field.name} is {value}; expected a finite number")
                 if low is not None and x < low or high is not None and x > high:
                     bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
                     raise InputError(f"{field.name} is {value}; expected {' and '.join(bounds)}")
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,7 @@ class SearchConfig(_Checked):
         (8, 5, 3), "candidates K per edge in each stage: 8 first, 3 or more last (paper, search)", 1, 8
     )
     skip_dropout: tuple[float, ...] = option(
-        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, search)", 0, 1
+        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, search)", 0, 0.99
     )
     max_skips: int = option(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
     channels: int = option(16, "channels C of the first cell (paper, search)", 1, 10**4)
@@ -124,7 +137,9 @@ class SearchConfig(_Checked):
     unrolled: bool = option(False, "second-order alphas (DARTS, eq. 7) instead of first-order")
     crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
     flip: bool = option(True, "random horizontal flip (official code)")
+    dtype: str = option("float32", "float32, or bfloat16 for the maps (autocast)", choices=DTYPES)
     seed: int = option(0, "seed of everything random", 0, 2**63 - 1)
+    deterministic: bool = option(False, "the same bits in every run on a GPU too, where this costs time")
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,7 +184,73 @@ class EvaluateConfig(_Checked):
     cutout: int = option(16, "side of the square cut out, at most half the picture's side (paper, evaluation)", 0)
     crop_padding: int = option(4, "random crop: zeros around the picture (official code)", 0, 1000)
     flip: bool = option(True, "random horizontal flip (official code)")
+    dtype: str = option("float32", "float32, or bfloat16 for the maps (autocast)", choices=DTYPES)
     seed: int = option(0, "seed of everything random", 0, 2**63 - 1)
+    deterministic: bool = option(False, "the same bits in every run on a GPU too, where this costs time")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts one for each GPU; each has the whole network and takes its part of every batch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes): (0, 1) unless torch.distributed is initialised."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+def mean_over_processes(tensors):
+    """Each tensor's mean over all processes, the same bits in every one of them."""
+    _, count = processes()
+    if count == 1:
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / count).split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors)]
+
+
+def gather(value) -> list:
+    """`value` of every process, by rank."""
+    values = [value]
+    if processes()[1] > 1:
+        values = [None] * processes()[1]
+        dist.all_gather_object(values, value)
+    return values
+
+
+def parallel(network, find_unused=False):
+    """`network`, or around it what averages the weights' gradients over the processes and starts all from the first's.
+
+    Batch norms take the statistics of a process's own part of the batch, as the official code's do on several GPUs.
+    """
+    if processes()[1] == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=find_unused)
+
+
+@contextlib.contextmanager
+def _process_group(device: str):
+    """Joins the other processes, if torchrun started several, and yields the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    if on_gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; expected "
+                "--nproc-per-node no larger, or --device cpu"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    yield device
+    dist.destroy_process_group()  # not after an error: the others may be gone
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,6 +311,26 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):
         return self.bn(self.before_norm(x))
+
+
+class SkipDropout(nn.Module):
+    """Element-wise dropout after a skip-connect (paper, sec. 3.3), at a rate that can be set any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.0
+        # On the device, where a captured step reads it anew.
+        self.register_buffer("device_rate", torch.zeros(()), persistent=False)
+
+    def set_rate(self, rate: float):
+        self.rate = rate
+        self.device_rate.fill_(rate)
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand_like(x, dtype=torch.float32) >= self.device_rate
+        return x * (keep / (1 - self.device_rate)).to(x.dtype)
 
 
 class Zero(nn.Module):
@@ -376,7 +477,7 @@ class MixedOp(nn.Module):
             if "pool" in name:
                 op = Operation(op, nn.BatchNorm2d(channels, affine=False))
             elif isinstance(op, nn.Identity):
-                op = nn.Dropout(0.0)  # the rate is SearchNetwork.skip_dropout
+                op = SkipDropout()  # the rate is SearchNetwork.skip_dropout
             self.ops.append(op)
 
     def terms(self, x, weights):
@@ -452,8 +553,8 @@ class SearchNetwork(nn.Module):
     def skip_dropout(self, rate: float):
         self._skip_dropout = rate
         for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = rate
+            if isinstance(module, SkipDropout):
+                module.set_rate(rate)
 
     def alphas(self) -> list[nn.Parameter]:
         return [self.alphas_normal, self.alphas_reduce]
@@ -607,6 +708,18 @@ def _fork_rng():
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
+def autocast(device, dtype: str):
+    """A block in which maps have `dtype`; weights, statistics and losses stay float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def classify(network, images, labels, dtype: str = "float32"):
+    """(loss, logits) of a batch, see `autocast`."""
+    with autocast(images.device, dtype):
+        logits = network(images)
+        return F.cross_entropy(logits, labels), logits
+
+
 class Architect:
     """Updates the alphas of a SearchNetwork to lower the loss on pictures that the weights do not learn from.
 
@@ -618,12 +731,23 @@ class Architect:
     difference = 0.01  # length of the finite difference in the second order (DARTS, sec. 2.3)
 
     def __init__(
-        self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, unrolled=False, weight_optimizer=None
+        self,
+        network,
+        lr=6e-4,
+        betas=(0.5, 0.999),
+        weight_decay=1e-3,
+        clip=5.0,
+        unrolled=False,
+        weight_optimizer=None,
+        dtype="float32",
     ):
         if unrolled and weight_optimizer is None:
             raise InputError("unrolled is True without a weight_optimizer; expected the SGD optimizer of the weights")
         self.network, self.clip, self.unrolled, self.weight_optimizer = network, clip, unrolled, weight_optimizer
-        self.optimizer = torch.optim.Adam(network.alphas(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.dtype = dtype
+        alphas = network.alphas()
+        capturable = alphas[0].is_cuda  # its count of steps then lies on the device
+        self.optimizer = torch.optim.Adam(alphas, lr, betas, weight_decay=weight_decay, capturable=capturable)
 
     def step(self, images, labels, train_images=None, train_labels=None):
         """One update from a batch of the alphas' half of the data; returns its loss and logits before the update.
@@ -634,17 +758,13 @@ class Architect:
             loss, logits, gradients = self._second_order(images, labels, train_images, train_labels)
         else:
             require_gradients(self.network, weights=False, alphas=True)
-            loss, logits = self._loss(images, labels)
-            gradients = torch.autograd.grad(loss, self.network.alphas())
+            loss, logits = classify(self.network, images, labels, self.dtype)
+            gradients = mean_over_processes(torch.autograd.grad(loss, self.network.alphas()))
         for alpha, gradient in zip(self.network.alphas(), gradients):
             alpha.grad = gradient
         nn.utils.clip_grad_norm_(self.network.alphas(), self.clip)
         self.optimizer.step()
         return loss.detach(), logits.detach()
-
-    def _loss(self, images, labels):
-        logits = self.network(images)
-        return F.cross_entropy(logits, labels), logits
 
     def _second_order(self, images, labels, train_images, train_labels):
         """DARTS, eq. 7 and 8, with grad the gradient for alpha:
@@ -665,15 +785,17 @@ class Architect:
                     w.copy_(point)
 
         try:
-            gradients = torch.autograd.grad(self._loss(train_images, train_labels)[0], weights)
+            loss, _ = classify(self.network, train_images, train_labels, self.dtype)
+            gradients = mean_over_processes(torch.autograd.grad(loss, weights))
             unrolled = []
             for w, w_start, gradient in zip(weights, start, gradients):
                 momentum = self.weight_optimizer.state.get(w, {}).get("momentum_buffer")
                 step = gradient + group["weight_decay"] * w_start
                 unrolled.append(w_start - lr * (step if momentum is None else step + group["momentum"] * momentum))
             move_to(unrolled)
-            loss, logits = self._loss(images, labels)
-            *gradients, direct_normal, direct_reduce = torch.autograd.grad(loss, [*weights, *alphas])
+            loss, logits = classify(self.network, images, labels, self.dtype)
+            gradients = mean_over_processes(torch.autograd.grad(loss, [*weights, *alphas]))
+            *gradients, direct_normal, direct_reduce = gradients
 
             eps = self.difference / torch.stack([g.norm() for g in gradients]).norm()
             require_gradients(self.network, weights=False, alphas=True)
@@ -681,8 +803,8 @@ class Architect:
             for sign in (1, -1):
                 move_to([w + sign * eps * g for w, g in zip(start, gradients)])
                 with _fork_rng():  # the same dropout on both sides, or its noise would drown the difference
-                    train_loss, _ = self._loss(train_images, train_labels)
-                sides.append(torch.autograd.grad(train_loss, alphas))
+                    train_loss, _ = classify(self.network, train_images, train_labels, self.dtype)
+                sides.append(mean_over_processes(torch.autograd.grad(train_loss, alphas)))
         finally:
             move_to(start)
         implicit = [(plus - minus) / (2 * eps) for plus, minus in zip(*sides)]
@@ -976,7 +1098,7 @@ def read_genotype(source: str) -> Genotype:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """A data set: x_* uint8 [N,C,H,W], y_* int64 [N] class indices; mean, std per channel of x/255."""
+    """A data set: x_* uint8 [N,C,H,W], y_* int64 [N] class indices; mean, std float32 [C] of x/255."""
 
     name: str
     x_train: torch.Tensor
@@ -984,8 +1106,8 @@ class Pictures:
     x_test: torch.Tensor
     y_test: torch.Tensor
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: torch.Tensor
+    std: torch.Tensor
 
     @staticmethod
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None):
@@ -1038,11 +1160,20 @@ class Pictures:
         for x, y in parts.values():
             tensors.append(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
             tensors.append(torch.from_numpy(y.astype(np.int64)))
-        return Pictures(name, *tensors, num_classes, tuple(map(float, mean)), tuple(map(float, std)))
+        mean, std = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
+        return Pictures(name, *tensors, num_classes, mean, std)
 
     def to(self, device) -> Pictures:
-        moved = {f: getattr(self, f).to(device) for f in ("x_train", "y_train", "x_test", "y_test")}
+        moved = {f: t.to(device) for f, t in vars(self).items() if isinstance(t, torch.Tensor)}
         return dataclasses.replace(self, **moved)
+
+    def fingerprint(self) -> str:
+        """Equal for equal pictures and labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for t in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(repr(t.shape).encode())
+            digest.update(t.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def first(self, pictures: int) -> Pictures:
         """Only the first training pictures, `pictures` at most; 0: all of them."""
@@ -1053,8 +1184,7 @@ class Pictures:
 
     def normalise(self, x) -> torch.Tensor:
         """uint8 -> float32, zero mean and unit deviation per channel."""
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x.float() / 255 - mean) / std
+        return (x.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
     def augment(self, x, crop_padding: int, flip: bool, cutout: int, generator: torch.Generator) -> torch.Tensor:
         """Random crop, flip, normalisation and cutout of x, uint8 [N,C,H,W] -> float32, each picture its own."""
@@ -1083,9 +1213,25 @@ class Pictures:
 
 
 def batches(indices, batch: int, generator: torch.Generator):
-    """`indices` in a new random order, `batch` at a time; a last batch of one is left out (batch norm needs two)."""
+    """`indices` in a new random order, `batch` at a time.
+
+    Every process gets the same number of each batch: of the last one a rest is left out, and all of it if that leaves
+    them a picture each (batch norm needs two).
+    """
+    _, count = processes()
     order = indices[torch.randperm(len(indices), device=indices.device, generator=generator)]
-    return [part for part in order.split(batch) if len(part) > 1]
+    parts = [part[: len(part) // count * count] for part in order.split(batch)]
+    return [part for part in parts if len(part) > count]
+
+
+def check_batch(batch: int, pictures: int):
+    """InputError unless the processes can share batches of `batch` out of `pictures` pictures."""
+    _, count = processes()
+    if batch % count or min(batch, pictures) < 2 * count:
+        raise InputError(
+            f"batch is {batch}, of {pictures} pictures, for {count} processes; expected a multiple of the processes "
+            "that gives each of them 2 pictures or more"
+        )
 
 
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Pictures:
@@ -1344,43 +1490,60 @@ class Meter:
     def __init__(self, what: str, where: str):
         self.what, self.where = what, where
         self.losses, self.sizes, self.correct = [], [], 0
+        self._unread = []  # losses that are still tensors
 
-    def update(self, loss, logits, labels):
-        self.losses.append(loss.detach())
-        self.sizes.append(len(labels))
-        self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
-        if len(self.losses) % 20 == 0:
-            self.check()
+    def update(self, loss, correct, size: int):
+        """loss: mean over the `size` pictures of a step; correct: how many of them were classified right."""
+        self._unread.append(loss)
+        self.sizes.append(size)
+        self.correct = self.correct + correct
+        if len(self._unread) == 20:
+            self.read()
 
-    def check(self):
-        """Ends the run if a loss is not finite."""
-        for step, loss in enumerate(torch.stack(self.losses).tolist() if self.losses else []):
+    def read(self):
+        """Takes the numbers from the device; ends the run if a loss is not finite."""
+        for loss in torch.stack(self._unread).tolist() if self._unread else []:
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the {self.what} became {loss} in {self.where}, step {step}; expected a finite number (a lower lr "
-                    "may help)"
+                    f"the {self.what} became {loss} in {self.where}, step {len(self.losses)}; expected a finite number "
+                    "(a lower lr may help)"
                 )
+            self.losses.append(loss)
+        self._unread, self.correct = [], int(self.correct)
 
-    def result(self):
-        """(mean loss, accuracy), or (None, None) where nothing was measured."""
-        self.check()
+    def state(self) -> dict:
+        self.read()
+        return {"losses": self.losses, "sizes": self.sizes, "correct": self.correct}
+
+    def restore(self, state: dict):
+        self.losses, self.sizes, self.correct = state["losses"], state["sizes"], state["correct"]
+
+    def result(self, own=False):
+        """(mean loss, accuracy) over all processes or this one's `own`; (None, None) where nothing was measured."""
+        self.read()
         if not self.losses:
             return None, None
         total = sum(self.sizes)
-        mean = sum(loss * n for loss, n in zip(torch.stack(self.losses).tolist(), self.sizes)) / total
-        return mean, int(self.correct) / total
+        mine = sum(loss * n for loss, n in zip(self.losses, self.sizes)) / total, self.correct / total
+        parts = [mine] if own else gather(mine)  # equally many pictures each
+        return tuple(sum(values) / len(parts) for values in zip(*parts))
 
 
 class Progress:
     """One live line on a terminal, one line per epoch elsewhere, with the time that is left.
 
-    work: what each stage takes, in any unit; the time left follows from what a unit took so far.
+    work: what each stage takes, in any unit; the time left follows from what a unit took so far. Of several processes
+    only the first shows anything.
     """
 
     def __init__(self, work: list[float], show: bool):
-        self.work, self.show = work, show
-        self.live = show and sys.stdout.isatty()
-        self.start, self.done, self.last, self.length = time.monotonic(), 0.0, 0.0, 0
+        self.work, self.show = work, show and processes()[0] == 0
+        self.live = self.show and sys.stdout.isatty()
+        self.start, self.done, self.before, self.last, self.length = time.monotonic(), 0.0, 0.0, 0.0, 0
+
+    def resume(self, work):
+        """`work` was done before this process started."""
+        self.done = self.before = work
 
     def step(self, stage, text, work, meter, pictures_per_second):
         """After a step that took `work`: at most five times a second the live line."""
@@ -1389,13 +1552,13 @@ class Progress:
         if not self.live or now - self.last < 0.2:
             return
         self.last = now
-        pace = (now - self.start) / self.done
+        pace = (now - self.start) / (self.done - self.before)
         stage_left = pace * (sum(self.work[: stage + 1]) - self.done)
         whole_left = pace * (sum(self.work) - self.done)
         left = f"left: {_duration(whole_left)}"
         if len(self.work) > 1:
             left = f"left: stage {_duration(stage_left)}, all {_duration(whole_left)}"
-        loss, accuracy = meter.result()
+        loss, accuracy = meter.result(own=True)
         self._write(
             f"{text}  loss {loss:.3f}  acc {accuracy:6.1%}  {pictures_per_second:.0f} pictures/s  {left}", end=""
         )
@@ -1421,44 +1584,200 @@ def _duration(seconds: float) -> str:
 
 
 class Folder:
-    """The folder that a run writes to; files appear whole or not at all, a log grows by lines. None: writes nothing."""
+    """The folder that a run writes to; files appear whole or not at all. None: writes nothing."""
 
-    def __init__(self, path: str | os.PathLike | None):
+    def __init__(self, path: str | os.PathLike | None, resume=False):
         self.path = None if path is None else pathlib.Path(path)
         if self.path is not None:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InputError(f"{self.path} already holds something; expected a new or empty folder")
+                if not resume:
+                    raise InputError(f"{self.path} already holds something; expected a new or empty folder")
+                if not (self.path / "config.json").is_file():
+                    raise InputError(f"{self.path} holds no run; expected the folder of one, or a new or empty folder")
             self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content):
         """Text, or anything else as JSON (state dictionaries by `save`)."""
-        if self.path is None:
-            return
         text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        self._replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._replace(name, text.encode())
 
-    def save(self, name: str, state):
+    def save(self, name: str, state, before: str | None = None):
+        """By torch.save; the file of this name becomes the file `before`."""
         if self.path is not None:
-            self._replace(name, lambda temporary: torch.save(state, temporary))
-
-    def append(self, name: str, record: dict):
-        if self.path is not None:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            if before and (self.path / name).exists():
+                self._replace(before, (self.path / name).read_bytes())
+            buffer = io.BytesIO()  # torch.save itself hides why a disk cannot be written
+            torch.save(state, buffer)
+            self._replace(name, buffer.getbuffer())
 
     def draw(self, genotype: Genotype, under: str = ""):
         for kind, svg in draw(genotype).items():
             self.write(f"{under}{kind}.svg", svg)
 
-    def _replace(self, name, write):
+    def _replace(self, name, content):
+        if self.path is None:
+            return
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
-            write(temporary)
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop (SIGINT, SIGTERM); it has finished its step and saved its state."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class Run:
+    """A search or an evaluation as files: settings, log, and checkpoints from which it goes on as if never stopped.
+
+    kind: "search" or "evaluate"; out: a new or empty folder, or None; resume: the folder of a run, or one of its
+    checkpoints, to go on with; a new or empty folder begins a run. `state` is what was saved, until `restore`. Of
+    several processes the first reads and writes.
+    """
+
+    FORMAT = 1
+    CHECKPOINT, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+
+    def __init__(self, kind: str, config, pictures: Pictures, device, out=None, resume=None, genotype=None, **notes):
+        if out is not None and resume is not None:
+            raise InputError(f"out is {str(out)!r} and resume is {str(resume)!r}; expected one of them")
+        first = processes()[0] == 0
+        self.device, self.signal, self.log, self.times, self.state = device, 0, [], [], None
+        self.identity = {"kind": kind, "data": pictures.fingerprint(), **dataclasses.asdict(config)}
+        self.identity["genotype"] = genotype and genotype._asdict()
+        if resume is not None:
+            out = pathlib.Path(resume)
+            checkpoint = out / self.CHECKPOINT
+            if out.is_file():
+                out, checkpoint = out.parent, out
+            if first and checkpoint.exists():
+                self.state = self._read(checkpoint)
+            if processes()[1] > 1:
+                states = [self.state]
+                dist.broadcast_object_list(states, 0)
+                (self.state,) = states
+            if self.state:
+                self.log, self.times = self.state["log"], self.state["times"]
+        self.folder = Folder(out if first else None, resume is not None)
+        if not self.state:
+            self.folder.write("config.json", _describe(config, pictures, device) | notes)
+
+    def add(self, record: dict, seconds: float):
+        """A line for log.jsonl, equal in equal runs, and one for times.jsonl; the next `save` writes them."""
+        self.log.append(json.dumps(record) + "\n")
+        self.times.append(json.dumps({"epoch": len(self.log) - 1, "seconds": round(seconds, 3)}) + "\n")
+
+    def save(self, parts: dict, generator, epoch: int, interrupted: dict | None = None, **state):
+        """All that is needed to go on in `epoch`; what was saved the time before stays beside it.
+
+        parts: network and optimizers; interrupted: where in the epoch it stopped.
+        """
+        self.share_buffers(parts["network"])
+        state |= {"format": self.FORMAT, "identity": self.identity, "log": self.log, "times": self.times}
+        state |= {"epoch": epoch, "interrupted": interrupted, "generator": generator.get_state()}
+        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
+        state["random"] = gather(_random_state(self.device))
+        self.folder.save(self.CHECKPOINT, state, self.BEFORE)
+        self.folder.write("log.jsonl", "".join(self.log))
+        self.folder.write("times.jsonl", "".join(self.times))
+
+    def restore(self, parts: dict, generator):
+        """Puts back what was saved, once: (epoch, interrupted); (0, None) where there is nothing."""
+        state, self.state = self.state, None
+        if not state:
+            return 0, None
+        for name, part in parts.items():
+            groups = getattr(part, "param_groups", [])
+            rates = [group["lr"] for group in groups]
+            part.load_state_dict(state["parts"][name])
+            for group, rate in zip(groups, rates):
+                group["lr"] = rate  # its tensor, if it is one: see `set_lr`
+        generator.set_state(state["generator"])
+        rank = processes()[0]
+        if rank < len(state["random"]):  # other processes than before go on with what they have
+            random = state["random"][rank]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+        return state["epoch"], state["interrupted"]
+
+    def share_buffers(self, network):
+        """Running statistics are those of the first process, as in the official code on several GPUs."""
+        if processes()[1] > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def check_agreement(self, alphas, *others):
+        """RuntimeError unless all processes hold the same alphas, bit for bit, and the same of everything else."""
+        text = repr((others, [alpha.tolist() for alpha in alphas]))
+        if len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) > 1:
+            raise RuntimeError("the processes hold different alphas or candidates; expected the same in all of them")
+
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop."""
+        if processes()[1] > 1:
+            asked = torch.tensor(self.signal)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.signal = int(asked)
+        return self.signal != 0
+
+    @contextlib.contextmanager
+    def stoppable(self):
+        """A block in which SIGINT and SIGTERM only lead to `should_stop`."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # the other threads get no signals
+            return
+
+        def note(number, _):
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _read(self, path: pathlib.Path) -> dict:
+        try:
+            content = path.read_bytes()
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            version, identity = state["format"], state["identity"]
+        except Exception as error:  # whatever a damaged file leads to
+            reason = " ".join(str(error).split())[:200]
+            before = path.with_name(self.BEFORE)
+            offer = f"; the one before it goes on: --resume {before}" if before.exists() and before != path else ""
+            raise InputError(f"cannot read {path} ({reason}); expected an undamaged checkpoint{offer}") from None
+        if version != self.FORMAT:
+            raise InputError(
+                f"{path} has format {version}; expected {self.FORMAT}: another version of pdarts.py wrote it"
+            )
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise InputError(
+                    f"{path} is of another run: {name} is {identity.get(name)!r} there and {value!r} here; expected "
+                    "the same settings and data"
+                )
+        return state
+
+
+def _random_state(device) -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _describe(config, pictures: Pictures, device: torch.device) -> dict:
@@ -1467,7 +1786,9 @@ def _describe(config, pictures: Pictures, device: torch.device) -> dict:
         "settings": dataclasses.asdict(config),
         "data": pictures.name,
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
+        "processes": processes()[1],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "pdarts.py": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
         "command": sys.argv,
     }
 
@@ -1483,6 +1804,19 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1, ..."
         ) from None
     return device
+
+
+@contextlib.contextmanager
+def _deterministic(on: bool):
+    """A block in which, if `on`, torch only uses operations that give the same bits every time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def pick_kernels(mode: str | None, device: torch.device) -> bool:
@@ -1532,12 +1866,70 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def sgd(parameters, config) -> torch.optim.SGD:
+    """The weights' optimizer. On a GPU its learning rate lies on the device, where a captured step reads it anew."""
+    device = parameters[0].device
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=on_gpu)
+
+
+def set_lr(optimizer, lr: float):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def train_step(parameters, optimizer, loss, clip):
     """One step of the weights down the clipped gradient of `loss`."""
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
+
+
+class CapturedStep:
+    """A step of a search, as a GPU runs it fastest: hundreds of launches captured as one CUDA graph and replayed.
+
+    step: a function of tensors that returns tensors; inputs of each sort of shapes get a graph of their own after
+    `WARM_UP` plain calls. generator: the one that the step draws from beside torch's own. `kind`, any value, stands for
+    what else decides which launches there are.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step, generator: torch.Generator):
+        self.step, self.generator = step, generator
+        self.stream, self.pool = torch.cuda.Stream(generator.device), torch.cuda.graph_pool_handle()
+        self.calls, self.captured = collections.Counter(), {}
+
+    def __call__(self, *inputs, kind=None):
+        key = (kind, *(t.shape for t in inputs))
+        self.calls[key] += 1
+        if self.calls[key] <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if key not in self.captured:
+            self.captured[key] = self._capture([t.clone() for t in inputs])
+        replay, buffers, results = self.captured[key]
+        for buffer, t in zip(buffers, inputs):
+            buffer.copy_(t)
+        replay()
+        return [t.clone() for t in results]
+
+    def _capture(self, buffers):
+        """-> a function that runs the step on what lies in `buffers`, these, and where it leaves its results."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, self.pool, self.stream):
+            results = self.step(*buffers)
+        return graph.replay, buffers, results
 
 
 @torch.no_grad()
@@ -1559,56 +1951,63 @@ def search(
     out=None,
     device: str = "auto",
     kernels: str | None = None,
+    graphs: bool = True,
+    resume=None,
     show: bool = False,
 ) -> SearchResult:
     """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
 
     pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
-    kernels: "auto", "on" or "off", or None, see `pick_kernels`.
-    show: print progress. The random state of the caller is left as it was.
+    kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU, see `CapturedStep`.
+    resume: instead of `out`, the folder of a run to go on with, see `Run`. show: print progress.
+    SIGINT and SIGTERM raise `Stopped`, once the state is saved. The random state of the caller is left as it was.
     """
     device = pick_device(device)
     uses_kernels = pick_kernels(kernels, device)
     pictures = pictures or load(config.dataset)
-    pictures = pictures.first(config.pictures).to(device)
-    halves = pictures.y_train.tensor_split([len(pictures.y_train) // 2])
-    if not torch.isin(*halves).any():
+    pictures = pictures.first(config.pictures)
+    half = len(pictures.y_train) // 2
+    check_batch(config.batch, half)
+    if not torch.isin(*pictures.y_train.tensor_split([half])).any():
         raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
-    folder = Folder(out)
-    folder.write("config.json", _describe(config, pictures, device) | {"kernels": "fused" if uses_kernels else "plain"})
-    learning = config.epochs - config.warmup  # epochs that also train alphas, at about twice the work
-    epoch_work = [cells * k * (len(pictures.x_train) // 2) for cells, k in zip(config.cells, config.candidates)]
-    progress = Progress([w * (config.epochs + learning) for w in epoch_work], show)
-
-    normal = reduce = (PRIMITIVES,) * len(EDGES)
-    stages = []
-    with _fork_rng():
-        torch.manual_seed(config.seed)
-        generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation
-        for number in range(len(config.cells)):
-            stages.append(_search_stage(config, number, normal, reduce, pictures, generator, folder, progress))
+    run = Run("search", config, pictures, device, out, resume, kernels="fused" if uses_kernels else "plain")
+    pictures = pictures.to(device)
+    progress = Progress([_work(config, number, config.epochs) * half for number in range(len(config.cells))], show)
+    stages = [Stage(*stage) for stage in run.state["stages"]] if run.state else []
+    with _fork_rng(), _deterministic(config.deterministic), run.stoppable():
+        # The first process's random state is that of a run on its own; each has its own dropout.
+        torch.manual_seed((config.seed + processes()[0]) % 2**63)
+        generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation, the same for all
+        for number in range(len(stages), len(config.cells)):
+            normal = reduce = (PRIMITIVES,) * len(EDGES)
+            if stages:
+                normal = shrink(stages[-1].normal, stages[-1].alphas_normal, config.candidates[number])
+                reduce = shrink(stages[-1].reduce, stages[-1].alphas_reduce, config.candidates[number])
+            stages.append(_search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs))
             cell = stages[-1].genotype(config.max_skips)
-            folder.write(f"stages/{number + 1}/genotype.json", cell._asdict())
-            folder.draw(cell, f"stages/{number + 1}/")
-            if number + 1 < len(config.cells):
-                keep = config.candidates[number + 1]
-                normal = shrink(normal, stages[-1].alphas_normal, keep)
-                reduce = shrink(reduce, stages[-1].alphas_reduce, keep)
+            run.folder.write(f"stages/{number + 1}/genotype.json", cell._asdict())
+            run.folder.draw(cell, f"stages/{number + 1}/")
 
     genotype = stages[-1].genotype(config.max_skips)
     others = {str(m): stages[-1].genotype(m)._asdict() for m in range(2 * NODES + 1)}
     unrestricted = stages[-1].genotype(None)._asdict()
-    folder.draw(genotype)
-    folder.write(
+    run.folder.draw(genotype)
+    run.folder.write(
         "genotype.json",
         {**genotype._asdict(), "max_skips": config.max_skips, "unrestricted": unrestricted, "by_max_skips": others},
     )
     return SearchResult(genotype, stages)
 
 
-def _search_stage(config, number, normal, reduce, pictures, generator, folder, progress) -> Stage:
-    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stage before."""
-    device, in_channels = pictures.x_train.device, pictures.x_train.shape[1]
+def _work(config, number, epochs) -> float:
+    """What the first `epochs` epochs of a stage take, for each picture of a half; one with alphas counts twice."""
+    return config.cells[number] * config.candidates[number] * (epochs + max(0, epochs - config.warmup))
+
+
+def _search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs) -> Stage:
+    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stages before."""
+    number, device, in_channels = len(stages), pictures.x_train.device, pictures.x_train.shape[1]
+    rank, count = processes()
     network = SearchNetwork(
         config.channels,
         pictures.num_classes,
@@ -1619,7 +2018,7 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
         stem_stride=config.stem_stride,
     ).to(device)
     weights = network.weights()
-    optimizer = torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay)
+    optimizer = sgd(weights, config)
     architect = Architect(
         network,
         config.alpha_lr,
@@ -1627,42 +2026,75 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
         clip=config.clip,
         unrolled=config.unrolled,
         weight_optimizer=optimizer,
+        dtype=config.dtype,
     )
+    require_gradients(network, weights=True, alphas=False)  # the architect averages the alphas' gradients itself
+    trained = parallel(network)
     # The first half of the training pictures trains the weights, the second the alphas.
     halves = torch.arange(len(pictures.x_train), device=device).tensor_split([len(pictures.x_train) // 2])
-    work = config.cells[number] * config.candidates[number]  # of one picture
 
     def augmented(indices):
+        """This process's part of a batch. Its augmentation does not depend on the number of processes."""
         x = pictures.augment(pictures.x_train[indices], config.crop_padding, config.flip, 0, generator)
-        return x, pictures.y_train[indices]
+        return x[rank::count], pictures.y_train[indices][rank::count]
 
-    for epoch in range(config.epochs):
-        started = time.monotonic()
+    def step(weight_batch, alpha_batch=None):
+        """A step of the alphas, if there is a batch for it, and one of the weights: [(loss, number right), ...]."""
+        images, labels = augmented(weight_batch)
+        results = []
+        if alpha_batch is not None:
+            alpha_images, alpha_labels = augmented(alpha_batch)
+            loss, logits = architect.step(alpha_images, alpha_labels, images, labels)
+            results += [loss, (logits.argmax(1) == alpha_labels).sum()]
+        require_gradients(network, weights=True, alphas=False)
+        loss, logits = classify(trained, images, labels, config.dtype)
+        train_step(weights, optimizer, loss, config.clip)
+        return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
+
+    if graphs and device.type == "cuda" and count == 1 and not config.unrolled:
+        step = CapturedStep(step, generator)
+
+    parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
+    first_epoch, interrupted = run.restore(parts, generator)
+    done = [_work(config, n, config.epochs) for n in range(number)] + [_work(config, number, first_epoch)]
+    progress.resume(sum(done) * len(halves[0]))
+    for epoch in range(first_epoch, config.epochs):
+        started, seen = time.monotonic(), 0
         learn_alphas = epoch >= config.warmup
-        optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
+        lr = cosine(config.lr, epoch, config.epochs)
+        set_lr(optimizer, lr)
         network.skip_dropout = skip_dropout_rate(config.skip_dropout[number], epoch, config.epochs, config.warmup)
         label = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}"
         where = f"stage {number + 1}, epoch {epoch}"
         meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
-        weight_batches = batches(halves[0], config.batch, generator)
-        alpha_batches = batches(halves[1], config.batch, generator)
-        for step, (weight_batch, alpha_batch) in enumerate(zip(weight_batches, itertools.cycle(alpha_batches))):
-            images, labels = augmented(weight_batch)
+        if interrupted:
+            weight_batches, alpha_batches = interrupted["batches"]
+            meter.restore(interrupted["meters"][0]), alpha_meter.restore(interrupted["meters"][1])
+            interrupted = None
+        else:
+            weight_batches, alpha_batches = (batches(half, config.batch, generator) for half in halves)
+        for i in range(len(meter.sizes), len(weight_batches)):
+            weight_batch, alpha_batch = (b[i % len(b)].to(device) for b in (weight_batches, alpha_batches))
             if learn_alphas:
-                alpha_images, alpha_labels = augmented(alpha_batch)
-                alpha_meter.update(*architect.step(alpha_images, alpha_labels, images, labels), alpha_labels)
-            require_gradients(network, weights=True, alphas=False)
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels)
-            train_step(weights, optimizer, loss, config.clip)
-            meter.update(loss, logits, labels)
-            speed = sum(meter.sizes) / (time.monotonic() - started)
-            text = f"{label}  step {step + 1}/{len(weight_batches)}"
-            progress.step(number, text, work * len(labels) * (1 + learn_alphas), meter, speed)
+                loss, correct, alpha_loss, alpha_correct = step(weight_batch, alpha_batch)
+                alpha_meter.update(alpha_loss, alpha_correct, len(alpha_batch) // count)
+            else:
+                loss, correct = step(weight_batch)
+            meter.update(loss, correct, len(weight_batch) // count)
+            seen += len(weight_batch)
+            work = config.cells[number] * config.candidates[number] * len(weight_batch) * (1 + learn_alphas)
+            text = f"{label}  step {i + 1}/{len(weight_batches)}"
+            progress.step(number, text, work, meter, seen / (time.monotonic() - started))
+            if run.should_stop():
+                meters = meter.state(), alpha_meter.state()
+                interrupted = {"batches": (weight_batches, alpha_batches), "meters": meters}
+                run.save(parts, generator, epoch, interrupted, stages=[tuple(stage) for stage in stages])
+                raise Stopped(run.signal)
 
         loss, train_accuracy = meter.result()
         alpha_loss, alpha_accuracy = alpha_meter.result()
         last = epoch == config.epochs - 1
+        run.share_buffers(network)
         record = {
             "stage": number + 1,
             "epoch": epoch,
@@ -1671,24 +2103,21 @@ def _search_stage(config, number, normal, reduce, pictures, generator, folder, p
             "alpha_loss": alpha_loss,
             "alpha_accuracy": alpha_accuracy,
             "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # decides nothing
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": lr,
             "skip_dropout": network.skip_dropout,
             "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
             "softmax_alphas_reduce": network.alphas_reduce.detach().softmax(1).tolist(),
-            "seconds": round(time.monotonic() - started, 3),
         }
-        folder.append("log.jsonl", record)
+        seconds = time.monotonic() - started
+        run.add(record, seconds)
+        run.check_agreement(network.alphas(), normal, reduce)
+        run.save(parts, generator, epoch + 1, stages=[tuple(stage) for stage in stages])
         text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
         text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
         text += f"  test acc {record['test_accuracy']:6.1%}" if last else ""
-        progress.line(f"{text}  {record['seconds']:.1f} s")
-    return Stage(
-        normal,
-        reduce,
-        network.alphas_normal.detach().cpu(),
-        network.alphas_reduce.detach().cpu(),
-        record["test_accuracy"],
-    )
+        progress.line(f"{text}  {seconds:.1f} s")
+    alphas = [alpha.detach().cpu() for alpha in network.alphas()]
+    return Stage(normal, reduce, *alphas, json.loads(run.log[-1])["test_accuracy"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1709,19 +2138,26 @@ def evaluate(
     out=None,
     device: str = "auto",
     weights=None,
+    resume=None,
     show: bool = False,
 ) -> EvaluateResult:
     """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
 
-    pictures, out, device, show: as for `search`.
+    pictures, out, device, resume, show: as for `search`.
     """
     device = pick_device(device)
     genotype = check_genotype(genotype)
     pictures = pictures or load(config.dataset)
-    pictures = pictures.first(config.pictures).to(device)
+    pictures = pictures.first(config.pictures)
     _, in_channels, *size = pictures.x_train.shape
-    with _fork_rng():
-        torch.manual_seed(config.seed)
+    run = None
+    if weights is None:
+        check_batch(config.batch, len(pictures.x_train))
+        run = Run("evaluate", config, pictures, device, out, resume, genotype)
+        run.folder.write("genotype.json", genotype._asdict())
+    pictures = pictures.to(device)
+    with _fork_rng(), _deterministic(config.deterministic):
+        torch.manual_seed((config.seed + processes()[0]) % 2**63)
         network = Network(
             genotype, config.channels, pictures.num_classes, config.cells, config.auxiliary, in_channels=in_channels
         ).to(device)
@@ -1729,10 +2165,8 @@ def evaluate(
         if weights is not None:
             load_weights(network, weights, device)
         else:
-            folder = Folder(out)
-            folder.write("config.json", _describe(config, pictures, device))
-            folder.write("genotype.json", genotype._asdict())
-            _train(network, config, pictures, folder, show)
+            with run.stoppable():
+                _train(network, config, pictures, run, show)
         network.eval()
         return EvaluateResult(network, cost, 1 - accuracy(network, pictures))
 
@@ -1753,47 +2187,60 @@ def load_weights(network: Network, path, device):
         raise InputError(f"cannot use the weights {path} ({reason}); expected a state_dict of this network") from None
 
 
-def _train(network, config, pictures, folder, show):
+def _train(network, config, pictures, run, show):
     """The training of `evaluate`."""
-    device = pictures.x_train.device
+    device, (rank, count) = pictures.x_train.device, processes()
     generator = torch.Generator(device).manual_seed(config.seed)
-    optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    progress = Progress([config.epochs * len(pictures.x_train)], show)
-    indices = torch.arange(len(pictures.x_train), device=device)
+    weights = list(network.parameters())
+    optimizer = sgd(weights, config)
+    trained = parallel(network, find_unused=True)  # a genotype may leave nodes out of its output
     network.train()
-    for epoch in range(config.epochs):
-        started = time.monotonic()
-        optimizer.param_groups[0]["lr"] = cosine(config.lr, epoch, config.epochs)
+    parts = {"network": network, "weights": optimizer}
+    first_epoch, interrupted = run.restore(parts, generator)
+    progress = Progress([config.epochs * len(pictures.x_train)], show)
+    progress.resume(first_epoch * len(pictures.x_train))
+    indices = torch.arange(len(pictures.x_train), device=device)
+    for epoch in range(first_epoch, config.epochs):
+        started, seen = time.monotonic(), 0
+        lr = cosine(config.lr, epoch, config.epochs)
+        set_lr(optimizer, lr)
         network.drop_path = config.drop_path * epoch / config.epochs
         label = f"epoch {epoch:3d}/{config.epochs - 1}"
         meter = Meter("training loss", f"epoch {epoch}")
-        epoch_batches = batches(indices, config.batch, generator)
-        for step, batch in enumerate(epoch_batches):
-            labels = pictures.y_train[batch]
-            images = pictures.augment(
-                pictures.x_train[batch], config.crop_padding, config.flip, config.cutout, generator
-            )
-            logits, auxiliary_logits = network(images)
-            loss = F.cross_entropy(logits, labels)
-            if auxiliary_logits is not None:
-                loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
-            train_step(network.parameters(), optimizer, loss, config.clip)
-            meter.update(loss, logits, labels)
-            speed = sum(meter.sizes) / (time.monotonic() - started)
-            text = f"{label}  step {step + 1}/{len(epoch_batches)}"
-            progress.step(0, text, len(labels), meter, speed)
+        if interrupted:
+            epoch_batches = interrupted["batches"]
+            meter.restore(interrupted["meter"])
+            interrupted = None
+        else:
+            epoch_batches = batches(indices, config.batch, generator)
+        for i in range(len(meter.sizes), len(epoch_batches)):
+            batch = epoch_batches[i].to(device)
+            x = pictures.x_train[batch]
+            x = pictures.augment(x, config.crop_padding, config.flip, config.cutout, generator)
+            images, labels = x[rank::count], pictures.y_train[batch][rank::count]
+            with autocast(device, config.dtype):
+                logits, auxiliary_logits = trained(images)
+                loss = F.cross_entropy(logits, labels)
+                if auxiliary_logits is not None:
+                    loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+            train_step(weights, optimizer, loss, config.clip)
+            meter.update(loss.detach(), (logits.argmax(1) == labels).sum(), len(labels))
+            seen += len(batch)
+            text = f"{label}  step {i + 1}/{len(epoch_batches)}"
+            progress.step(0, text, len(batch), meter, seen / (time.monotonic() - started))
+            if run.should_stop():
+                run.save(parts, generator, epoch, {"batches": epoch_batches, "meter": meter.state()})
+                raise Stopped(run.signal)
         loss, train_accuracy = meter.result()
+        run.share_buffers(network)
         test_accuracy = accuracy(network, pictures)
         record = {"epoch": epoch, "train_loss": loss, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
-        record |= {
-            "lr": optimizer.param_groups[0]["lr"],
-            "drop_path": network.drop_path,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        folder.append("log.jsonl", record)
-        folder.save("weights.pt", network.state_dict())
+        seconds = time.monotonic() - started
+        run.add(record | {"lr": lr, "drop_path": network.drop_path}, seconds)
+        run.save(parts, generator, epoch + 1)
+        run.folder.save("weights.pt", network.state_dict())
         text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}"
-        progress.line(f"{text}  {record['seconds']:.1f} s")
+        progress.line(f"{text}  {seconds:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1950,14 +2397,17 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_options(parser, presets):
     """The options of a run, and one for every field of the presets' dataclass."""
-    parser.add_argument(
-        "--preset", choices=presets, default="demo", help="where the settings come from (default: demo)"
-    )
+    parser.add_argument("--preset", choices=presets, help="where the settings come from (default: demo)")
     parser.add_argument("--data", metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder")
     parser.add_argument(
         "--download", action="store_true", help="fetch CIFAR into PATH (default: data) if it is not there"
     )
     parser.add_argument("--out", metavar="DIR", help="new folder for the results (default: runs/ and the time)")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="instead of --out: the folder of a run that ended early, to go on with; a new folder begins a run",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
@@ -1971,6 +2421,8 @@ def _add_options(parser, presets):
         }
         if isinstance(demo, bool):
             settings.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+        elif field.metadata["choices"]:
+            settings.add_argument(flag, choices=field.metadata["choices"], **keywords)
         elif isinstance(demo, tuple):
             settings.add_argument(flag, type=type(paper[0]), nargs="+", metavar="X", **keywords)
         else:
@@ -1982,52 +2434,105 @@ def _text(value) -> str:
 
 
 def _configure(args, presets):
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(presets["demo"]) if hasattr(args, f.name)}
+    """(settings, pictures) that the options stand for; what they leave open is as in the run to resume."""
+    settings = presets[args.preset or "demo"]
+    file = _resumed_folder(args) / "config.json"
+    if args.resume and not args.preset and file.is_file():
+        earlier = _Parser(add_help=False)
+        earlier.add_argument("--preset")
+        earlier.add_argument("--data")
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            settings = type(settings)(
+                **{name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
+            )
+            options, _ = earlier.parse_known_args(saved["command"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
+        args.preset, args.data = options.preset, args.data or options.data
+    args.preset = args.preset or "demo"
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return dataclasses.replace(presets[args.preset], **given)
+    settings = dataclasses.replace(settings, **given)
+    return settings, load(settings.dataset, args.data, args.download).first(settings.pictures)
 
 
-def _default_out(command):
-    return pathlib.Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+def _resumed_folder(args):
+    path = pathlib.Path(args.resume or "")
+    return path.parent if path.is_file() else path
 
 
-def _search_command(args):
-    config = _configure(args, SEARCH_PRESETS)
-    pictures = load(config.dataset, args.data, args.download).first(config.pictures)
-    out = pathlib.Path(args.out) if args.out else _default_out("search")
+def _out(args):
+    """Where results go: --out, the folder of --resume, or one named after the time."""
+    if args.out and args.resume:
+        raise InputError(f"--out is {args.out} and --resume is {args.resume}; expected one of them")
+    if args.resume:
+        return _resumed_folder(args)
+    return pathlib.Path(args.out or f"runs/{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _to_go_on(arguments, out) -> str:
+    """The same command again, with --resume in the place of --out."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    parser.add_argument("--resume")
+    _, others = parser.parse_known_args(arguments)
+    return "to go on: " + shlex.join(["python", sys.argv[0], *others, "--resume", str(out)])
+
+
+def _say(*text):
+    """Of several processes the first speaks."""
+    if processes()[0] == 0:
+        print(*text, flush=True)
+
+
+def _search_command(args, out):
+    config, pictures = _configure(args, SEARCH_PRESETS)
     started = time.monotonic()
-    print(
+    _say(
         f"preset {args.preset}: searching on {len(pictures.x_train)} pictures of {pictures.name}, "
         f"{len(config.cells)} stages of {_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
     )
-    result = search(config, pictures, out, args.device, args.kernels, show=True)
-    print(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
-    print(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
+    result = search(
+        config,
+        pictures,
+        None if args.resume else out,
+        args.device,
+        args.kernels,
+        args.graphs == "auto",
+        args.resume,
+        show=True,
+    )
+    _say(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
+    _say(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
-    print("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
+    _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
 
 
-def _evaluate_command(args):
-    genotype = read_genotype(args.genotype)
+def _evaluate_command(args, out):
+    if args.genotype is None and not args.resume:
+        raise InputError("the following arguments are required: genotype (see pdarts.py evaluate --help)")
+    genotype = read_genotype(args.genotype or str(out / "genotype.json"))
+    if args.weights and args.resume:
+        raise InputError("--weights only tests; expected no --resume beside it")
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
-    config = _configure(args, EVALUATE_PRESETS)
-    pictures = load(config.dataset, args.data, args.download).first(config.pictures)
-    out = pathlib.Path(args.out) if args.out else _default_out("evaluate")
+    config, pictures = _configure(args, EVALUATE_PRESETS)
     if not args.weights:
-        print(
+        _say(
             f"preset {args.preset}: training on {len(pictures.x_train)} pictures of {pictures.name}, "
             f"{config.cells} cells, {config.channels} channels, {config.epochs} epochs; results in {out}"
         )
-    result = evaluate(genotype, config, pictures, out, args.device, args.weights, show=True)
-    print(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
-    print(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
-    print(f"test error:    {result.test_error:.2%}")
+    out_or_resume = {"resume": args.resume} if args.resume else {"out": out}
+    result = evaluate(genotype, config, pictures, device=args.device, weights=args.weights, show=True, **out_or_resume)
+    _say(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
+    _say(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
+    _say(f"test error:    {result.test_error:.2%}")
     if not args.weights:
-        print(f"written:       {out / 'weights.pt'}")
+        _say(f"written:       {out / 'weights.pt'}")
 
 
-def _draw_command(args):
+def _draw_command(args, _):
     prefix = args.output if args.output is not None else pathlib.Path(args.genotype).stem + "-"
     genotype = read_genotype(args.genotype)
     folder = pathlib.Path(f"{prefix}x").parent
@@ -2050,9 +2555,15 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("auto", "on", "off"),
         help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
     )
+    command.add_argument(
+        "--graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: a GPU replays whole steps as CUDA graphs, but for --unrolled and several GPUs (default: auto)",
+    )
     command.set_defaults(run=_search_command)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
-    command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    command.add_argument("genotype", nargs="?", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
     _add_options(command, EVALUATE_PRESETS)
     command.add_argument("--weights", metavar="FILE", help="only test the network with these weights")
     command.set_defaults(run=_evaluate_command)
@@ -2062,18 +2573,38 @@ def main(arguments: list[str] | None = None) -> int:
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )
     command.set_defaults(run=_draw_command)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    out = None
     try:
         args = parser.parse_args(arguments)
-        args.run(args)
+        if args.command == "draw":
+            args.run(args, out)
+        else:
+            out = _out(args)
+            with _process_group(args.device) as args.device:
+                args.run(args, out)
     except (InputError, OSError) as error:
         print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
         print("pdarts.py: error: out of memory;", " ".join(str(error).split())[:120], file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if processes()[0] == 0:
+            print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if processes()[1] == 1:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"pdarts.py: error: process {processes()[0]} cannot go on ({reason}); {_to_go_on(arguments, out)}",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
