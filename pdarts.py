@@ -227,7 +227,7 @@ def parallel(network, find_unused=False):
     """
     if processes()[1] == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=find_unused)
+    return nn.parallel.DistributedDataParallel(network, find_unused_parameters=find_unused)
 
 
 @contextlib.contextmanager
@@ -1108,6 +1108,7 @@ class Pictures:
     num_classes: int
     mean: torch.Tensor
     std: torch.Tensor
+    path: str | None = None  # where they come from
 
     @staticmethod
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None):
@@ -1461,7 +1462,7 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
     if download and (dataset == "shapes" or folder.is_file()):
         raise InputError(f"nothing to download for {path or dataset}; expected --preset {' or '.join(CIFAR)}")
     if path and folder.is_file():
-        return load_npz(folder)
+        return dataclasses.replace(load_npz(folder), path=path)
     if dataset == "shapes":
         if not path:
             return shapes()
@@ -1476,7 +1477,7 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)
-    return load_cifar(dataset, folder)
+    return dataclasses.replace(load_cifar(dataset, folder), path=str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1688,9 +1689,10 @@ class Run:
         state |= {"epoch": epoch, "interrupted": interrupted, "generator": generator.get_state()}
         state["parts"] = {name: part.state_dict() for name, part in parts.items()}
         state["random"] = gather(_random_state(self.device))
-        self.folder.save(self.CHECKPOINT, state, self.BEFORE)
+        # The checkpoint last: whoever is killed before it does this epoch again.
         self.folder.write("log.jsonl", "".join(self.log))
         self.folder.write("times.jsonl", "".join(self.times))
+        self.folder.save(self.CHECKPOINT, state, self.BEFORE)
 
     def restore(self, parts: dict, generator):
         """Puts back what was saved, once: (epoch, interrupted); (0, None) where there is nothing."""
@@ -1785,6 +1787,7 @@ def _describe(config, pictures: Pictures, device: torch.device) -> dict:
     return {
         "settings": dataclasses.asdict(config),
         "data": pictures.name,
+        "path": pictures.path,
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -1893,9 +1896,9 @@ def train_step(parameters, optimizer, loss, clip):
 class CapturedStep:
     """A step of a search, as a GPU runs it fastest: hundreds of launches captured as one CUDA graph and replayed.
 
-    step: a function of tensors that returns tensors; inputs of each sort of shapes get a graph of their own after
-    `WARM_UP` plain calls. generator: the one that the step draws from beside torch's own. `kind`, any value, stands for
-    what else decides which launches there are.
+    step: a function of tensors that returns tensors; inputs of other shapes get a graph of their own. The first
+    `WARM_UP` calls of each are plain ones, in which optimizers make their state. generator: the one that the step draws
+    from beside torch's own.
     """
 
     WARM_UP = 3
@@ -1905,15 +1908,15 @@ class CapturedStep:
         self.stream, self.pool = torch.cuda.Stream(generator.device), torch.cuda.graph_pool_handle()
         self.calls, self.captured = collections.Counter(), {}
 
-    def __call__(self, *inputs, kind=None):
-        key = (kind, *(t.shape for t in inputs))
+    @staticmethod
+    def serves(device: torch.device, config: SearchConfig) -> bool:
+        return device.type == "cuda" and processes()[1] == 1 and not config.unrolled
+
+    def __call__(self, *inputs):
+        key = tuple(t.shape for t in inputs)
         self.calls[key] += 1
         if self.calls[key] <= self.WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.step(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
+            return self._plain(inputs)
         if key not in self.captured:
             self.captured[key] = self._capture([t.clone() for t in inputs])
         replay, buffers, results = self.captured[key]
@@ -1921,6 +1924,14 @@ class CapturedStep:
             buffer.copy_(t)
         replay()
         return [t.clone() for t in results]
+
+    def _plain(self, inputs):
+        """On the stream of the capture."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
 
     def _capture(self, buffers):
         """-> a function that runs the step on what lies in `buffers`, these, and where it leaves its results."""
@@ -2051,7 +2062,7 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         train_step(weights, optimizer, loss, config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
 
-    if graphs and device.type == "cuda" and count == 1 and not config.unrolled:
+    if graphs and CapturedStep.serves(device, config):
         step = CapturedStep(step, generator)
 
     parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
@@ -2237,8 +2248,8 @@ def _train(network, config, pictures, run, show):
         record = {"epoch": epoch, "train_loss": loss, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
         seconds = time.monotonic() - started
         run.add(record | {"lr": lr, "drop_path": network.drop_path}, seconds)
-        run.save(parts, generator, epoch + 1)
         run.folder.save("weights.pt", network.state_dict())
+        run.save(parts, generator, epoch + 1)
         text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}"
         progress.line(f"{text}  {seconds:.1f} s")
 
@@ -2438,18 +2449,13 @@ def _configure(args, presets):
     settings = presets[args.preset or "demo"]
     file = _resumed_folder(args) / "config.json"
     if args.resume and not args.preset and file.is_file():
-        earlier = _Parser(add_help=False)
-        earlier.add_argument("--preset")
-        earlier.add_argument("--data")
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-            settings = type(settings)(
-                **{name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
-            )
-            options, _ = earlier.parse_known_args(saved["command"])
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
+            settings, args.data = type(settings)(**values), args.data or saved["path"]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
-        args.preset, args.data = options.preset, args.data or options.data
+        args.preset = settings.dataset if settings.dataset in presets else None
     args.preset = args.preset or "demo"
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -2477,7 +2483,9 @@ def _to_go_on(arguments, out) -> str:
     parser.add_argument("--out")
     parser.add_argument("--resume")
     _, others = parser.parse_known_args(arguments)
-    return "to go on: " + shlex.join(["python", sys.argv[0], *others, "--resume", str(out)])
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["python"] if processes()[1] == 1 else ["torchrun", f"--nproc-per-node={local}"]
+    return "to go on: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
 
 
 def _say(*text):

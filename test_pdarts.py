@@ -1,6 +1,7 @@
 """Tests of pdarts.py: the paper's facts, the official code's decisions, and every message that a user can meet."""
 
 import base64
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -12,11 +13,14 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -42,6 +46,13 @@ TINY = pdarts.SearchConfig(
     skip_dropout=(0.1, 0.2, 0.3),
     pictures=16,
 )
+
+
+@pytest.fixture(autouse=True)
+def _same_mode_of_the_kernels():
+    before = kernels._mode
+    yield
+    kernels._mode = before
 
 
 @pytest.fixture(scope="module")
@@ -1035,6 +1046,369 @@ def test_the_module_declares_what_it_needs_in_its_header():
     assert 'requires-python = ">=3.10"' in head and 'dependencies = ["torch>=2.10", "numpy"]' in head
 
 
+# --- runs that survive ------------------------------------------------------------------------------------------------
+
+STOP = dataclasses.replace(TINY, cells=(3, 3), candidates=(8, 3), skip_dropout=(0.2, 0.3))
+
+
+class Kill(BaseException):
+    """Ends a run at an instant, as SIGKILL would."""
+
+
+def run_until(instant, patch, search):
+    """Runs `search`, killed at its `instant`-th rename of a file or, halfway, in the writing before it."""
+    replace, renames = os.replace, itertools.count(1)
+
+    def counted(*arguments):
+        if next(renames) == instant:
+            raise Kill
+        replace(*arguments)
+
+    with patch.context() as p:
+        p.setattr(os, "replace", counted)
+        try:
+            search()
+        except Kill:
+            return False
+    return True
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal, bit for bit, but for times."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"times"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Both folders hold the same weights, alphas, optimizers, random states, logs and cells."""
+    assert_same(*(torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)))
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.suffix in (".json", ".jsonl", ".svg"))
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.suffix in (".json", ".jsonl", ".svg"))
+    for file in files:
+        assert file.name in ("config.json", "times.jsonl") or (a / file).read_bytes() == (b / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    pdarts.search(STOP, pictures, folder)
+    return folder
+
+
+@pytest.mark.parametrize("instants", [(1, 2, 3, 4, 5), (8, 6, 3)])
+def test_a_search_killed_while_it_writes_goes_on_as_if_nothing_had_happened(unbroken, pictures, tmp_path, instants):
+    folder = tmp_path / "run"
+    patch = pytest.MonkeyPatch()
+    for instant in instants:
+        assert not run_until(instant, patch, lambda: pdarts.search(STOP, pictures, resume=folder))
+        for name in ("checkpoint.pt", "checkpoint-before.pt"):
+            if (folder / name).exists():
+                torch.load(folder / name, weights_only=True)
+    pdarts.search(STOP, pictures, resume=folder)
+    assert_same_run(unbroken, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(unbroken, pictures, tmp_path, number):
+    steps, train_step = itertools.count(1), pdarts.train_step
+
+    def interrupted(*arguments):
+        train_step(*arguments)
+        if next(steps) % 3 == 0:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdarts, "train_step", interrupted)
+        for _ in range(2):
+            with pytest.raises(pdarts.Stopped) as stopped:
+                pdarts.search(STOP, pictures, resume=tmp_path / "run")
+            assert stopped.value.signal_number == number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    pdarts.search(STOP, pictures, resume=tmp_path / "run")
+    assert_same_run(unbroken, tmp_path / "run")
+
+
+def test_an_evaluation_goes_on_where_it_stopped(pictures, tmp_path):
+    config = pdarts.EvaluateConfig(cells=3, channels=2, epochs=3, batch=12, cutout=4)
+    cell, steps, train_step = GENOTYPES["PDARTS"], itertools.count(1), pdarts.train_step
+    pdarts.evaluate(cell, config, pictures, tmp_path / "whole")
+
+    def interrupted(*arguments):
+        train_step(*arguments)
+        if next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdarts, "train_step", interrupted)
+        with pytest.raises(pdarts.Stopped):
+            pdarts.evaluate(cell, config, pictures, tmp_path / "stopped")
+    pdarts.evaluate(cell, config, pictures, resume=tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert_same(*(torch.load(tmp_path / f / "weights.pt", weights_only=True) for f in ("whole", "stopped")))
+
+
+# More kills, which take longer: PDARTS_KILLS=20
+def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
+    kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
+    arguments = "search --cells 3 3 --candidates 8 3 --skip-dropout 0.1 0.2 --channels 2 --warmup 1".split()
+    # The more kills, the longer the search: one that is killed right away makes no progress.
+    arguments += ["--batch", 8, "--kernels", "off", "--pictures", 16 * kills, "--epochs", 1 + kills]
+    started = time.monotonic()
+    assert run(*arguments, "--out", "whole", cwd=tmp_path).returncode == 0
+    duration, number = time.monotonic() - started, 0
+    while number < kills:
+        command = [sys.executable, str(HERE / "pdarts.py"), *map(str, arguments), "--resume", "killed"]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+            try:
+                text, _ = p.communicate(timeout=rng.uniform(0.3, 1) * min(duration, 10))
+                assert p.returncode == 0, text
+                shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
+            except subprocess.TimeoutExpired:
+                p.kill()
+                number += 1
+    result = run(*arguments, "--resume", "killed", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_the_command_line_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 255, (24, 8, 8), np.uint8), np.arange(24) % 3
+    np.savez("own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    arguments = ["search", "--data", "own.npz", *SMALL, "--kernels", "off", "--out", "a run"]
+    monkeypatch.setattr(pdarts.Run, "should_stop", lambda self: setattr(self, "signal", signal.SIGTERM) or True)
+    assert pdarts.main(arguments) == 143
+    error = capsys.readouterr().err
+    assert error.startswith("pdarts.py: stopped by SIGTERM; to go on: python ") and error.count("\n") == 1
+    command = shlex.split(error.split("to go on: ")[1])[2:]
+    assert command == [*arguments[:-2], "--resume", "a run"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert pdarts.main(["search", "--resume", "a run"]) == 0  # settings and data are in the folder
+    assert pdarts.read_genotype("a run/genotype.json")
+    assert pdarts.main(["search", "--resume", "a run"]) == 0  # it has ended: the same again
+    assert pdarts.main([*command, "--lr", "1"]) == 2
+    assert "lr is 0.03 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
+
+
+RESUME = {
+    "other data": (dict(seed=1), None, r"seed is 0 there and 1 here"),
+    "damaged": (
+        {},
+        lambda c: c[: len(c) // 2],
+        r"cannot read .*checkpoint.pt \(.*\); expected an undamaged checkpoint; ",
+    ),
+    "flipped": (
+        {},
+        lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:],
+        r"the one before it goes on: --resume .*before",
+    ),
+    "nothing": ({}, lambda c: b"", r"expected an undamaged checkpoint"),
+    "no checkpoint": ({}, lambda c: saved({"weights": 1}), r"cannot read"),
+    "later format": ({}, lambda c: saved(loaded(c) | {"format": 2}), r"has format 2; expected 1"),
+    "code": ({}, lambda c: saved({"format": Exploit("ran")}), r"cannot read"),
+}
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def loaded(content):
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+@pytest.mark.parametrize("changes, damage, message", RESUME.values(), ids=RESUME)
+def test_a_checkpoint_that_cannot_be_used_is_refused_and_kept(unbroken, pictures, tmp_path, changes, damage, message):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    checkpoint = folder / "checkpoint.pt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()) if damage else checkpoint.read_bytes())
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=message):
+        pdarts.search(dataclasses.replace(STOP, **changes), pictures, resume=folder)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    if damage:
+        pdarts.search(STOP, pictures, resume=folder / "checkpoint-before.pt")
+        assert_same_run(unbroken, folder)
+
+
+def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, pictures, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="holds no run; expected the folder of one, or a new or empty folder"):
+        pdarts.search(STOP, pictures, resume=tmp_path)
+    with pytest.raises(InputError, match="expected one of them"):
+        pdarts.search(STOP, pictures, tmp_path / "out", resume=unbroken)
+    other = dataclasses.replace(pictures, x_test=pictures.x_test.flip(0))
+    with pytest.raises(InputError, match="of another run: data is"):
+        pdarts.search(STOP, other, resume=unbroken)
+    with pytest.raises(InputError, match="of another run: kind is 'search' there and 'evaluate' here"):
+        pdarts.evaluate(GENOTYPES["PDARTS"], pdarts.EvaluateConfig(batch=4), pictures, resume=unbroken)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(unbroken, tmp_path, monkeypatch, capsys, error):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=error.strerror):
+            pdarts.Folder(folder, resume=True).save("checkpoint.pt", {"epoch": 1}, "checkpoint-before.pt")
+        assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob(".*"))
+        patch.chdir(tmp_path)
+        assert pdarts.main(["search", *SMALL, "--kernels", "off"]) == 2
+    assert re.fullmatch(rf"pdarts.py: error: .*{error.strerror}.*\n", capsys.readouterr().err)
+
+
+def test_config_json_holds_what_is_needed_to_run_again(unbroken):
+    content = json.loads((unbroken / "config.json").read_text())
+    assert content["settings"] == json.loads(json.dumps(dataclasses.asdict(STOP)))
+    assert content["pdarts.py"] == hashlib.sha256((HERE / "pdarts.py").read_bytes()).hexdigest()
+    assert {"command", "versions", "device", "kernels", "processes", "data"} <= content.keys()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def gradients(images, labels, dtype=torch.float64):
+    """Of the weights and of the alphas, by a process for its part of the batch; statistics are frozen."""
+    rank, count = pdarts.processes()
+    torch.manual_seed(rank)  # all start from the first process's weights
+    network = SearchNetwork(2, 3, 3, FEW, FEW).to(dtype).eval()
+    pdarts.require_gradients(network, weights=True, alphas=False)
+    trained = pdarts.parallel(network)
+    loss, _ = pdarts.classify(trained, images[rank::count].to(dtype), labels[rank::count])
+    loss.backward()
+    pdarts.require_gradients(network, weights=False, alphas=True)
+    loss, _ = pdarts.classify(network, images[rank::count].to(dtype), labels[rank::count])
+    of_alphas = pdarts.mean_over_processes(torch.autograd.grad(loss, network.alphas()))
+    return [*(p.grad for p in network.weights()), *of_alphas]
+
+
+def _process(rank, count, folder, images, labels):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    pdarts.fused.use("off")
+    torch.save(gradients(images, labels), f"{folder}/{rank}.pt")
+    run = pdarts.Run("search", TINY, pdarts.shapes(16, 4), torch.device("cpu"))
+    run.check_agreement([torch.ones(2)], "the same")
+    with pytest.raises(RuntimeError, match="the processes hold different alphas"):
+        run.check_agreement([torch.full((2,), 1 + 1e-6 * rank)], "the same")
+    with pytest.raises(InputError, match="batch is 7, of 16 pictures, for 2 processes; expected a multiple"):
+        pdarts.check_batch(7, 16)
+    assert [len(b) for b in pdarts.batches(torch.arange(15), 4, torch.Generator())] == [4, 4, 4]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
+    torch.multiprocessing.spawn(_process, (2, tmp_path, images, labels), nprocs=2)
+    kernels.use("off")
+    one = gradients(images, labels)
+    for rank in range(2):
+        for mine, right in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), one, strict=True):
+            assert torch.allclose(mine, right, rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_search_by_torchrun_and_end_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(HERE / "pdarts.py")]
+    command += ["search", *SMALL, "--kernels", "off", "--device", "cpu", "--out", "found"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stage 3/3") == 1 and result.stdout.count("node 3 =") == 2  # one process speaks
+    log = [json.loads(line) for line in (tmp_path / "found/log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and json.loads((tmp_path / "found/config.json").read_text())["processes"] == 2
+
+
+# --- speed and precision ----------------------------------------------------------------------------------------------
+
+
+class Replayed(pdarts.CapturedStep):
+    """Captured steps without a GPU: what is "captured" reads its buffers anew and leaves its results in one place."""
+
+    made = []
+
+    def __init__(self, step, generator):
+        self.step, self.generator = step, generator
+        self.calls, self.captured = collections.Counter(), {}
+        self.made.append(self)
+
+    @staticmethod
+    def serves(device, config):
+        return True
+
+    def _plain(self, inputs):
+        return self.step(*inputs)
+
+    def _capture(self, buffers):
+        results = [torch.zeros(()) for _ in range(2 * len(buffers))]
+
+        def replay():
+            for result, new in zip(results, self.step(*buffers)):
+                result.copy_(new)
+
+        return replay, buffers, results
+
+
+def test_a_captured_step_sees_every_batch_and_rate(pictures):
+    config = dataclasses.replace(TINY, epochs=3, batch=3, cells=(3,), candidates=(8,), skip_dropout=(0.3,), pictures=30)
+    plain = pdarts.search(config, pictures)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdarts, "CapturedStep", Replayed)
+        replayed = pdarts.search(config, pictures)
+    assert len(Replayed.made[0].captured) == 2  # with and without alphas
+    assert torch.equal(plain.stages[0].alphas_normal, replayed.stages[0].alphas_normal)
+    assert plain.stages[0].test_accuracy == replayed.stages[0].test_accuracy
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_bfloat16_changes_the_maps_only(pictures, fused):
+    config = dataclasses.replace(TINY, dtype="bfloat16", cells=(3,), candidates=(8,), skip_dropout=(0.3,))
+    kernels.use(fused)
+    types = set()
+    with pytest.MonkeyPatch.context() as patch:
+        forward = pdarts.MixedOp.terms
+        patch.setattr(
+            pdarts.MixedOp,
+            "terms",
+            lambda self, x, w: (
+                types.update([w.dtype, *(y.dtype for y in forward(self, x, w)[0])]) or forward(self, x, w)
+            ),
+        )
+        result = pdarts.search(config, pictures)
+    assert types == {torch.bfloat16, torch.float32}
+    assert result.stages[0].alphas_normal.dtype == torch.float32
+
+
+def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(pictures):
+    config = dataclasses.replace(TINY, deterministic=True, cells=(3,), candidates=(8,), skip_dropout=(0.3,))
+    modes, train_step = [], pdarts.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pdarts,
+            "train_step",
+            lambda *a: (modes.append(torch.are_deterministic_algorithms_enabled()), train_step(*a)),
+        )
+        pdarts.search(config, pictures)
+    assert set(modes) == {True} and not torch.are_deterministic_algorithms_enabled()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Fused kernels against their plain twins
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1047,11 +1421,9 @@ FRESH = (torch.zeros, torch.ones)  # running means and variances
 @pytest.fixture(params=["cpu", "cuda"] if CUDA else ["cpu"])
 def device(request):
     """Of the tensors; the fused kernels are used."""
-    before = kernels._mode
     kernels.use("on")
     kernels.fused(request.param)
-    yield request.param
-    kernels._mode = before
+    return request.param
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
