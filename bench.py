@@ -1,8 +1,13 @@
 #!/usr/bin/env python3
-"""Checks the fused mixed operation, then measures it against torch: python bench.py
+"""Measures what the kernels are for: the mixed operation, the step of a search, and a whole search.
 
-The tensors are those of the paper's search: the maps of the three parts of a network at batch 96, with the 8, 5 and 3
-candidates of the three stages. Every row is one operation, fused, and how many times longer other ways take:
+    python bench.py                       # the fused mixed operation against torch, once it is found right
+    python bench.py step [--official DIR] # a step of the weights and one of the alphas, in each stage
+    python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
+
+The mixed operation: the tensors are those of the paper's search, the maps of the three parts of a network at batch 96,
+with the 8, 5 and 3 candidates of the three stages. Every row is one operation, fused, and how many times longer other
+ways take:
 
     eager     the plain torch version, kernels.mixed_sum_ref or kernels.mixed_norm_sum_ref
     compile   torch.compile of it (its compile time is reported apart)
@@ -12,23 +17,34 @@ candidates of the three stages. Every row is one operation, fused, and how many 
 All sides run in turn, each with inputs that need gradients; the figure is the median, +- half the distance of the
 quartiles. On a GPU every side is captured as a CUDA graph that visits several sets of inputs, so that neither launches
 nor the L2 cache decide. The result of each call is allocated anew, as in use.
+
+The step: forward, backward and optimizer on one batch of generated pictures, without dropout, in turn
+
+    ours      with the kernels; on a GPU also replayed as a CUDA graph
+    plain     the same network in plain torch
+    official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, on a CPU too
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import importlib
 import json
 import math
 import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
 
 import kernels
+import pdarts
 
 SHAPES = ((96, 16, 32, 32), (96, 32, 16, 16), (96, 64, 8, 8))
 CANDIDATES = (8, 5, 3)
@@ -79,16 +95,22 @@ class Case:
 
     def kept_bytes(self, side):
         """What autograd keeps between forward and backward."""
-        kept = {}
+        return kept_bytes(lambda: self.run(side, backward=False))
 
-        def pack(t):
-            storage = t.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self.run(side, backward=False)
-        return sum(kept.values())
+def kept_bytes(forward):
+    """What autograd keeps of a call of `forward` for the backward pass."""
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()  # alive, so that no memory is counted twice or missed
+    del result
+    return sum(kept.values())
 
 
 def stack_einsum(outputs, weights, *running):
@@ -123,16 +145,23 @@ def verify(device, dtype, channels_last):
     return worst
 
 
-def measure(functions, seconds):
-    """{name: function} -> {name: times in seconds}, called in turn for about `seconds` in all, 5 times at least."""
+def measure(functions, seconds, least=5):
+    """{name: function} -> {name: times in seconds}, called in turn for about `seconds` in all, but `least` times."""
+
+    def synchronise():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     for f in functions.values():
         f()
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
         for name, f in functions.items():
+            synchronise()
             start = time.perf_counter()
             result = f()
+            synchronise()
             times[name].append(time.perf_counter() - start)
             del result
     return times
@@ -258,6 +287,177 @@ def line(r):
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The step of a search
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class OurStep:
+    """A stage's network, as a search trains it: `weights()` and `alphas()` are a step each."""
+
+    def __init__(self, stage, config, images, labels, mode, graphs=False):
+        torch.manual_seed(0)
+        self.mode, self.images, self.labels = mode, images, labels
+        candidates = (pdarts.PRIMITIVES[-config.candidates[stage] :],) * len(pdarts.EDGES)
+        self.network = pdarts.SearchNetwork(config.channels, 10, config.cells[stage], candidates, candidates)
+        self.network.to(images.device)
+        self.parameters = self.network.weights()
+        self.optimizer = pdarts.sgd(self.parameters, config)
+        self.architect = pdarts.Architect(self.network, dtype=config.dtype)
+        self.config = config
+        self.steps = {"weights": self._weights, "alphas": self.architect.step}
+        if graphs:
+            generator = torch.Generator(images.device)
+            self.steps = {name: pdarts.CapturedStep(step, generator) for name, step in self.steps.items()}
+
+    def _weights(self, images, labels):
+        pdarts.require_gradients(self.network, weights=True, alphas=False)
+        loss, logits = pdarts.classify(self.network, images, labels, self.config.dtype)
+        pdarts.train_step(self.parameters, self.optimizer, loss, self.config.clip)
+        return loss.detach(), logits.detach()
+
+    def run(self, which):
+        kernels.use(self.mode)
+        return self.steps[which](self.images, self.labels)
+
+    def forward(self):
+        kernels.use(self.mode)
+        pdarts.require_gradients(self.network, weights=True, alphas=False)
+        return pdarts.classify(self.network, self.images, self.labels, self.config.dtype)
+
+
+class OfficialStep:
+    """The same of the official code, every backward pass of which computes all gradients."""
+
+    def __init__(self, folder, stage, config, images, labels):
+        if not (pathlib.Path(folder) / "model_search.py").is_file():
+            sys.exit(f"no model_search.py in {folder}; expected a checkout of github.com/chenxin061/pdarts")
+        sys.path.insert(0, str(folder))
+        official = importlib.import_module("model_search")
+        sys.path.remove(str(folder))
+        torch.manual_seed(0)
+        self.images, self.labels = images, labels
+        first = len(pdarts.PRIMITIVES) - config.candidates[stage]
+        switches = [[i >= first for i in range(len(pdarts.PRIMITIVES))] for _ in pdarts.EDGES]
+        self.network = official.Network(
+            config.channels,
+            10,
+            config.cells[stage],
+            F.cross_entropy,
+            switches_normal=switches,
+            switches_reduce=switches,
+            p=0.0,
+        ).to(images.device)
+        of_alphas = self.network.arch_parameters()
+        of_weights = [p for p in self.network.parameters() if all(p is not a for a in of_alphas)]
+        self.steps = {
+            "weights": (
+                of_weights,
+                torch.optim.SGD(of_weights, config.lr, config.momentum, weight_decay=config.weight_decay),
+            ),
+            "alphas": (
+                of_alphas,
+                torch.optim.Adam(
+                    of_alphas, config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+                ),
+            ),
+        }
+
+    def forward(self):
+        return F.cross_entropy(self.network(self.images), self.labels)
+
+    def run(self, which):
+        parameters, optimizer = self.steps[which]
+        pdarts.train_step(parameters, optimizer, self.forward(), 5.0)
+
+
+def steps(args):
+    """The rows of the table of steps."""
+    device = torch.device(args.device)
+    config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels, dtype=args.dtype)
+    batch = args.batch or (96 if device.type == "cuda" else 32)
+    print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}", sep="\n")
+    data = pdarts.shapes(batch, 1)
+    images, labels = data.normalise(data.x_train).to(device), data.y_train.to(device)
+    print(
+        f"\n{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}{'seconds':>17}{'to ours':>10}{'kept MB/picture':>18}"
+    )
+    rows = []
+    for stage in args.stages:
+        sides = {"ours": OurStep(stage - 1, config, images, labels, "on")}
+        if device.type == "cuda":
+            sides["graph"] = OurStep(stage - 1, config, images, labels, "on", graphs=True)
+        sides["plain"] = OurStep(stage - 1, config, images, labels, "off")
+        if args.official:
+            sides["official"] = OfficialStep(args.official, stage - 1, config, images, labels)
+        kept = {name: kept_bytes(side.forward) / batch for name, side in sides.items()}
+        for which in ("weights", "alphas"):
+            calls = {name: functools.partial(side.run, which) for name, side in sides.items()}
+            times = measure(calls, args.seconds, least=args.rounds)
+            for name in sides:
+                low, median, high = statistics.quantiles(times[name], n=4)
+                peak = None
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    sides[name].run(which)
+                    peak = torch.cuda.max_memory_allocated()
+                rows.append(
+                    {
+                        "stage": stage,
+                        "step": which,
+                        "side": name,
+                        "seconds": median,
+                        "spread": (high - low) / 2,
+                        "times_ours": median / statistics.median(times["ours"]),
+                        "kept_per_picture": kept[name],
+                        "peak": peak,
+                    }
+                )
+                r = rows[-1]
+                print(
+                    f"{stage:<7}{config.cells[stage - 1]:>5}{config.candidates[stage - 1]:>3}  {which:9}{name:10}"
+                    f"{r['seconds']:>9.4f} +-{r['spread']:6.4f}{r['times_ours']:>8.2f} x{kept[name] / 1e6:>16.1f}"
+                    + (f"   peak {peak / 1e6:.0f} MB" if peak else ""),
+                    flush=True,
+                )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole search
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def search(args):
+    """The rows of the table of epochs: a search of the paper's networks on a few pictures, and what follows from it."""
+    device = torch.device(args.device)
+    batch = args.batch or (96 if device.type == "cuda" else 32)
+    half = batch * (20 if device.type == "cuda" else 1)  # pictures of each half
+    paper = pdarts.SEARCH_PRESETS["cifar10"]
+    # The second epoch of weights and the second with alphas count: the first ones warm up.
+    config = dataclasses.replace(paper, channels=args.channels, dtype=args.dtype, batch=batch, epochs=4, warmup=2)
+    print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}, {half} pictures in each half", sep="\n")
+    data = pdarts.shapes(2 * half, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        pdarts.search(config, data, pathlib.Path(folder, "run"), args.device, kernels="on", graphs=args.graphs)
+        lines = pathlib.Path(folder, "run", "times.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] * 25000 / half for line in lines]
+    print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'with alphas':>15}   (seconds per 25,000 pictures)")
+    rows, whole = [], 0.0
+    for stage in range(3):
+        plain, both = seconds[4 * stage + 1], seconds[4 * stage + 3]
+        rows.append({"stage": stage + 1, "epoch": plain, "epoch_with_alphas": both})
+        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.candidates[stage]:>3}{plain:>16.1f}{both:>15.1f}")
+        whole += paper.warmup * plain + (paper.epochs - paper.warmup) * both
+    print(f"\nprojected, not measured: {whole / 3600:.2f} hours for the 75 epochs of the paper's search")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def header(device):
     """Device, versions and commit."""
     if device.type == "cuda":
@@ -278,15 +478,27 @@ def header(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="operations", choices=("operations", "step", "search"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--channels-last", action="store_true", help="the memory format of all tensors")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--seconds", type=float, default=0.8, metavar="S", help="time for each row (default: 0.8)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for each row (default: 0.8; a step: 10)")
+    group = parser.add_argument_group("operations")
+    group.add_argument("--channels-last", action="store_true", help="the memory format of all tensors")
+    group.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    group = parser.add_argument_group("step and search")
+    group.add_argument("--batch", type=int, metavar="N", help="pictures per step (default: 32 on a CPU, 96 on a GPU)")
+    group.add_argument("--channels", type=int, default=16, metavar="C", help="of the first cell (default: 16)")
+    group.add_argument("--stages", type=int, nargs="+", default=(1, 2, 3), choices=(1, 2, 3), help="(default: all)")
+    group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
+    group.add_argument("--official", metavar="DIR", help="a checkout of github.com/chenxin061/pdarts to measure too")
+    group.add_argument("--no-graphs", dest="graphs", action="store_false", help="search: no CUDA graphs")
     args = parser.parse_args()
-    rows = operations(args)
+    if args.what != "operations" and args.dtype not in pdarts.DTYPES:
+        parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(pdarts.DTYPES)}")
+    args.seconds = args.seconds or (0.8 if args.what == "operations" else 10)
+    rows = {"operations": operations, "step": steps, "search": search}[args.what](args)
     if args.json:
         head = dict(zip(("device", "versions"), header(torch.device(args.device))))
         pathlib.Path(args.json).write_text(json.dumps({**head, "command": sys.argv, "rows": rows}, indent=1) + "\n")
