@@ -379,9 +379,8 @@ def steps(args):
     print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}", sep="\n")
     data = pdarts.shapes(batch, 1)
     images, labels = data.normalise(data.x_train).to(device), data.y_train.to(device)
-    print(
-        f"\n{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}{'seconds':>17}{'to ours':>10}{'kept MB/picture':>18}"
-    )
+    print(f"\n{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}", end="")
+    print(f"{'seconds':>17}{'to ours':>10}{'kept MB/picture':>18}")
     rows = []
     for stage in args.stages:
         sides = {"ours": OurStep(stage - 1, config, images, labels, "on")}
