@@ -379,6 +379,26 @@ class ReLUConv(Operation):
         return separable(x, None, self.op[1])
 
 
+class MaxPool(nn.MaxPool2d):
+    """Over 3x3 windows."""
+
+    def __init__(self, stride: int):
+        super().__init__(3, stride, padding=1)
+
+    def forward(self, x):
+        return fused.pool(x, "max", self.stride) if is_fused(x.device) else super().forward(x)
+
+
+class AvgPool(nn.AvgPool2d):
+    """Over 3x3 windows, of which only what lies in the picture counts."""
+
+    def __init__(self, stride: int):
+        super().__init__(3, stride, padding=1, count_include_pad=False)
+
+    def forward(self, x):
+        return fused.pool(x, "mean", self.stride) if is_fused(x.device) else super().forward(x)
+
+
 def relu_conv_bn(in_channels, out_channels, affine):
     return ReLUConv(
         nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels, affine=affine)
@@ -424,8 +444,8 @@ def conv_7x1_1x7(channels, stride, affine):
 # The last two stand in published genotypes of other papers and are never searched.
 OPERATIONS = {
     "none": lambda c, stride, affine: Zero(stride),
-    "max_pool_3x3": lambda c, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda c, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "max_pool_3x3": lambda c, stride, affine: MaxPool(stride),
+    "avg_pool_3x3": lambda c, stride, affine: AvgPool(stride),
     "skip_connect": lambda c, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(c, c, affine),
     "sep_conv_3x3": lambda c, stride, affine: sep_conv(c, 3, stride, affine),
     "sep_conv_5x5": lambda c, stride, affine: sep_conv(c, 5, stride, affine),
@@ -1598,26 +1618,12 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content):
-        """Text, or anything else as JSON (state dictionaries by `save`)."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        self._replace(name, text.encode())
-
-    def save(self, name: str, state, before: str | None = None):
-        """By torch.save; the file of this name becomes the file `before`."""
-        if self.path is not None:
-            if before and (self.path / name).exists():
-                self._replace(before, (self.path / name).read_bytes())
-            buffer = io.BytesIO()  # torch.save itself hides why a disk cannot be written
-            torch.save(state, buffer)
-            self._replace(name, buffer.getbuffer())
-
-    def draw(self, genotype: Genotype, under: str = ""):
-        for kind, svg in draw(genotype).items():
-            self.write(f"{under}{kind}.svg", svg)
-
-    def _replace(self, name, content):
+        """Bytes, text, or anything else as JSON (state dictionaries by `save`)."""
         if self.path is None:
             return
+        if not isinstance(content, (bytes, str)):
+            content = json.dumps(content, indent=1) + "\n"
+        content = content.encode() if isinstance(content, str) else content
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
@@ -1629,6 +1635,19 @@ class Folder:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def save(self, name: str, state, before: str | None = None):
+        """By torch.save; the file that has the name now becomes the file `before`."""
+        if self.path is not None:
+            if before and (self.path / name).exists():
+                self.write(before, (self.path / name).read_bytes())
+            buffer = io.BytesIO()  # torch.save itself hides why a disk cannot be written
+            torch.save(state, buffer)
+            self.write(name, buffer.getvalue())
+
+    def draw(self, genotype: Genotype, under: str = ""):
+        for kind, svg in draw(genotype).items():
+            self.write(f"{under}{kind}.svg", svg)
 
 
 class Stopped(KeyboardInterrupt):
@@ -1673,6 +1692,10 @@ class Run:
         self.folder = Folder(out if first else None, resume is not None)
         if not self.state:
             self.folder.write("config.json", _describe(config, pictures, device) | notes)
+        elif first and checkpoint.name != self.CHECKPOINT:
+            self.folder.write(
+                self.CHECKPOINT, checkpoint.read_bytes()
+            )  # else the next `save` would put it beside itself
 
     def add(self, record: dict, seconds: float):
         """A line for log.jsonl, equal in equal runs, and one for times.jsonl; the next `save` writes them."""
@@ -1946,14 +1969,15 @@ class CapturedStep:
 @torch.no_grad()
 def accuracy(network, pictures: Pictures, limit: int | None = None, batch: int = 256) -> float:
     """Of the first `limit` test pictures (None: all), the part that `network` classifies right in evaluation mode."""
+    rank, count = processes()
     x_test, y_test = pictures.x_test[:limit], pictures.y_test[:limit]
     was_training = network.training
     network.eval()
     correct = 0
-    for x, y in zip(x_test.split(batch), y_test.split(batch)):
+    for x, y in zip(x_test[rank::count].split(batch), y_test[rank::count].split(batch)):
         correct += int((network(pictures.normalise(x)).argmax(1) == y).sum())
     network.train(was_training)
-    return correct / len(y_test)
+    return sum(gather(correct)) / len(y_test)
 
 
 def search(
@@ -1984,7 +2008,11 @@ def search(
     run = Run("search", config, pictures, device, out, resume, kernels="fused" if uses_kernels else "plain")
     pictures = pictures.to(device)
     progress = Progress([_work(config, number, config.epochs) * half for number in range(len(config.cells))], show)
-    stages = [Stage(*stage) for stage in run.state["stages"]] if run.state else []
+    stages = []
+    if run.state:
+        stages = [Stage(*stage) for stage in run.state["stages"]]
+        done = [_work(config, number, config.epochs) for number in range(len(stages))]
+        progress.resume((sum(done) + _work(config, len(stages), run.state["epoch"])) * half)
     with _fork_rng(), _deterministic(config.deterministic), run.stoppable():
         # The first process's random state is that of a run on its own; each has its own dropout.
         torch.manual_seed((config.seed + processes()[0]) % 2**63)
@@ -2067,8 +2095,6 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
 
     parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
     first_epoch, interrupted = run.restore(parts, generator)
-    done = [_work(config, n, config.epochs) for n in range(number)] + [_work(config, number, first_epoch)]
-    progress.resume(sum(done) * len(halves[0]))
     for epoch in range(first_epoch, config.epochs):
         started, seen = time.monotonic(), 0
         learn_alphas = epoch >= config.warmup

@@ -1746,6 +1746,54 @@ def test_fused_separable_convolution_names_what_does_not_fit(x, depthwise, point
         kernels.separable(torch.rand(x), torch.rand(depthwise), torch.rand(pointwise))
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (3, 16, 8, 8), (1, 1, 1, 1), (2, 20, 1, 33), (2, 8, 2, 1), (0, 3, 4, 4)]
+)
+@pytest.mark.parametrize("kind", ["max", "mean"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_pool_equals_plain_torch(shape, kind, stride, dtype):
+    torch.manual_seed(0)
+    # Of equal elements the first has the gradient: few values make many of them.
+    x = (torch.randint(-2, 3, shape) if kind == "max" else torch.randn(shape)).to(dtype).requires_grad_()
+    mine, right = (f(x, kind, stride) for f in (kernels.pool, kernels.pool_ref))
+    gradient = torch.randn(right.shape).to(dtype)
+    assert torch.equal(mine, right)
+    gradients = [torch.autograd.grad(y, x, gradient)[0] for y in (mine, right)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_fused_pool_passes_gradcheck_opcheck_and_compiles():
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
+    ops, size = torch.ops.pdarts, [2, 3, 5, 6]
+    for kind in "max", "mean":
+        function = functools.partial(kernels.pool, kind=kind, stride=2)
+        assert torch.autograd.gradcheck(function, x)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, function)))
+        given = x.detach() if kind == "max" else None
+        for op, arguments in (
+            (ops.pool, (x, kind == "max", 1)),
+            (ops.pool_backward, (torch.randn(2, 3, 3, 3).double(), given, size, 2)),
+        ):
+            assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated twice"):
+            gradient.sum().backward()
+
+
+def test_fused_pool_propagates_what_is_not_a_number_and_names_what_does_not_fit():
+    x = torch.randn(1, 1, 4, 4)
+    x[0, 0, 0, 0] = math.nan
+    assert kernels.pool(x, "max").isnan().equal(kernels.pool_ref(x, "max").isnan())
+    with pytest.raises(RuntimeError, match="x has shape .4, 4.; expected .N,C,H,W."):
+        kernels.pool(x[0, 0], "max")
+    with pytest.raises(RuntimeError, match="stride is 0; expected at least one pixel and 1"):
+        kernels.pool(x, "max", 0)
+    with pytest.raises(ValueError, match="the kind of pooling is 'min'; expected max or mean"):
+        kernels.pool(x, "min")
+
+
 @pytest.mark.skipif("PDARTS_LARGE" not in os.environ, reason="needs 20 GB: set PDARTS_LARGE=1")
 def test_fused_operation_takes_more_elements_than_32_bits_count(device):
     shape = (2, 2, 1 << 15, (1 << 14) + 1)  # 2^31 + 2^17 elements

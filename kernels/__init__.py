@@ -1,14 +1,15 @@
 """The mixed operation of differentiable architecture search, fused: forward and backward, on CPU and CUDA.
 
-    from kernels import mixed_sum, mixed_norm_sum, separable
+    from kernels import mixed_sum, mixed_norm_sum, separable, pool
 
     y = mixed_sum(outputs, weights)                 # sum_k weights[k] * outputs[k]
     y = mixed_norm_sum(outputs, weights, running_means, running_vars, training=True)
                                                     # sum_k weights[k] * batch_norm_k(outputs[k])
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
+    y = pool(x, "max")                              # over 3x3 windows, or "mean"; fused on the CPU only
 
-`mixed_sum_ref`, `mixed_norm_sum_ref` and `separable_ref` are the same in plain torch. The folder works alone, copied
-into any project.
+`mixed_sum_ref`, `mixed_norm_sum_ref`, `separable_ref` and `pool_ref` are the same in plain torch. The folder works alone,
+copied into any project.
 
 The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp")
+_SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp", "pool_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
@@ -65,6 +66,13 @@ def separable_ref(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
     if depthwise is not None:
         x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
     return F.conv2d(x, pointwise)
+
+
+def pool_ref(x, kind, stride=1):
+    """Plain torch version of `pool`."""
+    if kind == "max":
+        return F.max_pool2d(x, 3, stride, padding=1)
+    return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
 
 
 def mixed_sum(outputs, weights):
@@ -120,10 +128,26 @@ def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
     [channels,C,1,1]. Fused on the CPU in float32 and float64, in channels-last memory format, which the result has;
     plain torch elsewhere, where cuDNN serves. Deterministic. Differentiable once.
     """
-    on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.dtype == pointwise.dtype
-    if not on_cpu or torch.is_autocast_enabled("cpu") or not fused("cpu"):
+    if x.dtype != pointwise.dtype or torch.is_autocast_enabled("cpu") or not _on_cpu(x):
         return separable_ref(x, depthwise, pointwise, stride, padding, dilation)
     return torch.ops.pdarts.separable(x, depthwise, pointwise, stride, padding, dilation)
+
+
+def pool(x, kind, stride=1):
+    """The largest element ("max") or the mean ("mean") of every 3x3 window; what lies over the borders does not count.
+
+    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x, instead of the places of the largest
+    elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
+    """
+    if kind not in ("max", "mean"):
+        raise ValueError(f"the kind of pooling is {kind!r}; expected max or mean")
+    if not _on_cpu(x):
+        return pool_ref(x, kind, stride)
+    return torch.ops.pdarts.pool(x, kind == "max", stride)
+
+
+def _on_cpu(x):
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and fused("cpu")
 
 
 @torch.no_grad()
@@ -185,6 +209,14 @@ def _register_fakes():
             x.new_empty(0) if not need or t is None else t if t is like[0] else torch.empty_like(t, memory_format=fresh)
             for t, need in zip(like, needs, strict=True)
         )
+
+    @torch.library.register_fake("pdarts::pool")
+    def _(x, max, stride):
+        return x.new_empty(x.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]), x.shape[1]).permute(0, 3, 1, 2)
+
+    @torch.library.register_fake("pdarts::pool_backward")
+    def _(grad, x, size, stride):
+        return grad.new_empty(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
 
     @torch.library.register_fake("pdarts::update_running")
     def _(running_means, running_vars, statistics, batch, count, momentum):

@@ -1,5 +1,5 @@
-// The convolutions of a separable convolution on raw pointers, apart from torch, for tensors in channels-last memory
-// format. type is kFloat32 or kFloat64; f is max(., 0) if relu is set, else the identity.
+// The convolutions of a separable convolution and pooling on raw pointers, apart from torch, for tensors in channels-last
+// memory format. type is kFloat32 or kFloat64; f is max(., 0) if relu is set, else the identity.
 //
 // scratch is memory of at least ..._scratch_cpu(...) bytes, aligned to 64. Results are the same bits at every call and
 // for any number of threads.
@@ -36,3 +36,13 @@ extern "C" int64_t pointwise_scratch_cpu(const PdartsPointwise* p);
 extern "C" void pointwise_forward_cpu(const PdartsPointwise* p, void* y, void* scratch);
 extern "C" void pointwise_backward_input_cpu(const PdartsPointwise* p, const void* g, void* grad_x, void* scratch);
 extern "C" void pointwise_backward_weight_cpu(const PdartsPointwise* p, const void* g, void* grad_weight, void* scratch);
+
+// The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not count.
+struct PdartsPool {
+  int64_t N, H, W, C;
+  int32_t stride, max, type;
+  const void* x;  // [N,H,W,C]; for the gradient only needed with max
+};
+
+extern "C" void pool_forward_cpu(const PdartsPool* p, void* y);
+extern "C" void pool_backward_cpu(const PdartsPool* p, const void* g, void* grad_x);

@@ -353,6 +353,37 @@ Three separable_backward(
   return {grad_x, grad_depthwise, grad_pointwise};
 }
 
+PdartsPool pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor& like) {
+  TORCH_CHECK(size.size() == 4, "x has shape ", size, "; expected [N,C,H,W]");
+  TORCH_CHECK(
+      like.scalar_type() == at::kFloat || like.scalar_type() == at::kDouble, "x is ", like.scalar_type(),
+      "; expected float32 or float64");
+  TORCH_CHECK(
+      size[2] >= 1 && size[3] >= 1 && stride >= 1, "x has shape ", size, " and stride is ", stride,
+      "; expected at least one pixel and 1");
+  return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type_of(like), nullptr};
+}
+
+Tensor pool(const Tensor& x, bool max, int64_t stride) {
+  PdartsPool p = pooling(x.sizes(), max, stride, x);
+  Tensor in = x.contiguous(at::MemoryFormat::ChannelsLast);
+  p.x = in.const_data_ptr();
+  int64_t OH = (p.H - 1) / stride + 1, OW = (p.W - 1) / stride + 1;
+  Tensor y = at::empty({p.N, p.C, OH, OW}, x.options(), at::MemoryFormat::ChannelsLast);
+  pool_forward_cpu(&p, y.data_ptr());
+  return y;
+}
+
+// x: given for the largest element, of the mean only its size matters.
+Tensor pool_backward(const Tensor& grad, const OptionalTensor& x, at::IntArrayRef size, int64_t stride) {
+  PdartsPool p = pooling(size, x.has_value(), stride, grad);
+  Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast), in;
+  if (x) in = x->contiguous(at::MemoryFormat::ChannelsLast), p.x = in.const_data_ptr();
+  Tensor grad_x = at::empty(size, grad.options(), at::MemoryFormat::ChannelsLast);
+  pool_backward_cpu(&p, g.const_data_ptr(), grad_x.data_ptr());
+  return grad_x;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Autograd
 // ---------------------------------------------------------------------------------------------------------------------
@@ -520,6 +551,42 @@ Three separable_backward_autograd(
   return {grads[0], grads[1], grads[2]};
 }
 
+Tensor pool_below_autograd(const Tensor& x, bool max, int64_t stride) {
+  static auto op = operator_of<decltype(pool)>("pdarts::pool");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, max, stride);
+}
+
+struct PoolFunction : torch::autograd::Function<PoolFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, bool max, int64_t stride) {
+    ctx->save_for_backward({max ? x : Tensor()});
+    ctx->saved_data["size"] = x.sizes().vec();
+    ctx->saved_data["stride"] = stride;
+    return pool_below_autograd(x, max, stride);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static auto op = operator_of<decltype(pool_backward)>("pdarts::pool_backward");
+    std::vector<int64_t> size = ctx->saved_data["size"].toIntVector();
+    OptionalTensor x = given(ctx->get_saved_variables()[0]);
+    return {op.call(grad[0], x, size, ctx->saved_data["stride"].toInt()), Tensor(), Tensor()};
+  }
+};
+
+Tensor pool_autograd(const Tensor& x, bool max, int64_t stride) {
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return pool_below_autograd(x, max, stride);
+  return PoolFunction::apply(x, max, stride);
+}
+
+Tensor pool_backward_autograd(
+    const Tensor& grad, const OptionalTensor& x, at::IntArrayRef size, int64_t stride) {
+  static auto op = operator_of<decltype(pool_backward)>("pdarts::pool_backward");
+  Tensor grad_x = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(grad, x, size, stride);
+  }();
+  return not_twice({grad_x}, {grad, x.value_or(Tensor())})[0];
+}
+
 }  // namespace
 
 TORCH_LIBRARY(pdarts, m) {
@@ -535,6 +602,8 @@ TORCH_LIBRARY(pdarts, m) {
   m.def(
       "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, "
       "int dilation, bool[] needs) -> (Tensor, Tensor, Tensor)");
+  m.def("pool(Tensor x, bool max, int stride) -> Tensor");
+  m.def("pool_backward(Tensor grad, Tensor? x, int[] size, int stride) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
@@ -543,6 +612,8 @@ TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
   m.impl("update_running", &update_running);
   m.impl("separable", &separable);
   m.impl("separable_backward", &separable_backward);
+  m.impl("pool", &pool);
+  m.impl("pool_backward", &pool_backward);
 }
 
 #ifdef PDARTS_CUDA
@@ -558,4 +629,6 @@ TORCH_LIBRARY_IMPL(pdarts, Autograd, m) {
   m.impl("mixed_backward", &mixed_backward_autograd);
   m.impl("separable", &separable_autograd);
   m.impl("separable_backward", &separable_backward_autograd);
+  m.impl("pool", &pool_autograd);
+  m.impl("pool_backward", &pool_backward_autograd);
 }
