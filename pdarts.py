@@ -47,6 +47,7 @@ import os
 import pathlib
 import pickle
 import platform
+import reprlib
 import shlex
 import shutil
 import signal
@@ -56,6 +57,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -97,8 +99,8 @@ class _Checked:
             if choices and value not in choices:
                 raise InputError(f"{field.name} is {value!r}; expected {' or '.join(choices)}")
             for x in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(x, float) and not math.isfinite(x):
-                    raise InputError(f"{field.name} is {value}; expected a finite number")
+                if isinstance(x, float) and not abs(x) <= 1e30:  # far more, and float32 overflows
+                    raise InputError(f"{field.name} is {value}; expected a finite number, at most 1e30")
                 if low is not None and x < low or high is not None and x > high:
                     bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
                     raise InputError(f"{field.name} is {value}; expected {' and '.join(bounds)}")
@@ -125,7 +127,7 @@ class SearchConfig(_Checked):
     stem_stride: int = option(
         1, "stride of the stem; 2 for large pictures or a fast search (1 in the official code)", 1, 8
     )
-    epochs: int = option(25, "epochs of each stage (paper, search)", 1)
+    epochs: int = option(25, "epochs of each stage (paper, search)", 1, 10**6)
     warmup: int = option(10, "first epochs of each stage that train weights only (paper, search)", 0)
     batch: int = option(96, "pictures per step (paper, search)", 2, 10**6)
     lr: float = option(0.025, "learning rate of the weights, cosine to 0 (official code)", 0)
@@ -172,7 +174,7 @@ class EvaluateConfig(_Checked):
     pictures: int = option(0, "training pictures used at most, 0 = all", 0)
     cells: int = option(20, "cells of the network (paper, evaluation)", 3, 1000)
     channels: int = option(36, "channels C of the first cell (paper, evaluation)", 1, 10**4)
-    epochs: int = option(600, "epochs (paper, evaluation)", 1)
+    epochs: int = option(600, "epochs (paper, evaluation)", 1, 10**6)
     batch: int = option(128, "pictures per step (paper, evaluation)", 2, 10**6)
     lr: float = option(0.025, "learning rate, cosine to 0 (paper, evaluation)", 0)
     momentum: float = option(0.9, "momentum (official code)", 0, 1)
@@ -650,7 +652,10 @@ def _probabilities(candidates, alphas) -> list[list[float]]:
     alphas = torch.as_tensor(alphas).detach()
     if alphas.shape != (len(candidates), len(candidates[0])):
         raise InputError(f"alphas have shape {list(alphas.shape)}; expected {[len(candidates), len(candidates[0])]}")
-    return alphas.softmax(dim=1).tolist()
+    probabilities = alphas.softmax(dim=1)
+    if not probabilities.isfinite().all():
+        raise InputError("alphas hold numbers that are not finite; expected finite ones (a lower alpha_lr may help)")
+    return probabilities.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1060,6 +1065,14 @@ GENOTYPES = {
 }
 
 
+MAX_NODES = 100  # of a cell; published ones have 4 or 5
+
+
+def _short(value) -> str:
+    """What a message shows of any value, however long or deeply nested."""
+    return f"{reprlib.repr(value):.80}"
+
+
 def check_genotype(genotype, name="genotype") -> Genotype:
     """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
     if not isinstance(genotype, Genotype):
@@ -1069,27 +1082,30 @@ def check_genotype(genotype, name="genotype") -> Genotype:
         pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
         if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
             raise InputError(
-                f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {pairs!r:.80}"
+                f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {_short(pairs)}"
             )
+        if len(pairs) > 2 * MAX_NODES:
+            raise InputError(f"{name}: {kind} has {len(pairs) // 2} nodes; expected at most {MAX_NODES}")
         for i, pair in enumerate(pairs):
             where = f"{name}: {kind}[{i}]"
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise InputError(f"{where} is {pair!r:.80}; expected an (operation, input) pair")
+                raise InputError(f"{where} is {_short(pair)}; expected an (operation, input) pair")
             operation, source = pair
             if not isinstance(operation, str) or operation not in OPERATIONS:
                 raise InputError(
-                    f"{where} has unknown operation {operation!r:.80}; expected one of {', '.join(OPERATIONS)}"
+                    f"{where} has unknown operation {_short(operation)}; expected one of {', '.join(OPERATIONS)}"
                 )
             if type(source) is not int or not 0 <= source < 2 + i // 2:
-                raise InputError(f"{where} has input {source!r:.80}; node {i // 2} can take 0 to {1 + i // 2}")
+                raise InputError(f"{where} has input {_short(source)}; node {i // 2} can take 0 to {1 + i // 2}")
         states = range(2, 2 + len(pairs) // 2)
         if (
             not isinstance(concat, (list, tuple, range))
             or not concat
             or any(type(s) is not int or s not in states for s in concat)
+            or len(set(concat)) < len(concat)
         ):
             raise InputError(
-                f"{name}: {kind}_concat is {concat!r:.80}; expected states from {states[0]} to {states[-1]}"
+                f"{name}: {kind}_concat is {_short(concat)}; expected states from {states[0]} to {states[-1]} once"
             )
         cells += [[(operation, source) for operation, source in pairs], list(concat)]
     return Genotype(*cells)
@@ -1151,7 +1167,7 @@ class Pictures:
                     f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training pictures or more and 1 test "
                     "picture or more, of 8 x 8 or larger"
                 )
-            if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
+            if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
                 raise InputError(
                     f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per picture"
                 )
@@ -1337,6 +1353,12 @@ CIFAR = {
 }
 
 
+def _reason(error: Exception) -> str:
+    """What a message says of an error that a damaged file led to."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
+
+
 class _PickledArray:
     """Stands in for numpy.ndarray while unpickling: takes the state, runs nothing."""
 
@@ -1365,6 +1387,26 @@ class _CifarUnpickler(pickle._Unpickler):
 
     ALLOWED = {"_reconstruct": lambda *_: _PickledArray(), "ndarray": _PickledArray, "dtype": _PickledDtype}
 
+    def refuse(self):
+        raise ValueError("a part that no such file has")
+
+    # The hash of a small tuple of tuples of tuples ... can take for ever: only text may be a key.
+
+    def check_keys(self, keys):
+        if not all(isinstance(key, (bytes, str)) for key in keys):
+            raise ValueError("a key that is not text")
+
+    def load_setitem(self):
+        self.check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        self.check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    dispatch |= dict.fromkeys(pickle.BYTEARRAY8 + pickle.DICT + pickle.FROZENSET + pickle.ADDITEMS, refuse)
+
     def find_class(self, module, name):
         if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in self.ALLOWED:
             raise ValueError(f"it holds {module}.{name}")
@@ -1388,12 +1430,15 @@ def _read_cifar_file(path: pathlib.Path, form: CifarFormat, binary: bool):
     else:
         try:
             entries = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
-            x, y = entries[b"data"].read(), np.array(entries[form.label_key], np.int64)
+            x, labels = entries[b"data"].read(), entries[form.label_key]
+            if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+                raise ValueError("labels that are not whole numbers")
+            y = np.array(labels, np.int64)
             if x.shape != (len(y), 3072) or not len(y):
                 raise ValueError(f"data {list(x.shape)} for {len(y)} labels")
         except Exception as error:  # whatever a damaged or hostile pickle leads to
             raise InputError(
-                f"{path} is not a CIFAR pickle ({type(error).__name__}: {error}); expected uint8 data [N,3072] and "
+                f"{path} is not a CIFAR pickle ({_reason(error)}); expected uint8 data [N,3072] and "
                 f"{form.label_key.decode()}"
             ) from None
     if y.min() < 0 or y.max() >= form.classes:
@@ -1437,18 +1482,28 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
         if md5 != form.md5:
             raise InputError(f"{form.url} has MD5 {md5}; expected {form.md5}")
         unpacked.mkdir()
-        with tarfile.open(archive) as tar:
-            # Only the files asked for, read by name and written by us: no links, no paths that lead elsewhere.
-            for file in form.train + form.test:
-                try:
-                    source = tar.extractfile(f"{form.binary}/{file}.bin")
-                except KeyError:
-                    source = None
-                if source is None:
-                    raise InputError(f"{form.url} has no file {form.binary}/{file}.bin; expected the published archive")
-                with open(unpacked / f"{file}.bin", "wb") as target:
-                    shutil.copyfileobj(source, target)
+        try:
+            with tarfile.open(archive) as tar:
+                # Only the files asked for, read by name and written by us: no links, no paths that lead elsewhere.
+                for file in form.train + form.test:
+                    member = tar.getmember(f"{form.binary}/{file}.bin")
+                    if not member.isreg() or member.issparse():
+                        raise ValueError(f"{member.name} is not a file")
+                    with tar.extractfile(member) as source, open(unpacked / f"{file}.bin", "wb") as target:
+                        shutil.copyfileobj(source, target)
+        except Exception as error:  # whatever a damaged archive leads to
+            raise InputError(f"cannot unpack {form.url} ({_reason(error)}); expected the published archive") from None
         unpacked.rename(folder / form.binary)
+
+
+def _check_zip(path, sums=False):
+    """Refuses a zip that unpacks to far more than it is, as no pictures or weights do; `sums`: and a damaged one."""
+    with zipfile.ZipFile(path) as archive:
+        size, unpacked = os.path.getsize(path), sum(part.file_size for part in archive.infolist())
+        if unpacked > 10**7 + 100 * size:
+            raise ValueError(f"{size} bytes that unpack to {unpacked}")
+        if sums and (damaged := archive.testzip()):
+            raise ValueError(f"{damaged} is damaged")
 
 
 def load_npz(path: pathlib.Path) -> Pictures:
@@ -1458,7 +1513,9 @@ def load_npz(path: pathlib.Path) -> Pictures:
     """
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        _check_zip(path)
+        with np.load(path, allow_pickle=False) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old or odd array headers
             missing = [key for key in keys if key not in archive]
             if missing:
                 raise InputError(f"{path} lacks {', '.join(missing)}; expected {', '.join(keys)}")
@@ -1466,9 +1523,7 @@ def load_npz(path: pathlib.Path) -> Pictures:
     except InputError:
         raise
     except Exception as error:  # whatever a damaged zip or array header leads to
-        raise InputError(
-            f"cannot read {path} ({type(error).__name__}: {error}); expected an .npz with {', '.join(keys)}"
-        ) from None
+        raise InputError(f"cannot read {path} ({_reason(error)}); expected an .npz with {', '.join(keys)}") from None
     pictures = Pictures.from_arrays(x_train, y_train, x_test, y_test, str(path))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(pictures.x_train)))
     return dataclasses.replace(pictures, x_train=pictures.x_train[order], y_train=pictures.y_train[order])
@@ -1776,17 +1831,15 @@ class Run:
 
     def _read(self, path: pathlib.Path) -> dict:
         try:
-            content = path.read_bytes()
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError("a checksum is wrong")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            _check_zip(path, sums=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             version, identity = state["format"], state["identity"]
         except Exception as error:  # whatever a damaged file leads to
-            reason = " ".join(str(error).split())[:200]
             before = path.with_name(self.BEFORE)
             offer = f"; the one before it goes on: --resume {before}" if before.exists() and before != path else ""
-            raise InputError(f"cannot read {path} ({reason}); expected an undamaged checkpoint{offer}") from None
+            raise InputError(
+                f"cannot read {path} ({_reason(error)}); expected an undamaged checkpoint{offer}"
+            ) from None
         if version != self.FORMAT:
             raise InputError(
                 f"{path} has format {version}; expected {self.FORMAT}: another version of pdarts.py wrote it"
@@ -1822,12 +1875,14 @@ def _describe(config, pictures: Pictures, device: torch.device) -> dict:
 def pick_device(name: str) -> torch.device:
     """The device that `name` stands for; "auto" is the GPU if there is one. InputError if torch cannot use it."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old names, which are refused
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.Generator(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # whatever one of torch's backends leads to
         raise InputError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1, ..."
+            f"device {name!r} cannot be used ({_reason(error)}); expected auto, cpu, cuda, cuda:1, ..."
         ) from None
     return device
 
@@ -2183,6 +2238,7 @@ def evaluate(
     pictures, out, device, resume, show: as for `search`.
     """
     device = pick_device(device)
+    pick_kernels(None, device)
     genotype = check_genotype(genotype)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures)
@@ -2211,17 +2267,25 @@ def evaluate(
 def load_weights(network: Network, path, device):
     """Loads a state_dict, the auxiliary head's part of which is optional; an InputError says what does not fit."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        if zipfile.is_zipfile(path):  # torch's format since 1.6
+            _check_zip(path, sums=True)  # torch does not compare them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd files, which are used or refused
+            state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
         if not any(key.startswith("auxiliary_head.") for key in state):
             network.auxiliary_head = None
-        if network.auxiliary_head is None:
-            state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+        without_head = network.auxiliary_head is None
+        state = {key: value for key, value in state.items() if not (without_head and key.startswith("auxiliary_head."))}
+        wrong = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is complex")
         network.load_state_dict(state)
     except Exception as error:  # whatever a damaged file leads to
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot use the weights {path} ({reason}); expected a state_dict of this network") from None
+        raise InputError(
+            f"cannot use the weights {path} ({_reason(error)}); expected a state_dict of this network"
+        ) from None
 
 
 def _train(network, config, pictures, run, show):
@@ -2435,13 +2499,18 @@ class _Parser(argparse.ArgumentParser):
 def _add_options(parser, presets):
     """The options of a run, and one for every field of the presets' dataclass."""
     parser.add_argument("--preset", choices=presets, help="where the settings come from (default: demo)")
-    parser.add_argument("--data", metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder")
+    parser.add_argument(
+        "--data", type=_path, metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder"
+    )
     parser.add_argument(
         "--download", action="store_true", help="fetch CIFAR into PATH (default: data) if it is not there"
     )
-    parser.add_argument("--out", metavar="DIR", help="new folder for the results (default: runs/ and the time)")
+    parser.add_argument(
+        "--out", type=_path, metavar="DIR", help="new folder for the results (default: runs/ and the time)"
+    )
     parser.add_argument(
         "--resume",
+        type=_path,
         metavar="DIR",
         help="instead of --out: the folder of a run that ended early, to go on with; a new folder begins a run",
     )
@@ -2464,6 +2533,12 @@ def _add_options(parser, presets):
             settings.add_argument(flag, type=type(paper[0]), nargs="+", metavar="X", **keywords)
         else:
             settings.add_argument(flag, type=type(demo), metavar="X", **keywords)
+
+
+def _path(text):
+    if not text:  # such as "$DIR" of a variable that is not set
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return text
 
 
 def _text(value) -> str:
@@ -2580,6 +2655,8 @@ def _draw_command(args, _):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
     parser = _Parser(prog="pdarts.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
@@ -2599,7 +2676,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
     command.add_argument("genotype", nargs="?", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
     _add_options(command, EVALUATE_PRESETS)
-    command.add_argument("--weights", metavar="FILE", help="only test the network with these weights")
+    command.add_argument("--weights", type=_path, metavar="FILE", help="only test the network with these weights")
     command.set_defaults(run=_evaluate_command)
     command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
     command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
@@ -2611,6 +2688,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = None
     try:
         args = parser.parse_args(arguments)
+        if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
+            parser.error("expected a value, got --")
         if args.command == "draw":
             args.run(args, out)
         else:
@@ -2620,9 +2699,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print("pdarts.py: error: out of memory;", " ".join(str(error).split())[:120], file=sys.stderr)
-        return 2
     except Stopped as stopped:
         if processes()[0] == 0:
             print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
@@ -2630,10 +2706,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
         return 130
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in reason:
+            print("pdarts.py: error: out of memory;", reason, file=sys.stderr)
+            return 2
         if processes()[1] == 1:
             raise
-        reason = " ".join(str(error).split())[:200]
         print(
             f"pdarts.py: error: process {processes()[0]} cannot go on ({reason}); {_to_go_on(arguments, out)}",
             file=sys.stderr,

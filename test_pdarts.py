@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +13,9 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -21,7 +24,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import xml.etree.ElementTree as ElementTree
+import zipfile
 
 import numpy as np
 import pytest
@@ -719,7 +724,7 @@ def test_download_checks_the_sum_unpacks_only_the_data_and_leaves_nothing_else(t
 
 def test_download_refuses_links_in_the_archive(tmp_path):
     form = archive(tmp_path, links=True)
-    with pytest.raises(InputError, match="has no file cifar-10-batches-bin/test_batch.bin; expected"):
+    with pytest.raises(InputError, match="test_batch.bin is not a file.*expected"):
         pdarts.download_cifar("cifar10", tmp_path / "target", form)
     assert list((tmp_path / "target").iterdir()) == []
 
@@ -961,6 +966,11 @@ BAD = {
     "no weights": (["evaluate", "PDARTS", "--weights", "missing"], "no weights missing"),
     "wrong weights": (["evaluate", "PDARTS", "--weights", "used/file"], "cannot use the weights used/file"),
     "no folder": (["draw", "PDARTS", "-o", "missing/cell"], "no folder missing"),
+    "variable not set": (["search", "--data", ""], "argument --data: expected a path, got nothing"),
+    "number too large": (
+        ["search", "--weight-decay", 1e39],
+        "weight_decay is 1e+39; expected a finite number, at most",
+    ),
 }
 
 
@@ -1871,3 +1881,525 @@ def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
         kernels.fused()
     with pytest.raises(ValueError, match="the mode of the kernels is 'maybe'; expected one of"):
         kernels.use("maybe")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged, hostile and random input: the right result, or one line and status 2
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A failure names the case, which only its number decides. PDARTS_FUZZ=10 tries ten times as many.
+FUZZ = int(os.environ.get("PDARTS_FUZZ", "1"))
+
+
+@pytest.fixture
+def limits():
+    """Fails a test that hangs or takes a gigabyte."""
+
+    def hangs(*_):
+        pytest.fail("hangs")
+
+    def peak():  # in KiB, on a Mac in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+
+    before, handler = peak(), signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(120 * FUZZ)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    assert peak() - before < 2**20
+
+
+def cases(count):
+    """Numbers of cases, each with its own random numbers."""
+    return ((number, random.Random(number)) for number in range(count * FUZZ))
+
+
+@contextlib.contextmanager
+def case(*what):
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"case {what}: {type(error).__name__}: {error}") from error
+
+
+def accepted(reader, *arguments):
+    """What `reader` returns, or None where it refuses with a message, which main prints in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # more lines
+        try:
+            return reader(*arguments)
+        except (InputError, OSError) as error:
+            assert 10 < len(str(error)) < 1000
+
+
+def damaged(content: bytes, rng) -> bytes:
+    """`content` with some bytes changed, cut off, left out, repeated or put in."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        start = rng.randrange(len(content) + 1)
+        end = min(start + rng.choice((1, 2, 16, 4096)), len(content))
+        part, noise = content[start:end], rng.randbytes(end - start)
+        new = [noise, noise, bytes([b ^ 1 << rng.randrange(8) for b in part]), b"", part * 2, noise + part, b"\xff" * 8]
+        content[start:end] = rng.choice(new)
+        if rng.random() < 0.1:
+            del content[start:]
+    return bytes(content)
+
+
+NUMBERS = (-1, 0, 1, 2, 5, 6, 99, 2**31, -(2**63), 10**30, 0.5, -0.0, 1e308, math.inf, math.nan, True)
+STRANGE = (*NUMBERS, None, "", "none", "skip_connect", "x" * 500, "\ud800", "normal", [], {}, [[]], ["none", 0])
+
+
+def changed(value, rng):
+    """JSON with a random value somewhere in place of another, or with parts left out, repeated or swapped."""
+    if not isinstance(value, (list, dict)) or not value or rng.random() < 0.1:
+        return rng.choice(STRANGE)
+    if isinstance(value, dict):
+        key = rng.choice(list(value))
+        new = value | {key: changed(value[key], rng)}
+        return {k: v for k, v in new.items() if k != key} if rng.random() < 0.1 else new
+    i, j = rng.randrange(len(value)), rng.randrange(len(value))
+    new = [value[:i] + value[i + 1 :], value + value, value[:i] + value[j:], [*value[:i], value[j], *value[i + 1 :]]]
+    return rng.choice([[*value[:i], changed(value[i], rng), *value[i + 1 :]]] * 8 + new)
+
+
+def hostile_json(text):
+    for depth in (10, 400, *range(900, 1000, 7), 10**5):
+        yield text.replace('"sep_conv_3x3"', "[" * depth + "]" * depth, 1)
+        yield text.replace('"sep_conv_3x3"', '{"a":' * depth + "0" + "}" * depth, 1)
+        yield "[" * depth
+    for number in ("9" * 4000, "9" * 5000, "1e999", "-1e999", "NaN", "-Infinity", "1" + "0" * 30, "1.0", "-0", "01"):
+        yield text.replace(", 0]", f", {number}]", 1)
+        yield text.replace("[2, 3, 4, 5]", f"[2, {number}]", 1)
+    pair, many = '["none", 0],', 10**4
+    yield text.replace('"normal": [', '"normal": [' + pair * many, 1)
+    yield text.replace("[2, 3, 4, 5]", f"[{'2, ' * many}2]", 1)
+    yield text.replace('{"normal"', '{"normal": [], "normal"', 1)
+    yield from ("", "null", "{}", "\ufeff" + text, text + text, "\x00")
+
+
+def test_random_genotype_files_are_drawn_as_they_say_or_refused(tmp_path, limits):
+    path, taken = tmp_path / "genotype.json", 0
+
+    def check(content: bytes):
+        nonlocal taken
+        path.write_bytes(content)
+        genotype = accepted(pdarts.read_genotype, str(path))
+        if genotype is None:
+            return
+        fields = json.loads(content)
+        for kind in "normal", "reduce":
+            pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+            assert [list(pair) for pair in pairs] == fields[kind] and concat == fields[f"{kind}_concat"]
+            assert all(op in pdarts.OPERATIONS and 0 <= source < 2 + i // 2 for i, (op, source) in enumerate(pairs))
+            assert len(pairs) % 2 == 0 and set(concat) <= set(range(2, 2 + len(pairs) // 2))
+            assert {*map(type, concat), *(type(source) for _, source in pairs)} == {int}
+        for svg in pdarts.draw(genotype).values():
+            ElementTree.fromstring(svg)
+        taken += 1
+
+    texts = [json.dumps(genotype._asdict()) for genotype in GENOTYPES.values()]
+    for number, text in enumerate(hostile_json(texts[0])):
+        with case("hostile", number):
+            check(text.encode())
+    for number, rng in cases(800):
+        text = rng.choice(texts)
+        with case(number):
+            if number % 2:
+                check(damaged(text.encode(), rng))
+            else:
+                value = json.loads(text)
+                for _ in range(rng.choice((1, 1, 3))):
+                    value = changed(value, rng)
+                check(json.dumps(value).encode())
+    assert taken > 20
+
+
+def own_arrays():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (12, 8, 9, 2), np.uint8), np.arange(12) % 3
+    return {"x_train": x, "y_train": y, "x_test": x[:5], "y_test": y[:5]}
+
+
+def npz(parts, compression=zipfile.ZIP_STORED) -> bytes:
+    """An .npz of arrays, or of bytes in their place."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, part in parts.items():
+            if not isinstance(part, bytes):
+                array, part = part, io.BytesIO()
+                np.save(part, array)
+                part = part.getvalue()
+            archive.writestr(f"{name}.npy", part)
+    return file.getvalue()
+
+
+def npy(descr, shape, data=b"", version=1) -> bytes:
+    """An array file that claims what it likes; descr and shape are Python text."""
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(header)) + header + data
+
+
+def hostile_arrays(path):
+    """Array files that are not what they claim."""
+    pickled, data = pickle.dumps(np.array([Exploit(path)] * 12, object)), bytes(12 * 8 * 9 * 2)
+    yield from (pickled, b"", b"\x93NUMPY", npy("'|O'", "(12,)", pickled), npy("[('a', '|O')]", "(12,)", pickled))
+    for shape in (
+        "(10**12,)",
+        f"({10**12}, 8, 8)",
+        f"({2**62}, 2, 2)",
+        f"({10**30},)",
+        "(-12, 8, 9)",
+        "(12, -8, -9, 2)",
+    ):
+        yield from (npy("'|u1'", shape, data), npy("'<i8'", shape, data), npy("'|V0'", shape), npy("'|S0'", shape))
+    for descr in ("'|V2147483647'", "('|u1', (99999, 9999))", "'<U99999999'", "'<m8[s]'", "'<M8[s]'", "'<c8'", "'|b1'"):
+        yield from (npy(descr, "(12,)", data), npy(descr, "()", data), npy(descr, "(12, 8, 9, 2)", data))
+    for text in (
+        "(" * 500,
+        "-" * 9000 + "1",
+        "[" * 90 + "]" * 90,
+        "__import__('os')",
+        "1" * 9000,
+        "'\\d'",
+        "12L",
+        "0x",
+    ):
+        yield from (npy(text, "(12,)", data), npy("'|u1'", text, data), npy("'|u1'", f"({text},)", data, version=2))
+
+
+SHAPES = (
+    (12, 8, 9, 2),
+    (4, 8, 8),
+    (5, 9, 8, 1),
+    (5, 8, 9, 2),
+    (3, 8, 8),
+    (1, 8, 8),
+    (12, 8),
+    (12,),
+    (),
+    (0, 8, 8),
+    (9, 8, 8, 0),
+)
+
+
+def fits(x, y, x_test, y_test) -> bool:
+    """Whether arrays are pictures and their classes."""
+    for a, b in (x, y), (x_test, y_test):
+        if a.dtype != np.uint8 or a.ndim not in (3, 4) or not a.size or min(a.shape[1:3]) < 8:
+            return False
+        if b.dtype.kind not in "iu" or b.shape != a.shape[:1] or b.min() < 0:
+            return False
+    same = (*x.shape[1:], 1)[:3] == (*x_test.shape[1:], 1)[:3]
+    return bool(same and len(x) >= 4 and max(1, y_test.max()) <= y.max() < len(x))
+
+
+def test_random_npz_files_give_the_pictures_in_them_or_are_refused(tmp_path, limits):
+    path, arrays, taken = tmp_path / "own.npz", own_arrays(), 0
+
+    def check(content: bytes, arrays=arrays, must=None):
+        """`arrays`: what it holds; must: whether it has to be accepted, if that is known."""
+        nonlocal taken
+        path.write_bytes(content)
+        read = accepted(pdarts.load, "shapes", str(path))
+        assert must is None or must == (read is not None)
+        assert list(tmp_path.iterdir()) == [path]  # no Exploit
+        if read is not None:
+            order, taken = np.random.default_rng(0).permutation(len(arrays["x_train"])), taken + 1
+            for split, rows in ("train", order), ("test", slice(None)):
+                x, y = arrays[f"x_{split}"][rows], arrays[f"y_{split}"][rows]
+                x = x[..., None] if x.ndim == 3 else x
+                assert np.array_equal(getattr(read, f"x_{split}").permute(0, 2, 3, 1).numpy(), x)
+                assert np.array_equal(getattr(read, f"y_{split}").numpy(), y)
+
+    for name in arrays:
+        check(npz({key: array for key, array in arrays.items() if key != name}), must=False)
+    for name in "x_train", "y_test":
+        for number, content in enumerate(hostile_arrays(tmp_path / "exploited")):
+            with case("hostile", name, number):
+                check(npz(arrays | {name: content}), must=False)
+    for bomb in npy("'|u1'", f"({2**18}, 8, 8, 2)", bytes(2**25)), bytes(2**25):
+        check(npz(arrays | {"x_train": bomb}, zipfile.ZIP_DEFLATED), must=False)
+    check(npy("'|u1'", f"({10**12},)"), must=False)
+
+    files = [npz(arrays), npz(arrays, zipfile.ZIP_DEFLATED), npz(arrays | {"more": np.zeros(3)})]
+    for number, rng in cases(400):
+        with case(number):
+            content = rng.choice(files)
+            # Its table of contents lies at the end.
+            cut = rng.choice((0, len(content) - 300))
+            check(content[:cut] + damaged(content[cut:], rng))
+    for number, rng in cases(400):
+        parts = {}
+        for split, shape in ("train", rng.choice(SHAPES)), ("test", rng.choice(SHAPES)):
+            shape = SHAPES[number % 3] if rng.random() < 0.7 else shape
+            x = np.full(shape, number % 128, rng.choice(["u1"] * 40 + ["i1", "f4", "?", ">u2"]))
+            y = np.arange(len(x) if x.ndim and rng.random() < 0.9 else 7) % rng.choice((1, 2, 3, 3))
+            y = y.astype(rng.choice(["i8", "u1", ">i4", "u8"] * 10 + ["f8", "?", "m8[s]", "S2", "c8"]))
+            if len(y) and y.dtype.kind == "i" and rng.random() < 0.2:
+                y[-1] = rng.choice((-1, 2**31 - 1, 7))
+            parts |= {f"x_{split}": x, f"y_{split}": y}
+        with case(number):
+            check(npz(parts), parts, must=fits(*parts.values()))
+    assert taken > 50
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_random_binary_cifar_files_give_the_pictures_in_them_or_are_refused(tmp_path, limits, name):
+    write_cifar(tmp_path, name, binary=True, rows=4)
+    form, taken = pdarts.CIFAR[name], 0
+    files = {path: path.read_bytes() for path in sorted((tmp_path / form.binary).iterdir())}
+    row = form.label_bytes + 3072
+    for number, rng in cases(150):
+        path = rng.choice(list(files))
+        content = files[path][: row * rng.randrange(5)] if rng.random() < 0.3 else damaged(files[path], rng)
+        path.write_bytes(content)
+        with case(number):
+            read = accepted(pdarts.load, name, str(tmp_path))
+            rows = [np.frombuffer(p.read_bytes()[: len(p.read_bytes()) // row * row], np.uint8) for p in files]
+            rows = [r.reshape(-1, row) for r in rows]
+            labels = np.concatenate(rows)[:, form.label_bytes - 1]
+            fits = content and len(content) % row == 0 and labels.max() < form.classes
+            train = np.concatenate([r for p, r in zip(files, rows) if "test" not in p.name])
+            assert (read is not None) == bool(fits and len(train) >= 4)
+            if read is not None:
+                taken += 1
+                assert np.array_equal(read.x_train.flatten(1).numpy(), train[:, form.label_bytes :])
+                assert np.array_equal(read.y_train.numpy(), train[:, form.label_bytes - 1])
+        path.write_bytes(files[path])
+    assert taken > 20
+
+
+def hostile_pickles(path):
+    """Pickles that call, or that take all time or memory, in place of a whole file or as its labels."""
+    for code in range(256):
+        yield b"\x80\x04(" + bytes([code]) + b"\xff\xff\xff\x7f\x00\x00\x00\x00" * 2 + b"\n" * 4 + b"t}."
+    nested = b"\x80\x02)" + b"2\x86" * 60  # a tuple of twice a tuple of twice a tuple ...
+    yield from (nested + end for end in (b".", b"}" + nested[2:] + b"K\x00s.", b"(" + nested[2:] + b"K\x00d."))
+    yield from (b"(" + nested[2:] + end for end in (b"\x91.", b"\x8f(" + nested[2:] + b"\x90."))
+    x = np.zeros((2, 3072), np.uint8)
+    lists = functools.reduce(lambda inner, _: [inner, inner], range(30), [0, 0])
+    for labels in (
+        lists,
+        [0.5, 1],
+        ["0", "1"],
+        [True, False],
+        [0, 10**30],
+        [0, None],
+        (0, 1),
+        {0: 1},
+        [[0], [1]],
+        "01",
+    ):
+        yield python2_pickle({b"labels": labels}, x)
+    for call in (Exploit(path), [Exploit(path)], {Exploit(path): 0}):
+        yield from (pickle.dumps({b"data": x.tobytes(), b"labels": call}, protocol) for protocol in range(6))
+    for call in (b"cos\nsystem\n", b"cbuiltins\nexec\n", b"cnumpy\nload\n", b"cnumpy.core.multiarray\nexec\n"):
+        yield call + b"(S'touch " + bytes(path) + b"'\ntR."
+        yield b"(S'touch " + bytes(path) + b"'\n" + call.replace(b"c", b"i", 1) + b"."
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_random_cifar_pickles_give_the_pictures_in_them_or_are_refused(tmp_path, limits, name):
+    write_cifar(tmp_path, name, binary=False, rows=4)
+    form, taken, reader = pdarts.CIFAR[name], 0, pdarts._read_cifar_file
+    path = tmp_path / form.python / form.test[0]
+    whole = path.read_bytes()
+    for number, content in enumerate(hostile_pickles(tmp_path / "exploited")):
+        with case("hostile", number):
+            path.write_bytes(content)
+            assert accepted(reader, path, form, False) is None
+    for number, rng in cases(300):
+        # Most of a file is pixels, all that can be damaged lies around them.
+        x = whole.index(b"T" + struct.pack("<i", 4 * 3072)) + 5
+        parts = [whole[:x], whole[x : x + 4 * 3072], whole[x + 4 * 3072 :]]
+        which = rng.choice((0, 0, 1, 2))
+        parts[which] = damaged(parts[which], rng)
+        path.write_bytes(b"".join(parts))
+        with case(number):
+            read = accepted(reader, path, form, False)
+            if read is not None:
+                taken += 1
+                assert read[0].shape == (len(read[1]), 3, 32, 32) and set(read[1]) <= set(range(form.classes))
+                assert read[0].tobytes() in path.read_bytes()
+    assert taken > 10 and [p.name for p in tmp_path.iterdir()] == [form.python]
+
+
+def test_random_weights_are_those_of_the_network_or_are_refused(tmp_path, limits):
+    network = Network(Genotype([("none", 0)] * 2, [2], [("none", 1)] * 2, [2]), 1, 3, 3)
+    right, path, taken = {key: value.clone() for key, value in network.state_dict().items()}, tmp_path / "weights", 0
+
+    def saved(state, **options):
+        file = io.BytesIO()
+        torch.save(state, file, **options)
+        return file.getvalue()
+
+    def check(content, exact=True):
+        nonlocal taken
+        path.write_bytes(content)
+        for value in network.state_dict().values():
+            value.fill_(7)
+        if accepted(lambda: pdarts.load_weights(network, path, torch.device("cpu")) or True):
+            taken += 1
+            assert not exact or all(map(torch.equal, network.state_dict().values(), right.values()))
+        assert list(tmp_path.iterdir()) == [path]
+
+    check(pickle.dumps(right))
+    files = saved(right), saved(right, _use_new_zipfile_serialization=False)  # the second without sums
+    for content in files:
+        check(content)
+    assert taken == 2
+    for number, rng in cases(200):
+        with case(number):
+            content = files[number % 2]
+            cut = rng.choice((0, len(content) * 9 // 10))
+            check(content[:cut] + damaged(content[cut:], rng), exact=number % 2 == 0)
+    strange = [
+        Exploit(tmp_path / "exploited"),
+        torch.zeros(()),
+        torch.zeros(2, 0),
+        torch.zeros(3).to_sparse(),
+        *STRANGE,
+    ]
+    for number, rng in cases(100):
+        key = rng.choice(list(right))
+        like = rng.choice((right[key].double, right[key].to_sparse, right[key].cfloat, right[key][None].clone))
+        state = right | {key: like() if number % 2 else rng.choice(strange)}
+        if rng.random() < 0.2:
+            state[rng.choice(STRANGE[:-4])] = state.pop(rng.choice(list(state)))
+        with case(number, key):
+            check(saved(state))
+
+
+def test_random_archives_are_unpacked_whole_or_leave_nothing(tmp_path, limits):
+    write_cifar(tmp_path / "made", "cifar10", binary=True, rows=1)
+    form, target, path, taken = pdarts.CIFAR["cifar10"], tmp_path / "target", tmp_path / "archive", 0
+    files = {f"{form.binary}/{p.name}": p.read_bytes() for p in (tmp_path / "made" / form.binary).iterdir()}
+    path.touch()
+    target.mkdir()
+    before = set(tmp_path.rglob("*"))
+    links = [*files, "evil", "..", "/etc/passwd", str(tmp_path), "test_batch.bin", "x" * 90]
+    names = [*files, form.binary, "../evil", f"{form.binary}/../../evil", str(tmp_path / "evil"), "evil", "x" * 90]
+    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+    for number, rng in cases(250):
+        members = [(name, tarfile.REGTYPE, content) for name, content in files.items()]
+        for _ in range(rng.randrange(4)):
+            members.append((rng.choice(names), rng.choice([*kinds, tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE]), b""))
+        if number % 2:
+            rng.shuffle(members)
+        with tarfile.open(path, rng.choice(("w", "w:gz")), format=rng.randrange(3)) as tar:
+            for name, kind, content in members:
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname, member.size = kind, rng.choice(links), len(content)
+                tar.addfile(member, io.BytesIO(content))
+        last = {name: (kind, content) for name, kind, content in members}  # as tar does
+        right = {name: last[name][1] for name in files if last[name][0] == tarfile.REGTYPE}
+        whole = rng.random() < 0.6
+        if not whole:
+            path.write_bytes(damaged(path.read_bytes(), rng))
+        this = form._replace(url=path.as_uri(), md5=hashlib.md5(path.read_bytes()).hexdigest())
+        with case(number):
+            accepted(pdarts.download_cifar, "cifar10", target, this)
+            written = set(tmp_path.rglob("*")) - before
+            if not whole and written:  # no more is known than that it is all there
+                assert {p.name for p in written} == {form.binary, *(name.split("/")[1] for name in files)}
+            elif whole:
+                right = right if right.keys() == files.keys() else {}
+                assert {p.relative_to(target).as_posix(): p.read_bytes() for p in written if p.is_file()} == right
+            taken += bool(written)
+            assert not any(p.is_symlink() for p in written)
+        shutil.rmtree(target)
+        target.mkdir()
+    assert taken > 20
+
+
+VALUES = """0 1 2 3 4 5 8 16 100 -1 -0 +3 007 1_0 1e3 0.5 1.5 1e-9 1e30 1e31 1e999 nan inf -inf NaN 0x10 1,2 ½ ٣
+9223372036854775807 9223372036854775808 -9223372036854775809 true None auto cpu cpu:7 cuda:99 meta mkldnn xla demo
+cifar10 PDARTS here here/file here/cell.json here/missing/x %s %(prog)s {} - -- --cells -9 @here/file \udcff \U0001f600
+\u2028 $HOME * ~ .""".split()
+VALUES += ["", " ", "a b", "two\nlines", "9" * 30, "9" * 5000, "x" * 5000]
+
+
+def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, monkeypatch, capsys, limits):
+    here, calls, taken = tmp_path / "here", [], 0
+    here.mkdir()
+    (here / "file").write_text("something")
+    (here / "cell.json").write_text(json.dumps(GENOTYPES["DARTS_V2"]._asdict()))
+    monkeypatch.chdir(tmp_path)
+    data = own_pictures((8, 8, 1))
+    monkeypatch.setattr(pdarts, "shapes", lambda: data)
+
+    def stub(result):
+        def call(*arguments, **_):
+            pdarts.pick_device(next(a for a in arguments[2:] if isinstance(a, str)))
+            calls.extend(arguments)
+            return result
+
+        return call
+
+    monkeypatch.setattr(pdarts, "search", stub(pdarts.SearchResult(GENOTYPES["PDARTS"], [])))
+    monkeypatch.setattr(pdarts, "evaluate", stub(pdarts.EvaluateResult(None, pdarts.Count(1, 1), 0.5)))
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
+    before = set(tmp_path.rglob("*"))
+    for number, rng in cases(700):
+        kind = rng.choice((pdarts.SearchConfig, pdarts.EvaluateConfig))
+        settings = {f.name: f for f in dataclasses.fields(kind) if f.name != "dataset"}
+        arguments = (
+            ["search"]
+            if kind is pdarts.SearchConfig
+            else ["evaluate", rng.choice(["PDARTS", "here/cell.json", *rng.sample(VALUES, 1)])]
+        )
+        given = {}
+        if rng.random() < 0.1:
+            arguments = ["draw", *rng.choices(["PDARTS", "here/cell.json", *VALUES], k=rng.randrange(1, 3))]
+            settings = {"o": None, "output": None}
+        elif rng.random() < 0.3:
+            settings = dict.fromkeys(["preset", "data", "out", "device", "kernels", "weights", "download", "new\n"])
+        for name in rng.sample(list(settings), k=rng.choice((1, 1, 2, 4)) if len(settings) > 4 else 1):
+            values = rng.choices(VALUES, k=rng.choice((1, 1, 1, 1, 1, 0, 2, 3)))
+            if rng.random() < 0.5:  # more likely ones
+                values = rng.choice((["1"], ["2"], ["3"], ["0.5"], ["8", "3"], ["3", "4", "5"], ["cpu"], []))
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [f"{flag}={values[0]}", *values[1:]] if values and rng.random() < 0.5 else [flag, *values]
+            given[name] = values
+        calls.clear()
+        with case(number, [a[:40] for a in arguments]), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            status = pdarts.main(arguments)
+            stdout, stderr = capsys.readouterr()
+            written = set(tmp_path.rglob("*")) - before
+            if status:
+                assert status == 2 and stderr.startswith("pdarts.py: error: ") and stderr.count("\n") == 1
+                assert not calls and not written
+            elif arguments[0] == "draw":
+                assert len(written) == 2 and stdout.count("\n") == 2
+            else:
+                taken += 1
+                assert stderr == "" and not written
+                config = next(a for a in calls if isinstance(a, kind))
+                for name, values in given.items():
+                    if name in settings and settings[name] is not None and values:
+                        value = getattr(config, name)
+                        numbers = value if isinstance(value, tuple) else (value,)
+                        assert numbers == tuple(type(n)(text) for n, text in zip(numbers, values, strict=True))
+                        low, high = (settings[name].metadata[bound] for bound in ("low", "high"))
+                        assert all((low is None or n >= low) and (high is None or n <= high) for n in numbers)
+                        assert all(map(math.isfinite, numbers))
+                    elif name in ("data", "out", "weights"):
+                        assert values and values[0]
+            for path in written:
+                path.unlink()
+    assert taken > 50
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [("auto", "out of memory; "), ("perhaps", "the kernels cannot be used: PDARTS_KERNELS is 'perhaps'")],
+)
+def test_too_little_memory_and_a_wrong_environment_get_one_line(monkeypatch, capsys, mode, message):
+    monkeypatch.setattr(pdarts, "shapes", lambda: own_pictures((8, 8)))
+    monkeypatch.setattr(pdarts, "count", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(kernels, "_mode", mode)
+    assert pdarts.main(["evaluate", "PDARTS", "--cells", "3", "--channels", "2"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"pdarts.py: error: {message}") and stderr.count("\n") == 1

@@ -8,8 +8,8 @@
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
     y = pool(x, "max")                              # over 3x3 windows, or "mean"; fused on the CPU only
 
-`mixed_sum_ref`, `mixed_norm_sum_ref`, `separable_ref` and `pool_ref` are the same in plain torch. The folder works alone,
-copied into any project.
+`mixed_sum_ref`, `mixed_norm_sum_ref`, `separable_ref` and `pool_ref` are the same in plain torch. The folder works
+alone, copied into any project.
 
 The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
@@ -136,8 +136,8 @@ def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
 def pool(x, kind, stride=1):
     """The largest element ("max") or the mean ("mean") of every 3x3 window; what lies over the borders does not count.
 
-    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x, instead of the places of the largest
-    elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
+    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x, instead of the places of the
+    largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
     """
     if kind not in ("max", "mean"):
         raise ValueError(f"the kind of pooling is {kind!r}; expected max or mean")

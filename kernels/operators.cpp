@@ -475,7 +475,11 @@ struct NotTwice : torch::autograd::Function<NotTwice> {
 // The gradients, which raise an error when they are differentiated in their turn.
 variable_list not_twice(const variable_list& gradients, const variable_list& inputs) {
   if (!at::GradMode::is_enabled() || !any_requires_grad(inputs)) return gradients;
-  return NotTwice::apply(gradients, at::TensorList(inputs));  // the type says what the results depend on
+  variable_list defined;
+  for (const Tensor& t : inputs) {
+    if (t.defined()) defined.push_back(t);
+  }
+  return NotTwice::apply(gradients, at::TensorList(defined));  // the type says what the results depend on
 }
 
 std::tuple<std::vector<Tensor>, Tensor> mixed_backward_autograd(
