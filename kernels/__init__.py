@@ -38,7 +38,7 @@ MODES = ("auto", "on", "off")
 _SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp", "pool_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
-_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
+_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]  # e.g. sanitizers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
