@@ -79,6 +79,11 @@ class InputError(ValueError):
     """What was given cannot be used or leads nowhere; the message says what was wrong and what was expected."""
 
 
+def _short(value) -> str:
+    """What a message shows of any value, however long or deeply nested."""
+    return f"{reprlib.repr(value):.80}"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyper-parameters
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ def option(default, help, low=None, high=None, choices=None):
 
 
 class _Checked:
-    """Checks the bounds of every `option` of a dataclass when it is made."""
+    """Checks type and bounds of every `option` of a dataclass when it is made."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -98,7 +103,11 @@ class _Checked:
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{field.name} is {value!r}; expected {' or '.join(choices)}")
-            for x in value if isinstance(value, (tuple, list)) else (value,):
+            several = isinstance(field.default, tuple) and isinstance(value, (tuple, list))
+            kind = type(field.default[0] if several else field.default)
+            for x in value if several else (value,):
+                if type(x) is not kind and not (kind is float and type(x) is int):
+                    raise InputError(f"{field.name} is {_short(value)}; expected {kind.__name__}")
                 if isinstance(x, float) and not abs(x) <= 1e30:  # far more, and float32 overflows
                     raise InputError(f"{field.name} is {value}; expected a finite number, at most 1e30")
                 if low is not None and x < low or high is not None and x > high:
@@ -1066,11 +1075,6 @@ GENOTYPES = {
 
 
 MAX_NODES = 100  # of a cell; published ones have 4 or 5
-
-
-def _short(value) -> str:
-    """What a message shows of any value, however long or deeply nested."""
-    return f"{reprlib.repr(value):.80}"
 
 
 def check_genotype(genotype, name="genotype") -> Genotype:
@@ -2554,6 +2558,8 @@ def _configure(args, presets):
             saved = json.loads(file.read_text(encoding="utf-8"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
             settings, args.data = type(settings)(**values), args.data or saved["path"]
+            if not isinstance(args.data, str | None):
+                raise ValueError(f"path is {_short(args.data)}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
         args.preset = settings.dataset if settings.dataset in presets else None
@@ -2602,16 +2608,8 @@ def _search_command(args, out):
         f"preset {args.preset}: searching on {len(pictures.x_train)} pictures of {pictures.name}, "
         f"{len(config.cells)} stages of {_text(config.cells)} cells and {config.epochs} epochs; results in {out}"
     )
-    result = search(
-        config,
-        pictures,
-        None if args.resume else out,
-        args.device,
-        args.kernels,
-        args.graphs == "auto",
-        args.resume,
-        show=True,
-    )
+    new, graphs = None if args.resume else out, args.graphs == "auto"
+    result = search(config, pictures, new, args.device, args.kernels, graphs, args.resume, show=True)
     _say(f"\nThe cell, after {_duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     _say(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
@@ -2632,8 +2630,8 @@ def _evaluate_command(args, out):
             f"preset {args.preset}: training on {len(pictures.x_train)} pictures of {pictures.name}, "
             f"{config.cells} cells, {config.channels} channels, {config.epochs} epochs; results in {out}"
         )
-    out_or_resume = {"resume": args.resume} if args.resume else {"out": out}
-    result = evaluate(genotype, config, pictures, device=args.device, weights=args.weights, show=True, **out_or_resume)
+    new = None if args.resume else out
+    result = evaluate(genotype, config, pictures, new, args.device, args.weights, args.resume, show=True)
     _say(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
     _say(f"test error:    {result.test_error:.2%}")

@@ -2271,6 +2271,34 @@ def test_random_weights_are_those_of_the_network_or_are_refused(tmp_path, limits
             check(saved(state))
 
 
+def test_random_checkpoints_and_settings_go_on_as_they_say_or_are_refused(tmp_path, monkeypatch, capsys, limits):
+    data = own_pictures((8, 8), n=16)
+    config = dataclasses.replace(TINY, cells=(3,), candidates=(8,), skip_dropout=(0.3,))
+    monkeypatch.setattr(pdarts, "shapes", lambda: data)
+    folder, taken, seen = tmp_path / "run", collections.Counter(), []
+    pdarts.search(config, data, folder)
+    checkpoint, settings = folder / "checkpoint.pt", folder / "config.json"
+    content, right = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
+    run = pdarts.Run("search", config, data, torch.device("cpu"))
+    for number, rng in cases(200):
+        with case("checkpoint", number):
+            checkpoint.write_bytes(damaged(content, rng))
+            state = accepted(run._read, checkpoint)
+            if state is not None:
+                assert_same(state, right)
+    saved = json.loads(settings.read_text())
+    result = pdarts.SearchResult(GENOTYPES["PDARTS"], [])
+    monkeypatch.setattr(pdarts, "search", lambda config, *_, **__: seen.append(config) or result)
+    for number, rng in cases(200):
+        with case("settings", number):
+            settings.write_text(json.dumps(changed(saved, rng)))
+            status = pdarts.main(["search", "--resume", str(folder)])
+            stderr = capsys.readouterr().err
+            taken[status] += 1
+            assert status == 0 and not stderr or status == 2 and re.fullmatch("pdarts.py: error: .*\n", stderr)
+    assert len(seen) == taken[0] > 5 and all(isinstance(config, pdarts.SearchConfig) for config in seen)
+
+
 def test_random_archives_are_unpacked_whole_or_leave_nothing(tmp_path, limits):
     write_cifar(tmp_path / "made", "cifar10", binary=True, rows=1)
     form, target, path, taken = pdarts.CIFAR["cifar10"], tmp_path / "target", tmp_path / "archive", 0
