@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp")
+# The slowest to compile first.
+_SOURCES = ("operators.cpp", "depthwise_cpu.cpp", "mixed_op_cpu.cpp", "pointwise_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
