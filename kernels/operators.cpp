@@ -1,6 +1,15 @@
 // The operators for torch: checks, memory formats, autograd. mixed_op.h and convolution.h say what they compute.
 
+// All that counts here is the time to compile.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+#define AT_PER_OPERATOR_HEADERS  // torch's headers then declare some of its operators, not all
 #include <ATen/Dispatch.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

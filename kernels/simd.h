@@ -1,4 +1,4 @@
-// Portable vectors for the CPU: the same code is compiled for three generations of x86, and what the machine has is
+// Portable vectors for the CPU: the same code is compiled for two generations of x86, and what the machine has is
 // chosen when the library is loaded, so that a binary built on one machine runs on any other of its architecture.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 // For functions that hold inner loops. (arch=haswell would ask for that very processor, not for its instructions.)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
