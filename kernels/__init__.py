@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
-_SOURCES = ("operators.cpp", "mixed_op_cpu.cpp", "depthwise_cpu.cpp", "pointwise_cpu.cpp", "pool_cpu.cpp")
+# The slowest to compile first.
+_SOURCES = ("operators.cpp", "depthwise_cpu.cpp", "mixed_op_cpu.cpp", "pointwise_cpu.cpp", "pool_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
 _FLAGS = ["-O3", "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]  # e.g. sanitizers
