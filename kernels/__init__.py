@@ -137,8 +137,8 @@ def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
 def pool(x, kind, stride=1):
     """The largest element ("max") or the mean ("mean") of every 3x3 window; what lies over the borders does not count.
 
-    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x, instead of the places of the
-    largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
+    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, instead of
+    the places of the largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
     """
     if kind not in ("max", "mean"):
         raise ValueError(f"the kind of pooling is {kind!r}; expected max or mean")
@@ -216,7 +216,7 @@ def _register_fakes():
         return x.new_empty(x.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]), x.shape[1]).permute(0, 3, 1, 2)
 
     @torch.library.register_fake("pdarts::pool_backward")
-    def _(grad, x, size, stride):
+    def _(grad, x, y, size, stride):
         return grad.new_empty(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
 
     @torch.library.register_fake("pdarts::update_running")

@@ -41,7 +41,8 @@ extern "C" void pointwise_backward_weight_cpu(const PdartsPointwise* p, const vo
 struct PdartsPool {
   int64_t N, H, W, C;
   int32_t stride, max, type;
-  const void* x;  // [N,H,W,C]; for the gradient only needed with max
+  const void* x;  // [N,H,W,C]; for the gradient x and the results y are only needed with max
+  const void* y;
 };
 
 extern "C" void pool_forward_cpu(const PdartsPool* p, void* y);

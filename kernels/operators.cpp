@@ -370,7 +370,7 @@ PdartsPool pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor&
   TORCH_CHECK(
       size[2] >= 1 && size[3] >= 1 && stride >= 1, "x has shape ", size, " and stride is ", stride,
       "; expected at least one pixel and 1");
-  return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type_of(like), nullptr};
+  return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type_of(like), nullptr, nullptr};
 }
 
 Tensor pool(const Tensor& x, bool max, int64_t stride) {
@@ -383,11 +383,16 @@ Tensor pool(const Tensor& x, bool max, int64_t stride) {
   return y;
 }
 
-// x: given for the largest element, of the mean only its size matters.
-Tensor pool_backward(const Tensor& grad, const OptionalTensor& x, at::IntArrayRef size, int64_t stride) {
+// x and the result y: given for the largest element, of the mean only the size of x matters.
+Tensor pool_backward(
+    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& y, at::IntArrayRef size, int64_t stride) {
   PdartsPool p = pooling(size, x.has_value(), stride, grad);
-  Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast), in;
-  if (x) in = x->contiguous(at::MemoryFormat::ChannelsLast), p.x = in.const_data_ptr();
+  Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast), in, out;
+  TORCH_CHECK(x.has_value() == y.has_value(), "one of x and y is given; expected both or none");
+  if (x) {
+    in = x->contiguous(at::MemoryFormat::ChannelsLast), out = y->contiguous(at::MemoryFormat::ChannelsLast);
+    p.x = in.const_data_ptr(), p.y = out.const_data_ptr();
+  }
   Tensor grad_x = at::empty(size, grad.options(), at::MemoryFormat::ChannelsLast);
   pool_backward_cpu(&p, g.const_data_ptr(), grad_x.data_ptr());
   return grad_x;
@@ -572,16 +577,19 @@ Tensor pool_below_autograd(const Tensor& x, bool max, int64_t stride) {
 
 struct PoolFunction : torch::autograd::Function<PoolFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, bool max, int64_t stride) {
-    ctx->save_for_backward({max ? x : Tensor()});
+    Tensor y = pool_below_autograd(x, max, stride);
+    if (max) ctx->save_for_backward({x, y});
     ctx->saved_data["size"] = x.sizes().vec();
     ctx->saved_data["stride"] = stride;
-    return pool_below_autograd(x, max, stride);
+    return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static auto op = operator_of<decltype(pool_backward)>("pdarts::pool_backward");
     std::vector<int64_t> size = ctx->saved_data["size"].toIntVector();
-    OptionalTensor x = given(ctx->get_saved_variables()[0]);
-    return {op.call(grad[0], x, size, ctx->saved_data["stride"].toInt()), Tensor(), Tensor()};
+    variable_list kept = ctx->get_saved_variables();
+    kept.resize(2);
+    int64_t stride = ctx->saved_data["stride"].toInt();
+    return {op.call(grad[0], given(kept[0]), given(kept[1]), size, stride), Tensor(), Tensor()};
   }
 };
 
@@ -591,13 +599,13 @@ Tensor pool_autograd(const Tensor& x, bool max, int64_t stride) {
 }
 
 Tensor pool_backward_autograd(
-    const Tensor& grad, const OptionalTensor& x, at::IntArrayRef size, int64_t stride) {
+    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& y, at::IntArrayRef size, int64_t stride) {
   static auto op = operator_of<decltype(pool_backward)>("pdarts::pool_backward");
   Tensor grad_x = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(grad, x, size, stride);
+    return op.call(grad, x, y, size, stride);
   }();
-  return not_twice({grad_x}, {grad, x.value_or(Tensor())})[0];
+  return not_twice({grad_x}, {grad, x.value_or(Tensor()), y.value_or(Tensor())})[0];
 }
 
 }  // namespace
@@ -616,7 +624,7 @@ TORCH_LIBRARY(pdarts, m) {
       "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, "
       "int dilation, bool[] needs) -> (Tensor, Tensor, Tensor)");
   m.def("pool(Tensor x, bool max, int stride) -> Tensor");
-  m.def("pool_backward(Tensor grad, Tensor? x, int[] size, int stride) -> Tensor");
+  m.def("pool_backward(Tensor grad, Tensor? x, Tensor? y, int[] size, int stride) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) {

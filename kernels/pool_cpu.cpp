@@ -4,8 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <limits>
-#include <vector>
+#include <utility>
 
 #include "convolution.h"
 #include "simd.h"
@@ -14,127 +13,106 @@ namespace {
 
 int64_t out_size(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
-// f(x, y, n): a run of n elements of a row of results (from its element y) that meet one tap of their windows, which
-// begins at element x of the picture. Taps come row by row.
+// f(constant 9 or 0, count, taps, y): the elements of a picture at which the taps of a window lie, row by row, and the
+// element of the results that belongs to it. There are `count` taps, also in the constant unless it is 0.
 template <class F>
-INLINE void for_runs(const PdartsPool& p, int64_t row, F f) {
-  int64_t s = p.stride, OW = out_size(p.W, s);
-  for (int64_t h = std::max<int64_t>(0, row * s - 1); h < std::min(p.H, row * s + 2); h++) {
-    for (int64_t j = -1; j <= 1; j++) {
-      int64_t first = j < 0, end = p.W <= j ? 0 : std::min(OW, (p.W - 1 - j) / s + 1);
-      int64_t x = (h * p.W + first * s + j) * p.C;
-      if (s == 1 && first < end) {
-        f(x, first * p.C, (end - first) * p.C);
+INLINE void for_windows(const PdartsPool& p, F f) {
+  int64_t s = p.stride, OH = out_size(p.H, s), OW = out_size(p.W, s), taps[9];
+  for (int64_t row = 0; row < OH; row++) {
+    for (int64_t column = 0; column < OW; column++) {
+      int64_t count = 0;
+      for (int64_t h = std::max<int64_t>(0, row * s - 1); h < std::min(p.H, row * s + 2); h++) {
+        for (int64_t w = std::max<int64_t>(0, column * s - 1); w < std::min(p.W, column * s + 2); w++) {
+          taps[count++] = (h * p.W + w) * p.C;
+        }
+      }
+      int64_t y = (row * OW + column) * p.C;
+      if (count == 9) {
+        f(std::integral_constant<int, 9>(), count, taps, y);
       } else {
-        for (int64_t w = first; w < end; w++, x += s * p.C) f(x, w * p.C, p.C);
+        f(std::integral_constant<int, 0>(), count, taps, y);
       }
     }
   }
 }
 
-// The largest element of each window of a row, of several the same; not a number if there is one.
-template <class A>
-CLONES void max_row(const PdartsPool& p, int64_t row, const A* x, A* y) {
-  std::fill(y, y + out_size(p.W, p.stride) * p.C, -std::numeric_limits<A>::infinity());
-  for_runs(p, row, [&](int64_t from, int64_t to, int64_t n) ALWAYS {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      A v = x[from + i], m = y[to + i];
-      y[to + i] = v > m || v != v ? v : m;
-    }
-  });
+// f(zero, i) for all channels: a vector of zeros and the first of as many channels, or one zero for those that are left.
+template <class A, class F>
+INLINE void for_channels(int64_t C, F f) {
+  constexpr int64_t W = Simd<A>::W;
+  int64_t i = 0;
+  for (; i + W <= C; i += W) f(typename Simd<A>::vec{}, i);
+  for (; i < C; i++) f(A(0), i);
 }
 
-// to /= number of elements in each window of a row
+// Of one picture.
 template <class A>
-CLONES void divide_row(const PdartsPool& p, int64_t row, const A* from, A* to) {
-  int64_t s = p.stride, OW = out_size(p.W, s);
-  int64_t rows = std::min(p.H, row * s + 2) - std::max<int64_t>(0, row * s - 1);
-  for (int64_t w = 0; w < OW; w++) {
-    A count = rows * (std::min(p.W, w * s + 2) - std::max<int64_t>(0, w * s - 1));
-#pragma omp simd
-    for (int64_t i = w * p.C; i < (w + 1) * p.C; i++) to[i] = from[i] / count;
-  }
-}
-
-template <class A>
-CLONES void sum_row(const PdartsPool& p, int64_t row, const A* x, A* y) {
-  std::fill(y, y + out_size(p.W, p.stride) * p.C, A(0));
-  for_runs(p, row, [&](int64_t from, int64_t to, int64_t n) ALWAYS {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[to + i] += x[from + i];
-  });
-}
-
-// The gradient goes to the first of the largest elements; left: the gradients of a row that have not found it yet.
-template <class A>
-CLONES void max_row_backward(const PdartsPool& p, int64_t row, const A* x, const A* y, A* left, A* grad_x) {
-  using Vector = typename Simd<A>::vec;
-  for_runs(p, row, [&](int64_t to, int64_t from, int64_t n) ALWAYS {
-    auto give = [&](auto zero, int64_t i) ALWAYS {
+CLONES void forward(const PdartsPool& p, const A* x, A* y) {
+  for_windows(p, [&](auto nine, int64_t count, const int64_t* taps, int64_t to) ALWAYS {
+    if (nine) count = nine;
+    for_channels<A>(p.C, [&](auto zero, int64_t i) ALWAYS {
       using V = decltype(zero);
-      V v = load<V>(x + to + i), g = load<V>(left + from + i);
-      auto found = (v == load<V>(y + from + i)) | (v != v);
-      store(grad_x + to + i, load<V>(grad_x + to + i) + (found ? g : zero));
-      store(left + from + i, found ? zero : g);
-    };
-    int64_t i = 0;
-    for (; i + Simd<A>::W <= n; i += Simd<A>::W) give(Vector{}, i);
-    for (; i < n; i++) give(A(0), i);
+      V v = load<V>(x + taps[0] + i);
+      for (int64_t k = 1; k < count; k++) {
+        V next = load<V>(x + taps[k] + i);
+        v = p.max ? (next > v) | (next != next) ? next : v : v + next;  // what is not a number wins
+      }
+      store(y + to + i, p.max ? v : v / A(count));
+    });
   });
 }
 
+// Of several largest elements the first has the gradient.
 template <class A>
-CLONES void sum_row_backward(const PdartsPool& p, int64_t row, const A* g, A* grad_x) {
-  for_runs(p, row, [&](int64_t to, int64_t from, int64_t n) ALWAYS {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) grad_x[to + i] += g[from + i];
+CLONES void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
+  std::fill(grad_x, grad_x + p.H * p.W * p.C, A(0));
+  for_windows(p, [&](auto nine, int64_t count, const int64_t* taps, int64_t from) ALWAYS {
+    if (nine) count = nine;
+    for_channels<A>(p.C, [&](auto zero, int64_t i) ALWAYS {
+      using V = decltype(zero);
+      V left = load<V>(g + from + i), largest = zero;
+      p.max ? largest = load<V>(y + from + i) : left = left / A(count);
+      for (int64_t k = 0; k < count; k++) {
+        A* to = grad_x + taps[k] + i;
+        if (p.max) {
+          V v = load<V>(x + taps[k] + i);
+          auto found = (v == largest) | (v != v);
+          store(to, load<V>(to) + (found ? left : zero));
+          left = found ? zero : left;
+        } else {
+          store(to, load<V>(to) + left);
+        }
+      }
+    });
+  });
+}
+
+// f(type, picture)
+template <class F>
+void for_pictures(const PdartsPool* p, F f) {
+  for_accumulator(p->type, [&](auto t) {
+    at::parallel_for(0, p->N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) f(t, n);
+    });
   });
 }
 
 }  // namespace
 
 void pool_forward_cpu(const PdartsPool* p, void* y) {
-  int64_t in = p->H * p->W * p->C, OH = out_size(p->H, p->stride), length = out_size(p->W, p->stride) * p->C;
-  for_accumulator(p->type, [&](auto t) {
+  int64_t in = p->H * p->W * p->C, out = out_size(p->H, p->stride) * out_size(p->W, p->stride) * p->C;
+  for_pictures(p, [&](auto t, int64_t n) {
     using A = decltype(t);
-    at::parallel_for(0, p->N, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * OH; i < end * OH; i++) {
-        const A* x = static_cast<const A*>(p->x) + i / OH * in;
-        A* to = static_cast<A*>(y) + i * length;
-        if (p->max) {
-          max_row(*p, i % OH, x, to);
-        } else {
-          sum_row(*p, i % OH, x, to);
-          divide_row(*p, i % OH, to, to);
-        }
-      }
-    });
+    forward(*p, static_cast<const A*>(p->x) + n * in, static_cast<A*>(y) + n * out);
   });
 }
 
 void pool_backward_cpu(const PdartsPool* p, const void* g, void* grad_x) {
-  int64_t in = p->H * p->W * p->C, OH = out_size(p->H, p->stride), length = out_size(p->W, p->stride) * p->C;
-  for_accumulator(p->type, [&](auto t) {
+  int64_t in = p->H * p->W * p->C, out = out_size(p->H, p->stride) * out_size(p->W, p->stride) * p->C;
+  for_pictures(p, [&](auto t, int64_t n) {
     using A = decltype(t);
-    at::parallel_for(0, p->N, 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> gradient(length), largest(length);
-      for (int64_t n = begin; n < end; n++) {
-        A* to = static_cast<A*>(grad_x) + n * in;
-        std::fill(to, to + in, A(0));
-        for (int64_t row = 0; row < OH; row++) {
-          const A* from = static_cast<const A*>(g) + (n * OH + row) * length;
-          if (p->max) {
-            const A* x = static_cast<const A*>(p->x) + n * in;
-            max_row(*p, row, x, largest.data());
-            std::copy(from, from + length, gradient.data());
-            max_row_backward(*p, row, x, largest.data(), gradient.data(), to);
-          } else {
-            divide_row(*p, row, from, gradient.data());
-            sum_row_backward(*p, row, gradient.data(), to);
-          }
-        }
-      }
-    });
+    const A *x = p->max ? static_cast<const A*>(p->x) + n * in : nullptr;
+    const A *y = p->max ? static_cast<const A*>(p->y) + n * out : nullptr;
+    backward(*p, x, y, static_cast<const A*>(g) + n * out, static_cast<A*>(grad_x) + n * in);
   });
 }
