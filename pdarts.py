@@ -300,6 +300,32 @@ class Operation(nn.Module):
         return self.norm(self.before_norm(x))
 
 
+class _Diagonals(torch.autograd.Function):
+    """Every second pixel of every second row, beginning with the first and with the second: slices, but one gradient.
+
+    x: [N,C,H,W] -> two of [N,C,ceil(H/2),ceil(W/2)]. Deviation: at odd sizes the second gets a row or column of zeros,
+    where the official code fails.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
+        return x[:, :, ::2, ::2].clone(), F.pad(x[:, :, 1::2, 1::2], odd)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        _, _, h, w = ctx.shape
+        gradient = torch.empty(ctx.shape, dtype=first.dtype, device=first.device, memory_format=_memory_format(first))
+        gradient.zero_()[:, :, ::2, ::2] = first
+        gradient[:, :, 1::2, 1::2] = second[:, :, : h // 2, : w // 2]
+        return gradient
+
+
+def _memory_format(x):
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 class FactorizedReduce(nn.Module):
     """Halves height and width (rounding up): two 1x1 convolutions, the second shifted by one pixel."""
 
@@ -314,11 +340,9 @@ class FactorizedReduce(nn.Module):
         return self.bn
 
     def before_norm(self, x):  # [N, C_in, H, W]
-        # Deviation: at odd sizes the shifted picture gets a row or column of zeros, where the official code fails.
-        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
         # A convolution of stride 2 with a kernel of one pixel sees every second pixel.
-        halves = [separable(y[:, :, ::2, ::2], None, conv) for y, conv in ((x, self.conv_1), (shifted, self.conv_2))]
-        return torch.cat(halves, dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
+        pairs = zip(_Diagonals.apply(x), (self.conv_1, self.conv_2))
+        return torch.cat([separable(y, None, conv) for y, conv in pairs], dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
 
     def forward(self, x):
         return self.bn(self.before_norm(x))
