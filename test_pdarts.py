@@ -38,6 +38,9 @@ import kernels
 import pdarts
 from pdarts import EDGES, GENOTYPES, PRIMITIVES, Architect, Genotype, InputError, Network, SearchNetwork, derive, shrink
 
+torch.set_num_threads(1)  # the maps are small
+os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
+
 HERE = pathlib.Path(pdarts.__file__).parent
 ALL = (PRIMITIVES,) * 14
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small candidate sets for fast tests
@@ -802,18 +805,16 @@ def test_augmentation_crops_flips_normalises_and_cuts_out_each_picture():
 
 
 def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
-    data = pdarts.shapes(3000, 500)
-    again = pdarts.shapes(3000, 500)
+    data = pdarts.shapes(1500, 500)
+    again = pdarts.shapes(1500, 500)
     assert torch.equal(data.x_train, again.x_train) and torch.equal(data.y_test, again.y_test)
-    assert not torch.equal(data.x_test, pdarts.shapes(3000, 500, seed=1).x_test)
-    assert data.x_train.shape == (3000, 3, 32, 32) and data.num_classes == 10
-    assert torch.bincount(torch.cat([data.y_train, data.y_test])).tolist() == [350] * 10
+    assert not torch.equal(data.x_test, pdarts.shapes(1500, 500, seed=1).x_test)
+    assert data.x_train.shape == (1500, 3, 32, 32) and data.num_classes == 10
+    assert torch.bincount(torch.cat([data.y_train, data.y_test])).tolist() == [200] * 10
     x, x_test = (data.normalise(p).flatten(1) for p in (data.x_train, data.x_test))
-    accuracies = []
+    accuracies, products, right = [], x @ x.T, F.one_hot(data.y_train, 10).float()
     for ridge in 1e2, 1e3, 1e4, 1e5:
-        solution = torch.linalg.solve(
-            x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(data.y_train, 10).float()
-        )
+        solution = x.T @ torch.linalg.solve(products + ridge * torch.eye(len(x)), right)
         accuracies.append(((x_test @ solution).argmax(1) == data.y_test).float().mean().item())
     assert 0.1 < max(accuracies) < 0.6
 
@@ -1116,11 +1117,10 @@ def unbroken(pictures, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("instants", [(1, 2, 3, 4, 5), (8, 6, 3)])
-def test_a_search_killed_while_it_writes_goes_on_as_if_nothing_had_happened(unbroken, pictures, tmp_path, instants):
+def test_a_search_killed_while_it_writes_goes_on_as_if_nothing_had_happened(unbroken, pictures, tmp_path):
     folder = tmp_path / "run"
     patch = pytest.MonkeyPatch()
-    for instant in instants:
+    for instant in 1, 2, 3, 8, 6, 3:
         assert not run_until(instant, patch, lambda: pdarts.search(STOP, pictures, resume=folder))
         for name in ("checkpoint.pt", "checkpoint-before.pt"):
             if (folder / name).exists():
@@ -1171,7 +1171,7 @@ def test_an_evaluation_goes_on_where_it_stopped(pictures, tmp_path):
 # More kills, which take longer: PDARTS_KILLS=20
 def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
     kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
-    arguments = "search --cells 3 3 --candidates 8 3 --skip-dropout 0.1 0.2 --channels 2 --warmup 1".split()
+    arguments = "search --cells 3 --candidates 8 --skip-dropout 0.1 --channels 2 --warmup 1".split()
     # The more kills, the longer the search: one that is killed right away makes no progress.
     arguments += ["--batch", 8, "--kernels", "off", "--pictures", 16 * kills, "--epochs", 1 + kills]
     started = time.monotonic()
@@ -1338,12 +1338,13 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
 
 def test_two_processes_search_by_torchrun_and_end_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(HERE / "pdarts.py")]
-    command += ["search", *SMALL, "--kernels", "off", "--device", "cpu", "--out", "found"]
+    command += ["search", *SMALL, "--cells", "3", "--candidates", "8", "--skip-dropout", "0.1"]
+    command += ["--kernels", "off", "--device", "cpu", "--out", "found"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("stage 3/3") == 1 and result.stdout.count("node 3 =") == 2  # one process speaks
+    assert result.stdout.count("stage 1/1") == 1 and result.stdout.count("node 3 =") == 2  # one process speaks
     log = [json.loads(line) for line in (tmp_path / "found/log.jsonl").read_text().splitlines()]
-    assert len(log) == 3 and json.loads((tmp_path / "found/config.json").read_text())["processes"] == 2
+    assert len(log) == 1 and json.loads((tmp_path / "found/config.json").read_text())["processes"] == 2
 
 
 # --- speed and precision ----------------------------------------------------------------------------------------------
@@ -1352,7 +1353,7 @@ def test_two_processes_search_by_torchrun_and_end_together(tmp_path):
 class Replayed(pdarts.CapturedStep):
     """Captured steps without a GPU: what is "captured" reads its buffers anew and leaves its results in one place."""
 
-    made = []
+    WARM_UP, made = 1, []
 
     def __init__(self, step, generator):
         self.step, self.generator = step, generator
@@ -1377,7 +1378,7 @@ class Replayed(pdarts.CapturedStep):
 
 
 def test_a_captured_step_sees_every_batch_and_rate(pictures):
-    config = dataclasses.replace(TINY, epochs=3, batch=3, cells=(3,), candidates=(8,), skip_dropout=(0.3,), pictures=30)
+    config = dataclasses.replace(TINY, batch=3, cells=(3,), candidates=(8,), skip_dropout=(0.3,), pictures=24)
     plain = pdarts.search(config, pictures)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pdarts, "CapturedStep", Replayed)
