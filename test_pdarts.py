@@ -888,6 +888,12 @@ def run(*arguments, cwd=None):
 
 
 SMALL = "--cells 3 3 3 --channels 2 --epochs 1 --warmup 0 --batch 8 --pictures 16".split()
+ONE_STAGE = "--cells 3 --candidates 8 --skip-dropout 0.1 --channels 2 --batch 8 --kernels off --data own.npz".split()
+
+
+def write_own_pictures(folder, n=24):
+    x, y = np.random.default_rng(0).integers(0, 255, (n, 8, 8), np.uint8), np.arange(n) % 3
+    np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
 @pytest.fixture(scope="module")
@@ -1171,9 +1177,9 @@ def test_an_evaluation_goes_on_where_it_stopped(pictures, tmp_path):
 # More kills, which take longer: PDARTS_KILLS=20
 def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
     kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
-    arguments = "search --cells 3 --candidates 8 --skip-dropout 0.1 --channels 2 --warmup 1".split()
     # The more kills, the longer the search: one that is killed right away makes no progress.
-    arguments += ["--batch", 8, "--kernels", "off", "--pictures", 16 * kills, "--epochs", 1 + kills]
+    write_own_pictures(tmp_path, 16 * kills)
+    arguments = ["search", *ONE_STAGE, "--warmup", 1, "--epochs", 1 + kills]
     started = time.monotonic()
     assert run(*arguments, "--out", "whole", cwd=tmp_path).returncode == 0
     duration, number = time.monotonic() - started, 0
@@ -1194,9 +1200,8 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
 
 def test_the_command_line_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    x, y = np.random.default_rng(0).integers(0, 255, (24, 8, 8), np.uint8), np.arange(24) % 3
-    np.savez("own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    arguments = ["search", "--data", "own.npz", *SMALL, "--kernels", "off", "--out", "a run"]
+    write_own_pictures(tmp_path)
+    arguments = ["search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--out", "a run"]
     monkeypatch.setattr(pdarts.Run, "should_stop", lambda self: setattr(self, "signal", signal.SIGTERM) or True)
     assert pdarts.main(arguments) == 143
     error = capsys.readouterr().err
@@ -1338,8 +1343,8 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
 
 def test_two_processes_search_by_torchrun_and_end_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(HERE / "pdarts.py")]
-    command += ["search", *SMALL, "--cells", "3", "--candidates", "8", "--skip-dropout", "0.1"]
-    command += ["--kernels", "off", "--device", "cpu", "--out", "found"]
+    command += ["search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--device", "cpu", "--out", "found"]
+    write_own_pictures(tmp_path)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("stage 1/1") == 1 and result.stdout.count("node 3 =") == 2  # one process speaks
@@ -1865,10 +1870,9 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_
 @pytest.mark.parametrize("mode, status", [("on", 2), ("auto", 0)])
 def test_the_module_works_without_its_kernels(tmp_path, mode, status):
     shutil.copy(HERE / "pdarts.py", tmp_path)
-    arguments = "search --cells 3 3 3 --channels 2 --pictures 32 --epochs 1 --warmup 0 --batch 16 --out out --kernels"
-    run = subprocess.run(
-        [sys.executable, "pdarts.py", *arguments.split(), mode], cwd=tmp_path, capture_output=True, text=True
-    )
+    write_own_pictures(tmp_path)
+    command = [sys.executable, "pdarts.py", "search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--out", "out"]
+    run = subprocess.run([*command, "--kernels", mode], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == status, run.stderr
     if status:
         assert run.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")

@@ -138,7 +138,8 @@ def pool(x, kind, stride=1):
     """The largest element ("max") or the mean ("mean") of every 3x3 window; what lies over the borders does not count.
 
     x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, instead of
-    the places of the largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is. Differentiable once.
+    the places of the largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is.
+    Differentiable once.
     """
     if kind not in ("max", "mean"):
         raise ValueError(f"the kind of pooling is {kind!r}; expected max or mean")
