@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -61,6 +62,23 @@ def _same_mode_of_the_kernels():
     before = kernels._mode
     yield
     kernels._mode = before
+
+
+def beside(test):
+    """A test that waits for processes that it starts: it runs beside the others, from the beginning of the session."""
+
+    def wait(started):
+        started[test.__name__].result()
+
+    wait.test, wait.__doc__ = test, test.__doc__
+    return wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(request, tmp_path_factory):
+    tests = [item.function.test for item in request.session.items if hasattr(item.function, "test")]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 
 @pytest.fixture(scope="module")
@@ -896,18 +914,13 @@ def write_own_pictures(folder, n=24):
     np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
-@pytest.fixture(scope="module")
-def command_line_search(tmp_path_factory):
-    """A search through the command line, from pdarts.py copied alone into another folder, on CIFAR-10's layout."""
-    folder = tmp_path_factory.mktemp("alone")
+@beside
+def test_search_evaluate_draw_and_test_again_through_the_command_line(folder):
+    """From pdarts.py copied alone into another folder, on CIFAR-10's layout."""
     write_cifar(folder / "pictures", "cifar10", binary=True)
     (folder / "pdarts.py").write_bytes((HERE / "pdarts.py").read_bytes())
     command = [sys.executable, "pdarts.py", "search", "--data", "pictures", "--out", "found", *SMALL]
-    return folder, subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=170)
-
-
-def test_search_evaluate_draw_and_test_again_through_the_command_line(command_line_search):
-    folder, result = command_line_search
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=170)
     assert result.returncode == 0 and result.stderr == ""
     assert (
         "searching on 16 pictures of cifar10" in result.stdout
@@ -1006,6 +1019,7 @@ def bad_files(tmp_path_factory):
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(bad_files, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(pdarts, "shapes", lambda: own_pictures((8, 8, 3)))
     before = sorted(bad_files.rglob("*"))
     assert pdarts.main([str(a) for a in arguments]) == 2
     stdout, stderr = capsys.readouterr()
@@ -1013,7 +1027,8 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(bad_files, monk
     assert sorted(bad_files.rglob("*")) == before
 
 
-def test_bad_input_ends_the_process_with_status_2():
+@beside
+def test_bad_input_ends_the_process_with_status_2(_):
     result = run("draw", "RDARTS")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
@@ -1175,6 +1190,7 @@ def test_an_evaluation_goes_on_where_it_stopped(pictures, tmp_path):
 
 
 # More kills, which take longer: PDARTS_KILLS=20
+@beside
 def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
     kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
     # The more kills, the longer the search: one that is killed right away makes no progress.
@@ -1320,6 +1336,12 @@ def _process(rank, count, folder, images, labels):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     pdarts.fused.use("off")
     torch.save(gradients(images, labels), f"{folder}/{rank}.pt")
+    if count == 2:
+        check_what_two_processes_agree_on(rank)
+    torch.distributed.destroy_process_group()
+
+
+def check_what_two_processes_agree_on(rank):
     run = pdarts.Run("search", TINY, pdarts.shapes(16, 4), torch.device("cpu"))
     run.check_agreement([torch.ones(2)], "the same")
     with pytest.raises(RuntimeError, match="the processes hold different alphas"):
@@ -1327,20 +1349,21 @@ def _process(rank, count, folder, images, labels):
     with pytest.raises(InputError, match="batch is 7, of 16 pictures, for 2 processes; expected a multiple"):
         pdarts.check_batch(7, 16)
     assert [len(b) for b in pdarts.batches(torch.arange(15), 4, torch.Generator())] == [4, 4, 4]
-    torch.distributed.destroy_process_group()
 
 
+@beside
 def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    torch.manual_seed(0)
-    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
-    torch.multiprocessing.spawn(_process, (2, tmp_path, images, labels), nprocs=2)
-    kernels.use("off")
-    one = gradients(images, labels)
-    for rank in range(2):
-        for mine, right in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), one, strict=True):
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for count in 1, 2:
+        (tmp_path / str(count)).mkdir()
+        torch.multiprocessing.spawn(_process, (count, tmp_path / str(count), images, torch.arange(6) % 3), nprocs=count)
+    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("1/0.pt", "2/0.pt", "2/1.pt"))
+    for gradients_of_two in two:
+        for mine, right in zip(gradients_of_two, one, strict=True):
             assert torch.allclose(mine, right, rtol=1e-9, atol=1e-12)
 
 
+@beside
 def test_two_processes_search_by_torchrun_and_end_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(HERE / "pdarts.py")]
     command += ["search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--device", "cpu", "--out", "found"]
@@ -1399,14 +1422,14 @@ def test_bfloat16_changes_the_maps_only(pictures, fused):
     kernels.use(fused)
     types = set()
     with pytest.MonkeyPatch.context() as patch:
-        forward = pdarts.MixedOp.terms
-        patch.setattr(
-            pdarts.MixedOp,
-            "terms",
-            lambda self, x, w: (
-                types.update([w.dtype, *(y.dtype for y in forward(self, x, w)[0])]) or forward(self, x, w)
-            ),
-        )
+        terms = pdarts.MixedOp.terms
+
+        def spied(self, x, weights):
+            outputs, *others = terms(self, x, weights)
+            types.update([weights.dtype, *(y.dtype for y in outputs)])
+            return outputs, *others
+
+        patch.setattr(pdarts.MixedOp, "terms", spied)
         result = pdarts.search(config, pictures)
     assert types == {torch.bfloat16, torch.float32}
     assert result.stages[0].alphas_normal.dtype == torch.float32
@@ -1847,6 +1870,7 @@ def test_fused_operation_in_a_cuda_graph_and_on_another_stream():
     assert all(map(torch.equal, right, there)) and all(map(torch.equal, right, captured))
 
 
+@beside
 def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(tmp_path):
     code = """if True:
         import warnings, torch, kernels
@@ -1862,22 +1886,25 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_
             print(error)"""
     environment = os.environ | {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     environment["PDARTS_KERNELS"] = "auto"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=True)
     why = "there is no C++ compiler 'no-such-compiler'; expected one in PATH or named by CXX"
     assert run.stdout.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
 
 
-@pytest.mark.parametrize("mode, status", [("on", 2), ("auto", 0)])
-def test_the_module_works_without_its_kernels(tmp_path, mode, status):
+@beside
+def test_the_module_works_without_its_kernels(tmp_path):
     shutil.copy(HERE / "pdarts.py", tmp_path)
     write_own_pictures(tmp_path)
-    command = [sys.executable, "pdarts.py", "search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--out", "out"]
-    run = subprocess.run([*command, "--kernels", mode], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == status, run.stderr
-    if status:
-        assert run.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")
-    else:
-        assert json.loads((tmp_path / "out/config.json").read_text())["kernels"] == "plain"
+    command = [sys.executable, "pdarts.py", "search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--kernels"]
+    auto, on = (
+        subprocess.run([*command, mode, "--out", mode], cwd=tmp_path, capture_output=True, text=True)
+        for mode in ("auto", "on")
+    )
+    assert auto.returncode == 0, auto.stderr
+    assert json.loads((tmp_path / "auto/config.json").read_text())["kernels"] == "plain"
+    assert on.returncode == 2 and not (tmp_path / "on").exists()
+    assert on.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")
 
 
 def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
@@ -2285,7 +2312,7 @@ def test_random_checkpoints_and_settings_go_on_as_they_say_or_are_refused(tmp_pa
     checkpoint, settings = folder / "checkpoint.pt", folder / "config.json"
     content, right = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
     run = pdarts.Run("search", config, data, torch.device("cpu"))
-    for number, rng in cases(200):
+    for number, rng in cases(100):
         with case("checkpoint", number):
             checkpoint.write_bytes(damaged(content, rng))
             state = accepted(run._read, checkpoint)
@@ -2294,7 +2321,7 @@ def test_random_checkpoints_and_settings_go_on_as_they_say_or_are_refused(tmp_pa
     saved = json.loads(settings.read_text())
     result = pdarts.SearchResult(GENOTYPES["PDARTS"], [])
     monkeypatch.setattr(pdarts, "search", lambda config, *_, **__: seen.append(config) or result)
-    for number, rng in cases(200):
+    for number, rng in cases(100):
         with case("settings", number):
             settings.write_text(json.dumps(changed(saved, rng)))
             status = pdarts.main(["search", "--resume", str(folder)])
