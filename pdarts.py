@@ -244,10 +244,12 @@ def parallel(network, find_unused=False):
 @contextlib.contextmanager
 def _process_group(device: str):
     """Joins the other processes, if torchrun started several, and yields the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "LOCAL_RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield device
         return
-    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if device.startswith("cuda:"):
+        raise InputError(f"device is {device} for several processes; expected cuda, each gets its own, or cpu")
     if on_gpu:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -260,7 +262,11 @@ def _process_group(device: str):
     # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    yield device
+    try:
+        yield device
+    except Stopped:
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
@@ -353,7 +359,7 @@ class SkipDropout(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.rate = 0.0
+        self.rate = 0.0  # to be compared without waiting for a GPU
         # On the device, where a captured step reads it anew.
         self.register_buffer("device_rate", torch.zeros(()), persistent=False)
 
@@ -798,14 +804,20 @@ class Architect:
         unrolled=False,
         weight_optimizer=None,
         dtype="float32",
+        captured=False,
     ):
         if unrolled and weight_optimizer is None:
             raise InputError("unrolled is True without a weight_optimizer; expected the SGD optimizer of the weights")
         self.network, self.clip, self.unrolled, self.weight_optimizer = network, clip, unrolled, weight_optimizer
         self.dtype = dtype
-        alphas = network.alphas()
-        capturable = alphas[0].is_cuda  # its count of steps then lies on the device
-        self.optimizer = torch.optim.Adam(alphas, lr, betas, weight_decay=weight_decay, capturable=capturable)
+        # To be captured, its count of steps must lie on the device.
+        self.optimizer = torch.optim.Adam(
+            network.alphas(),
+            lr,
+            betas,
+            weight_decay=weight_decay,
+            capturable=captured and network.alphas_normal.is_cuda,
+        )
 
     def step(self, images, labels, train_images=None, train_labels=None):
         """One update from a batch of the alphas' half of the data; returns its loss and logits before the update.
@@ -1280,8 +1292,8 @@ class Pictures:
 def batches(indices, batch: int, generator: torch.Generator):
     """`indices` in a new random order, `batch` at a time.
 
-    Every process gets the same number of each batch: of the last one a rest is left out, and all of it if that leaves
-    them a picture each (batch norm needs two).
+    The last batch is cut to a multiple of the processes, and left out if they get one picture each (batch norm needs
+    two).
     """
     _, count = processes()
     order = indices[torch.randperm(len(indices), device=indices.device, generator=generator)]
@@ -1294,8 +1306,8 @@ def check_batch(batch: int, pictures: int):
     _, count = processes()
     if batch % count or min(batch, pictures) < 2 * count:
         raise InputError(
-            f"batch is {batch}, of {pictures} pictures, for {count} processes; expected a multiple of the processes "
-            "that gives each of them 2 pictures or more"
+            f"batch is {batch}, of {pictures} pictures, for {count} process{'es' * (count > 1)}; expected 2 pictures "
+            "or more for each, and as many for all"
         )
 
 
@@ -1521,7 +1533,11 @@ def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = N
                         shutil.copyfileobj(source, target)
         except Exception as error:  # whatever a damaged archive leads to
             raise InputError(f"cannot unpack {form.url} ({_reason(error)}); expected the published archive") from None
-        unpacked.rename(folder / form.binary)
+        try:
+            unpacked.rename(folder / form.binary)
+        except OSError:
+            if not (folder / form.binary).exists():  # else another process was faster
+                raise
 
 
 def _check_zip(path, sums=False):
@@ -1589,7 +1605,10 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
 
 
 class Meter:
-    """Loss and accuracy over an epoch, summed on the device: a GPU need not wait for each step's numbers."""
+    """Loss and accuracy over an epoch; what and where: of which loss and when, for messages.
+
+    Numbers stay on the device for some steps, so that a GPU need not wait for each.
+    """
 
     def __init__(self, what: str, where: str):
         self.what, self.where = what, where
@@ -1629,7 +1648,7 @@ class Meter:
             return None, None
         total = sum(self.sizes)
         mine = sum(loss * n for loss, n in zip(self.losses, self.sizes)) / total, self.correct / total
-        parts = [mine] if own else gather(mine)  # equally many pictures each
+        parts = [mine] if own else gather(mine)  # `batches` gives equally many pictures to each
         return tuple(sum(values) / len(parts) for values in zip(*parts))
 
 
@@ -1745,20 +1764,23 @@ class Run:
     """A search or an evaluation as files: settings, log, and checkpoints from which it goes on as if never stopped.
 
     kind: "search" or "evaluate"; out: a new or empty folder, or None; resume: the folder of a run, or one of its
-    checkpoints, to go on with; a new or empty folder begins a run. `state` is what was saved, until `restore`. Of
-    several processes the first reads and writes.
+    checkpoints, to go on with; a new or empty folder begins a run. identity: what else decides the result, besides
+    settings, data and the type of device. `state` is what was saved, until `restore`. Of several processes the first
+    reads and writes.
     """
 
     FORMAT = 1
     CHECKPOINT, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
-    def __init__(self, kind: str, config, pictures: Pictures, device, out=None, resume=None, genotype=None, **notes):
+    def __init__(self, kind: str, config, pictures: Pictures, device, out=None, resume=None, **identity):
         if out is not None and resume is not None:
             raise InputError(f"out is {str(out)!r} and resume is {str(resume)!r}; expected one of them")
         first = processes()[0] == 0
         self.device, self.signal, self.log, self.times, self.state = device, 0, [], [], None
-        self.identity = {"kind": kind, "data": pictures.fingerprint(), **dataclasses.asdict(config)}
-        self.identity["genotype"] = genotype and genotype._asdict()
+        self.identity = {"kind": kind, "data": pictures.fingerprint(), "device": device.type}
+        self.identity |= dataclasses.asdict(config) | identity
+        if len({repr(i) for i in gather(self.identity)}) > 1:
+            raise InputError("the processes have different settings or data; expected the same on every machine")
         if resume is not None:
             out = pathlib.Path(resume)
             checkpoint = out / self.CHECKPOINT
@@ -1770,11 +1792,17 @@ class Run:
                 states = [self.state]
                 dist.broadcast_object_list(states, 0)
                 (self.state,) = states
+            before = len(self.state["random"]) if self.state and self.state["interrupted"] else processes()[1]
+            if before != processes()[1]:
+                raise InputError(
+                    f"{checkpoint} is of {before} processes that stopped within an epoch, here are {processes()[1]}; "
+                    f"expected as many"
+                )
             if self.state:
                 self.log, self.times = self.state["log"], self.state["times"]
         self.folder = Folder(out if first else None, resume is not None)
         if not self.state:
-            self.folder.write("config.json", _describe(config, pictures, device) | notes)
+            self.folder.write("config.json", _describe(config, pictures, device) | identity)
         elif first and checkpoint.name != self.CHECKPOINT:
             self.folder.write(
                 self.CHECKPOINT, checkpoint.read_bytes()
@@ -1790,7 +1818,6 @@ class Run:
 
         parts: network and optimizers; interrupted: where in the epoch it stopped.
         """
-        self.share_buffers(parts["network"])
         state |= {"format": self.FORMAT, "identity": self.identity, "log": self.log, "times": self.times}
         state |= {"epoch": epoch, "interrupted": interrupted, "generator": generator.get_state()}
         state["parts"] = {name: part.state_dict() for name, part in parts.items()}
@@ -1806,11 +1833,12 @@ class Run:
         if not state:
             return 0, None
         for name, part in parts.items():
-            groups = getattr(part, "param_groups", [])
-            rates = [group["lr"] for group in groups]
-            part.load_state_dict(state["parts"][name])
-            for group, rate in zip(groups, rates):
-                group["lr"] = rate  # its tensor, if it is one: see `set_lr`
+            saved = state["parts"][name]
+            if isinstance(
+                part, torch.optim.Optimizer
+            ):  # the settings are the same, and a rate's tensor is in its place
+                saved = saved | {"param_groups": part.state_dict()["param_groups"]}
+            part.load_state_dict(saved)
         generator.set_state(state["generator"])
         rank = processes()[0]
         if rank < len(state["random"]):  # other processes than before go on with what they have
@@ -1821,28 +1849,31 @@ class Run:
         return state["epoch"], state["interrupted"]
 
     def share_buffers(self, network):
-        """Running statistics are those of the first process, as in the official code on several GPUs."""
+        """Takes the first process's running statistics, as the official code does on several GPUs."""
         if processes()[1] > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+            buffers = [b for b in network.buffers() if b.is_floating_point()]
+            flat = torch.cat([b.flatten() for b in buffers])
+            dist.broadcast(flat, 0)
+            for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers])):
+                buffer.copy_(part.view_as(buffer))
 
     def check_agreement(self, alphas, *others):
-        """RuntimeError unless all processes hold the same alphas, bit for bit, and the same of everything else."""
+        """RuntimeError unless all processes hold the same alphas, bit for bit, and the same `others` (candidates)."""
         text = repr((others, [alpha.tolist() for alpha in alphas]))
         if len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) > 1:
             raise RuntimeError("the processes hold different alphas or candidates; expected the same in all of them")
 
-    def should_stop(self) -> bool:
-        """Whether any process was asked to stop."""
-        if processes()[1] > 1:
-            asked = torch.tensor(self.signal)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signal = int(asked)
-        return self.signal != 0
+    def asked_to_stop(self) -> int:
+        """The signal that any process got, or 0; the same answer in all of them."""
+        if processes()[1] == 1:
+            return self.signal
+        asked = torch.tensor(self.signal)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return int(asked)
 
     @contextlib.contextmanager
     def stoppable(self):
-        """A block in which SIGINT and SIGTERM only lead to `should_stop`."""
+        """A block in which SIGINT and SIGTERM only lead to `asked_to_stop`."""
         if threading.current_thread() is not threading.main_thread():
             yield  # the other threads get no signals
             return
@@ -1855,7 +1886,7 @@ class Run:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _read(self, path: pathlib.Path) -> dict:
         try:
@@ -1975,12 +2006,12 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def sgd(parameters, config) -> torch.optim.SGD:
-    """The weights' optimizer. On a GPU its learning rate lies on the device, where a captured step reads it anew."""
+def sgd(parameters, config, captured=False) -> torch.optim.SGD:
+    """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
     device = parameters[0].device
-    on_gpu = device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
-    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=on_gpu)
+    lr = torch.tensor(config.lr, device=device) if captured else config.lr
+    fused = device.type == "cuda"
+    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def set_lr(optimizer, lr: float):
@@ -2016,6 +2047,7 @@ class CapturedStep:
 
     @staticmethod
     def serves(device: torch.device, config: SearchConfig) -> bool:
+        """Not several processes, which wait for each other, nor the second order, which restores random states."""
         return device.type == "cuda" and processes()[1] == 1 and not config.unrolled
 
     def __call__(self, *inputs):
@@ -2032,20 +2064,25 @@ class CapturedStep:
         return [t.clone() for t in results]
 
     def _plain(self, inputs):
-        """On the stream of the capture."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        """On the stream of the capture, where the memory that optimizers and autograd keep must come from."""
+        present = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(present)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Adam's, that it could be faster where nothing is captured
             results = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        present.wait_stream(self.stream)
         return results
 
     def _capture(self, buffers):
         """-> a function that runs the step on what lies in `buffers`, these, and where it leaves its results."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.stream.device)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, self.pool, self.stream):
-            results = self.step(*buffers)
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                results = self.step(*buffers)
+        except RuntimeError as error:
+            raise InputError(f"the step cannot be captured as a CUDA graph ({_reason(error)}); --graphs off") from error
         return graph.replay, buffers, results
 
 
@@ -2140,7 +2177,8 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         stem_stride=config.stem_stride,
     ).to(device)
     weights = network.weights()
-    optimizer = sgd(weights, config)
+    captured = graphs and CapturedStep.serves(device, config)
+    optimizer = sgd(weights, config, captured)
     architect = Architect(
         network,
         config.alpha_lr,
@@ -2149,6 +2187,7 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         unrolled=config.unrolled,
         weight_optimizer=optimizer,
         dtype=config.dtype,
+        captured=captured,
     )
     require_gradients(network, weights=True, alphas=False)  # the architect averages the alphas' gradients itself
     trained = parallel(network)
@@ -2173,7 +2212,7 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         train_step(weights, optimizer, loss, config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
 
-    if graphs and CapturedStep.serves(device, config):
+    if captured:
         step = CapturedStep(step, generator)
 
     parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
@@ -2189,7 +2228,8 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
         if interrupted:
             weight_batches, alpha_batches = interrupted["batches"]
-            meter.restore(interrupted["meters"][0]), alpha_meter.restore(interrupted["meters"][1])
+            of_weights, of_alphas = interrupted["meters"][rank]
+            meter.restore(of_weights), alpha_meter.restore(of_alphas)
             interrupted = None
         else:
             weight_batches, alpha_batches = (batches(half, config.batch, generator) for half in halves)
@@ -2205,11 +2245,12 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
             work = config.cells[number] * config.candidates[number] * len(weight_batch) * (1 + learn_alphas)
             text = f"{label}  step {i + 1}/{len(weight_batches)}"
             progress.step(number, text, work, meter, seen / (time.monotonic() - started))
-            if run.should_stop():
-                meters = meter.state(), alpha_meter.state()
+            if signal_number := run.asked_to_stop():
+                meters = gather((meter.state(), alpha_meter.state()))
                 interrupted = {"batches": (weight_batches, alpha_batches), "meters": meters}
+                run.share_buffers(network)
                 run.save(parts, generator, epoch, interrupted, stages=[tuple(stage) for stage in stages])
-                raise Stopped(run.signal)
+                raise Stopped(signal_number)
 
         loss, train_accuracy = meter.result()
         alpha_loss, alpha_accuracy = alpha_meter.result()
@@ -2266,7 +2307,7 @@ def evaluate(
     pictures, out, device, resume, show: as for `search`.
     """
     device = pick_device(device)
-    pick_kernels(None, device)
+    uses_kernels = pick_kernels(None, device)
     genotype = check_genotype(genotype)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures)
@@ -2274,7 +2315,8 @@ def evaluate(
     run = None
     if weights is None:
         check_batch(config.batch, len(pictures.x_train))
-        run = Run("evaluate", config, pictures, device, out, resume, genotype)
+        kernels = "fused" if uses_kernels else "plain"
+        run = Run("evaluate", config, pictures, device, out, resume, genotype=genotype._asdict(), kernels=kernels)
         run.folder.write("genotype.json", genotype._asdict())
     pictures = pictures.to(device)
     with _fork_rng(), _deterministic(config.deterministic):
@@ -2338,7 +2380,7 @@ def _train(network, config, pictures, run, show):
         meter = Meter("training loss", f"epoch {epoch}")
         if interrupted:
             epoch_batches = interrupted["batches"]
-            meter.restore(interrupted["meter"])
+            meter.restore(interrupted["meters"][rank])
             interrupted = None
         else:
             epoch_batches = batches(indices, config.batch, generator)
@@ -2357,9 +2399,10 @@ def _train(network, config, pictures, run, show):
             seen += len(batch)
             text = f"{label}  step {i + 1}/{len(epoch_batches)}"
             progress.step(0, text, len(batch), meter, seen / (time.monotonic() - started))
-            if run.should_stop():
-                run.save(parts, generator, epoch, {"batches": epoch_batches, "meter": meter.state()})
-                raise Stopped(run.signal)
+            if signal_number := run.asked_to_stop():
+                run.share_buffers(network)
+                run.save(parts, generator, epoch, {"batches": epoch_batches, "meters": gather(meter.state())})
+                raise Stopped(signal_number)
         loss, train_accuracy = meter.result()
         run.share_buffers(network)
         test_accuracy = accuracy(network, pictures)
@@ -2614,8 +2657,10 @@ def _to_go_on(arguments, out) -> str:
     parser.add_argument("--out")
     parser.add_argument("--resume")
     _, others = parser.parse_known_args(arguments)
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["python"] if processes()[1] == 1 else ["torchrun", f"--nproc-per-node={local}"]
+    _, count = processes()
+    start = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
+    if count > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(count):
+        start = []  # several machines: their torchrun as before
     return "to go on: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
 
 
@@ -2715,8 +2760,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "draw":
             args.run(args, out)
         else:
-            out = _out(args)
             with _process_group(args.device) as args.device:
+                out = gather(_out(args))[0]  # named after one clock
                 args.run(args, out)
     except (InputError, OSError) as error:
         print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -1218,7 +1218,7 @@ def test_the_command_line_says_how_to_go_on_and_does(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     write_own_pictures(tmp_path)
     arguments = ["search", *ONE_STAGE, "--epochs", "1", "--warmup", "0", "--out", "a run"]
-    monkeypatch.setattr(pdarts.Run, "should_stop", lambda self: setattr(self, "signal", signal.SIGTERM) or True)
+    monkeypatch.setattr(pdarts.Run, "asked_to_stop", lambda self: signal.SIGTERM)
     assert pdarts.main(arguments) == 143
     error = capsys.readouterr().err
     assert error.startswith("pdarts.py: stopped by SIGTERM; to go on: python ") and error.count("\n") == 1
@@ -1346,7 +1346,7 @@ def check_what_two_processes_agree_on(rank):
     run.check_agreement([torch.ones(2)], "the same")
     with pytest.raises(RuntimeError, match="the processes hold different alphas"):
         run.check_agreement([torch.full((2,), 1 + 1e-6 * rank)], "the same")
-    with pytest.raises(InputError, match="batch is 7, of 16 pictures, for 2 processes; expected a multiple"):
+    with pytest.raises(InputError, match="batch is 7, of 16 pictures, for 2 processes; expected 2 pictures or more"):
         pdarts.check_batch(7, 16)
     assert [len(b) for b in pdarts.batches(torch.arange(15), 4, torch.Generator())] == [4, 4, 4]
 
