@@ -299,7 +299,7 @@ def line(r):
 
 
 class OurStep:
-    """A stage's network, as a search trains it: `weights()` and `alphas()` are a step each."""
+    """A stage's network, as a search trains it: `run("weights")` and `run("alphas")` are a step each."""
 
     def __init__(self, stage, config, images, labels, mode, graphs=False):
         torch.manual_seed(0)
@@ -308,8 +308,8 @@ class OurStep:
         self.network = pdarts.SearchNetwork(config.channels, 10, config.cells[stage], candidates, candidates)
         self.network.to(images.device)
         self.parameters = self.network.weights()
-        self.optimizer = pdarts.sgd(self.parameters, config)
-        self.architect = pdarts.Architect(self.network, dtype=config.dtype)
+        self.optimizer = pdarts.sgd(self.parameters, config, captured=graphs)
+        self.architect = pdarts.Architect(self.network, dtype=config.dtype, captured=graphs)
         self.config = config
         self.steps = {"weights": self._weights, "alphas": self.architect.step}
         if graphs:

@@ -2164,7 +2164,10 @@ def _work(config, number, epochs) -> float:
 
 
 def _search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs) -> Stage:
-    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stages before."""
+    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stages before.
+
+    It goes on from what `run` holds, if that is of this stage, and saves there after every epoch.
+    """
     number, device, in_channels = len(stages), pictures.x_train.device, pictures.x_train.shape[1]
     rank, count = processes()
     network = SearchNetwork(
@@ -2359,7 +2362,7 @@ def load_weights(network: Network, path, device):
 
 
 def _train(network, config, pictures, run, show):
-    """The training of `evaluate`."""
+    """The training of `evaluate`; goes on from what `run` holds, and saves there after every epoch."""
     device, (rank, count) = pictures.x_train.device, processes()
     generator = torch.Generator(device).manual_seed(config.seed)
     weights = list(network.parameters())
