@@ -1021,6 +1021,7 @@ def bad_files(tmp_path_factory):
 def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(bad_files, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(bad_files)
     monkeypatch.setattr(pdarts, "shapes", lambda: own_pictures((8, 8, 3)))
+    kernels.use("off")  # or the first of them would wait for the compiler
     before = sorted(bad_files.rglob("*"))
     assert pdarts.main([str(a) for a in arguments]) == 2
     stdout, stderr = capsys.readouterr()
