@@ -322,14 +322,11 @@ class _Diagonals(torch.autograd.Function):
     @staticmethod
     def backward(ctx, first, second):
         _, _, h, w = ctx.shape
-        gradient = torch.empty(ctx.shape, dtype=first.dtype, device=first.device, memory_format=_memory_format(first))
+        memory_format = torch.contiguous_format if first.is_contiguous() else torch.channels_last
+        gradient = torch.empty(ctx.shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
         gradient.zero_()[:, :, ::2, ::2] = first
         gradient[:, :, 1::2, 1::2] = second[:, :, : h // 2, : w // 2]
         return gradient
-
-
-def _memory_format(x):
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 class FactorizedReduce(nn.Module):
@@ -437,7 +434,7 @@ class AvgPool(nn.AvgPool2d):
         super().__init__(3, stride, padding=1, count_include_pad=False)
 
     def forward(self, x):
-        return fused.pool(x, "mean", self.stride) if is_fused(x.device) else super().forward(x)
+        return fused.pool(x, "avg", self.stride) if is_fused(x.device) else super().forward(x)
 
 
 def relu_conv_bn(in_channels, out_channels, affine):
@@ -810,7 +807,7 @@ class Architect:
             raise InputError("unrolled is True without a weight_optimizer; expected the SGD optimizer of the weights")
         self.network, self.clip, self.unrolled, self.weight_optimizer = network, clip, unrolled, weight_optimizer
         self.dtype = dtype
-        # To be captured, its count of steps must lie on the device.
+        # To be captured, its count of steps must lie on the device, which Adam refuses on a CPU.
         self.optimizer = torch.optim.Adam(
             network.alphas(),
             lr,
@@ -1706,18 +1703,32 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
+def write_whole(path: pathlib.Path, content: bytes):
+    """The file appears, or takes the place of an older one, with all of its content or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Folder:
-    """The folder that a run writes to; files appear whole or not at all. None: writes nothing."""
+    """The folder that a run writes to, made by the first `write`. None: writes nothing.
+
+    resume: it may hold a run already; otherwise it must be new or empty.
+    """
 
     def __init__(self, path: str | os.PathLike | None, resume=False):
         self.path = None if path is None else pathlib.Path(path)
-        if self.path is not None:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                if not resume:
-                    raise InputError(f"{self.path} already holds something; expected a new or empty folder")
-                if not (self.path / "config.json").is_file():
-                    raise InputError(f"{self.path} holds no run; expected the folder of one, or a new or empty folder")
-            self.path.mkdir(parents=True, exist_ok=True)
+        if self.path and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not resume:
+                raise InputError(f"{self.path} already holds something; expected a new or empty folder")
+            if not (self.path / "config.json").is_file():
+                raise InputError(f"{self.path} holds no run; expected the folder of one, or a new or empty folder")
 
     def write(self, name: str, content):
         """Bytes, text, or anything else as JSON (state dictionaries by `save`)."""
@@ -1725,18 +1736,9 @@ class Folder:
             return
         if not isinstance(content, (bytes, str)):
             content = json.dumps(content, indent=1) + "\n"
-        content = content.encode() if isinstance(content, str) else content
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(target, content.encode() if isinstance(content, str) else content)
 
     def save(self, name: str, state, before: str | None = None):
         """By torch.save; the file that has the name now becomes the file `before`."""
@@ -1773,40 +1775,48 @@ class Run:
     CHECKPOINT, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
     def __init__(self, kind: str, config, pictures: Pictures, device, out=None, resume=None, **identity):
-        if out is not None and resume is not None:
-            raise InputError(f"out is {str(out)!r} and resume is {str(resume)!r}; expected one of them")
-        first = processes()[0] == 0
         self.device, self.signal, self.log, self.times, self.state = device, 0, [], [], None
         self.identity = {"kind": kind, "data": pictures.fingerprint(), "device": device.type}
         self.identity |= dataclasses.asdict(config) | identity
         if len({repr(i) for i in gather(self.identity)}) > 1:
             raise InputError("the processes have different settings or data; expected the same on every machine")
+        path = self.path(out, resume)
+        self.folder = Folder(path if processes()[0] == 0 else None, resume is not None)
         if resume is not None:
-            out = pathlib.Path(resume)
-            checkpoint = out / self.CHECKPOINT
-            if out.is_file():
-                out, checkpoint = out.parent, out
-            if first and checkpoint.exists():
-                self.state = self._read(checkpoint)
-            if processes()[1] > 1:
-                states = [self.state]
-                dist.broadcast_object_list(states, 0)
-                (self.state,) = states
-            before = len(self.state["random"]) if self.state and self.state["interrupted"] else processes()[1]
-            if before != processes()[1]:
-                raise InputError(
-                    f"{checkpoint} is of {before} processes that stopped within an epoch, here are {processes()[1]}; "
-                    f"expected as many"
-                )
-            if self.state:
-                self.log, self.times = self.state["log"], self.state["times"]
-        self.folder = Folder(out if first else None, resume is not None)
+            self._load(pathlib.Path(resume) if pathlib.Path(resume).is_file() else path / self.CHECKPOINT)
         if not self.state:
             self.folder.write("config.json", _describe(config, pictures, device) | identity)
-        elif first and checkpoint.name != self.CHECKPOINT:
-            self.folder.write(
-                self.CHECKPOINT, checkpoint.read_bytes()
-            )  # else the next `save` would put it beside itself
+
+    @staticmethod
+    def path(out, resume) -> pathlib.Path | None:
+        """The folder that `out` or `resume` means, or None."""
+        if out is not None and resume is not None:
+            raise InputError(f"out is {str(out)!r} and resume is {str(resume)!r}; expected one of them")
+        if resume is None:
+            return out if out is None else pathlib.Path(out)
+        path = pathlib.Path(resume)
+        return path.parent if path.is_file() else path
+
+    def _load(self, checkpoint: pathlib.Path):
+        """Sets `state` to what the first process finds in `checkpoint`, if there is one."""
+        rank, count = processes()
+        if rank == 0 and checkpoint.exists():
+            self.state = self._read(checkpoint)
+        if count > 1:
+            states = [self.state]
+            dist.broadcast_object_list(states, 0)
+            (self.state,) = states
+        if not self.state:
+            return
+        before = len(self.state["random"])
+        if self.state["interrupted"] and before != count:
+            raise InputError(
+                f"{checkpoint} was written by {before} processes in the middle of an epoch, here are {count}; expected "
+                "as many"
+            )
+        self.log, self.times = self.state["log"], self.state["times"]
+        if rank == 0 and checkpoint.name != self.CHECKPOINT:  # or the next `save` would put a damaged one in its place
+            self.folder.write(self.CHECKPOINT, checkpoint.read_bytes())
 
     def add(self, record: dict, seconds: float):
         """A line for log.jsonl, equal in equal runs, and one for times.jsonl; the next `save` writes them."""
@@ -1834,9 +1844,8 @@ class Run:
             return 0, None
         for name, part in parts.items():
             saved = state["parts"][name]
-            if isinstance(
-                part, torch.optim.Optimizer
-            ):  # the settings are the same, and a rate's tensor is in its place
+            if isinstance(part, torch.optim.Optimizer):
+                # Its settings are those of `identity`; a rate that lies on the device must stay the tensor that it is.
                 saved = saved | {"param_groups": part.state_dict()["param_groups"]}
             part.load_state_dict(saved)
         generator.set_state(state["generator"])
@@ -2015,6 +2024,7 @@ def sgd(parameters, config, captured=False) -> torch.optim.SGD:
 
 
 def set_lr(optimizer, lr: float):
+    """In the tensor that holds the rate, if there is one: see `sgd`."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -2082,7 +2092,9 @@ class CapturedStep:
             with torch.cuda.graph(graph, self.pool, self.stream):
                 results = self.step(*buffers)
         except RuntimeError as error:
-            raise InputError(f"the step cannot be captured as a CUDA graph ({_reason(error)}); --graphs off") from error
+            raise InputError(
+                f"the step cannot be captured as a CUDA graph ({_reason(error)}); expected --graphs off, then"
+            ) from error
         return graph.replay, buffers, results
 
 
@@ -2117,6 +2129,7 @@ def search(
     resume: instead of `out`, the folder of a run to go on with, see `Run`. show: print progress.
     SIGINT and SIGTERM raise `Stopped`, once the state is saved. The random state of the caller is left as it was.
     """
+    Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
     device = pick_device(device)
     uses_kernels = pick_kernels(kernels, device)
     pictures = pictures or load(config.dataset)
@@ -2203,7 +2216,10 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
         return x[rank::count], pictures.y_train[indices][rank::count]
 
     def step(weight_batch, alpha_batch=None):
-        """A step of the alphas, if there is a batch for it, and one of the weights: [(loss, number right), ...]."""
+        """A step of the alphas, if there is a batch for it, and one of the weights.
+
+        Returns loss and number of right answers of the step of the weights, then of that of the alphas.
+        """
         images, labels = augmented(weight_batch)
         results = []
         if alpha_batch is not None:
@@ -2309,6 +2325,8 @@ def evaluate(
 
     pictures, out, device, resume, show: as for `search`.
     """
+    if weights is None:
+        Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
     device = pick_device(device)
     uses_kernels = pick_kernels(None, device)
     genotype = check_genotype(genotype)
@@ -2619,10 +2637,10 @@ def _text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _configure(args, presets):
+def _configure(args, presets, out):
     """(settings, pictures) that the options stand for; what they leave open is as in the run to resume."""
     settings = presets[args.preset or "demo"]
-    file = _resumed_folder(args) / "config.json"
+    file = out / "config.json"
     if args.resume and not args.preset and file.is_file():
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
@@ -2638,20 +2656,6 @@ def _configure(args, presets):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(settings, **given)
     return settings, load(settings.dataset, args.data, args.download).first(settings.pictures)
-
-
-def _resumed_folder(args):
-    path = pathlib.Path(args.resume or "")
-    return path.parent if path.is_file() else path
-
-
-def _out(args):
-    """Where results go: --out, the folder of --resume, or one named after the time."""
-    if args.out and args.resume:
-        raise InputError(f"--out is {args.out} and --resume is {args.resume}; expected one of them")
-    if args.resume:
-        return _resumed_folder(args)
-    return pathlib.Path(args.out or f"runs/{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _to_go_on(arguments, out) -> str:
@@ -2674,7 +2678,7 @@ def _say(*text):
 
 
 def _search_command(args, out):
-    config, pictures = _configure(args, SEARCH_PRESETS)
+    config, pictures = _configure(args, SEARCH_PRESETS, out)
     started = time.monotonic()
     _say(
         f"preset {args.preset}: searching on {len(pictures.x_train)} pictures of {pictures.name}, "
@@ -2696,7 +2700,7 @@ def _evaluate_command(args, out):
         raise InputError("--weights only tests; expected no --resume beside it")
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
-    config, pictures = _configure(args, EVALUATE_PRESETS)
+    config, pictures = _configure(args, EVALUATE_PRESETS, out)
     if not args.weights:
         _say(
             f"preset {args.preset}: training on {len(pictures.x_train)} pictures of {pictures.name}, "
@@ -2719,7 +2723,7 @@ def _draw_command(args, _):
         raise InputError(f"no folder {folder}; expected one that exists")
     for kind, svg in draw(genotype).items():
         path = pathlib.Path(f"{prefix}{kind}.svg")
-        path.write_text(svg, encoding="utf-8")
+        write_whole(path, svg.encode())
         print(path)
 
 
@@ -2764,7 +2768,8 @@ def main(arguments: list[str] | None = None) -> int:
             args.run(args, out)
         else:
             with _process_group(args.device) as args.device:
-                out = gather(_out(args))[0]  # named after one clock
+                default = pathlib.Path("runs", f"{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
+                out = gather(Run.path(args.out, args.resume) or default)[0]  # named after one clock
                 args.run(args, out)
     except (InputError, OSError) as error:
         print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)

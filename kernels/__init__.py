@@ -6,7 +6,7 @@
     y = mixed_norm_sum(outputs, weights, running_means, running_vars, training=True)
                                                     # sum_k weights[k] * batch_norm_k(outputs[k])
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
-    y = pool(x, "max")                              # over 3x3 windows, or "mean"; fused on the CPU only
+    y = pool(x, "max")                              # over 3x3 windows, or "avg"; fused on the CPU only
 
 `mixed_sum_ref`, `mixed_norm_sum_ref`, `separable_ref` and `pool_ref` are the same in plain torch. The folder works
 alone, copied into any project.
@@ -135,14 +135,14 @@ def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
 
 
 def pool(x, kind, stride=1):
-    """The largest element ("max") or the mean ("mean") of every 3x3 window; what lies over the borders does not count.
+    """The largest element ("max") or the mean ("avg") of every 3x3 window; what lies over the borders does not count.
 
     x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, instead of
-    the places of the largest elements, and "mean" nothing. Fused, and deterministic, where `separable` is.
+    the places of the largest elements, and "avg" nothing. Fused, and deterministic, where `separable` is.
     Differentiable once.
     """
-    if kind not in ("max", "mean"):
-        raise ValueError(f"the kind of pooling is {kind!r}; expected max or mean")
+    if kind not in ("max", "avg"):
+        raise ValueError(f"the kind of pooling is {kind!r}; expected max or avg")
     if not _on_cpu(x):
         return pool_ref(x, kind, stride)
     return torch.ops.pdarts.pool(x, kind == "max", stride)
