@@ -262,11 +262,7 @@ def _process_group(device: str):
     # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    try:
-        yield device
-    except Stopped:
-        dist.destroy_process_group()
-        raise
+    yield device
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
@@ -2777,6 +2773,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         if processes()[0] == 0:
             print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
+        if processes()[1] > 1:
+            dist.destroy_process_group()
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
