@@ -2452,7 +2452,8 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, monkey
     "mode, message",
     [("auto", "out of memory; "), ("perhaps", "the kernels cannot be used: PDARTS_KERNELS is 'perhaps'")],
 )
-def test_too_little_memory_and_a_wrong_environment_get_one_line(monkeypatch, capsys, mode, message):
+def test_too_little_memory_and_a_wrong_environment_get_one_line(tmp_path, monkeypatch, capsys, mode, message):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pdarts, "shapes", lambda: own_pictures((8, 8)))
     monkeypatch.setattr(pdarts, "count", lambda *_: torch.empty(10**15))
     monkeypatch.setattr(kernels, "_mode", mode)
