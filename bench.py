@@ -106,7 +106,7 @@ def kept_bytes(forward):
     def pack(t):
         storage = t.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # a result that its own graph kept would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()  # alive, so that no memory is counted twice or missed
