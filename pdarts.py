@@ -36,6 +36,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import html
 import http.client
@@ -241,6 +242,12 @@ def parallel(network, find_unused=False):
     return nn.parallel.DistributedDataParallel(network, find_unused_parameters=find_unused)
 
 
+def leave_processes():
+    """Leaves the process group. What `parallel` made must be out of use."""
+    gc.collect()  # torch hangs if a DistributedDataParallel is the last to hold a group of gloo's
+    dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def _process_group(device: str):
     """Joins the other processes, if torchrun started several, and yields the device of this one."""
@@ -263,7 +270,7 @@ def _process_group(device: str):
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     yield device
-    dist.destroy_process_group()  # not after an error: the others may be gone
+    leave_processes()  # not after an error: the others may be gone
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2773,8 +2780,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         if processes()[0] == 0:
             print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
-        if processes()[1] > 1:
-            dist.destroy_process_group()
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
@@ -2795,4 +2800,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if processes()[1] > 1:  # stopped or failed: at its usual end, Python would wait for the others or abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
