@@ -18,8 +18,8 @@ All sides run in turn, each with inputs that need gradients; the figure is the m
 quartiles. On a GPU every side is captured as a CUDA graph that visits several sets of inputs, so that neither launches
 nor the L2 cache decide. The result of each call is allocated anew, as in use.
 
-The step: forward, backward and optimizer on one batch of generated pictures, without dropout, as one step after another
-in training (of two calls in turn the second counts)
+The step: forward, backward and optimizer on one batch of generated pictures, without dropout; of two calls in turn the
+second counts
 
     ours      with the kernels; on a GPU also replayed as a CUDA graph
     plain     the same network in plain torch
@@ -149,7 +149,7 @@ def verify(device, dtype, channels_last):
 def measure(functions, seconds, least=5, twice=False):
     """{name: function} -> {name: times in seconds}, called in turn for about `seconds` in all, but `least` times.
 
-    twice: two calls in each turn, of which the second counts: it finds the memory as its own kind of call leaves it.
+    twice: two calls in each turn, of which the second counts: the first pays for the memory that other sides left.
     """
 
     def synchronise():

@@ -36,7 +36,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import gc
 import hashlib
 import html
 import http.client
@@ -242,12 +241,6 @@ def parallel(network, find_unused=False):
     return nn.parallel.DistributedDataParallel(network, find_unused_parameters=find_unused)
 
 
-def leave_processes():
-    """Leaves the process group. What `parallel` made must be out of use."""
-    gc.collect()  # torch hangs if a DistributedDataParallel is the last to hold a group of gloo's
-    dist.destroy_process_group()
-
-
 @contextlib.contextmanager
 def _process_group(device: str):
     """Joins the other processes, if torchrun started several, and yields the device of this one."""
@@ -270,7 +263,7 @@ def _process_group(device: str):
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     yield device
-    leave_processes()  # not after an error: the others may be gone
+    dist.destroy_process_group()  # not after an error: the others may be gone
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1937,6 +1930,7 @@ def _describe(config, pictures: Pictures, device: torch.device) -> dict:
         "path": pictures.path,
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
+        "threads": torch.get_num_threads(),  # torch adds up in another order with another number
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "pdarts.py": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
         "command": sys.argv,
@@ -2022,8 +2016,8 @@ def sgd(parameters, config, captured=False) -> torch.optim.SGD:
     """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
     device = parameters[0].device
     lr = torch.tensor(config.lr, device=device) if captured else config.lr
-    fused = device.type == "cuda"
-    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
+    momentum, weight_decay = config.momentum, config.weight_decay
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=device.type == "cuda")
 
 
 def set_lr(optimizer, lr: float):
@@ -2801,7 +2795,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if processes()[1] > 1:  # stopped or failed: at its usual end, Python would wait for the others or abort
+    if "LOCAL_RANK" in os.environ:  # torch's threads of a process group outlive it, and abort or block Python's own end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
