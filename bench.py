@@ -18,8 +18,8 @@ All sides run in turn, each with inputs that need gradients; the figure is the m
 quartiles. On a GPU every side is captured as a CUDA graph that visits several sets of inputs, so that neither launches
 nor the L2 cache decide. The result of each call is allocated anew, as in use.
 
-The step: forward, backward and optimizer on one batch of generated pictures, without dropout; of two calls in turn the
-second counts
+The step: forward, backward and optimizer on one batch of generated pictures, without dropout; of three calls
+in turn the third counts: two find the memory as the other sides left it
 
     ours      with the kernels; on a GPU also replayed as a CUDA graph
     plain     the same network in plain torch
@@ -146,23 +146,23 @@ def verify(device, dtype, channels_last):
     return worst
 
 
-def measure(functions, seconds, least=5, twice=False):
+def measure(functions, seconds, least=5, before=0):
     """{name: function} -> {name: times in seconds}, called in turn for about `seconds` in all, but `least` times.
 
-    twice: two calls in each turn, of which the second counts: the first pays for the memory that other sides left.
+    before: calls in each turn that do not count: they find the memory as other sides left it.
     """
 
     def synchronise():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    for f in functions.values() if not twice else ():
+    for f in functions.values() if not before else ():
         f()
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < least:
         for name, f in functions.items():
-            if twice:
+            for _ in range(before):
                 f()
             synchronise()
             start = time.perf_counter()
@@ -398,7 +398,7 @@ def steps(args):
         kept = {name: kept_bytes(side.forward) / batch for name, side in sides.items()}
         for which in ("weights", "alphas"):
             calls = {name: functools.partial(side.run, which) for name, side in sides.items()}
-            times = measure(calls, args.seconds, least=args.rounds, twice=True)
+            times = measure(calls, args.seconds, least=args.rounds, before=2)
             for name in sides:
                 low, median, high = statistics.quantiles(times[name], n=4)
                 peak = None

@@ -383,26 +383,34 @@ def is_fused(device: torch.device) -> bool:
     return fused is not None and fused.fused(device)
 
 
-def separable(x, depthwise, pointwise):
-    """pointwise(depthwise(relu(x))), the one place for it; depthwise: a convolution, or None for pointwise(relu(x))."""
+def separable(x, depthwise, pointwise, norm=None):
+    """pointwise(depthwise(relu(norm(x)))), the one place for it; norm, depthwise: layers, or None where there is none.
+
+    The fused version stores nothing of what lies between x and the result.
+    """
+    if norm is not None and (norm.affine or not is_fused(x.device)):
+        x, norm = norm(x), None
     if not is_fused(x.device):
         x = F.relu(x)
         return pointwise(x if depthwise is None else depthwise(x))
-    if depthwise is None:
-        return fused.separable(x, None, pointwise.weight)
-    stride, padding, dilation = depthwise.stride[0], depthwise.padding[0], depthwise.dilation[0]
-    return fused.separable(x, depthwise.weight, pointwise.weight, stride, padding, dilation)
+    settings = {}
+    if depthwise is not None:
+        settings = {name: getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation")}
+    if norm is not None:
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        settings |= {name: getattr(norm, name) for name in ("running_mean", "running_var", "training")}
+    return fused.separable(x, None if depthwise is None else depthwise.weight, pointwise.weight, **settings)
 
 
 class Separable(Operation):
     """One or two units of ReLU, depthwise convolution, pointwise convolution and batch norm."""
 
     def before_norm(self, x):
-        units = [self.op[i : i + 4] for i in range(0, len(self.op), 4)]
-        for _, depthwise, pointwise, norm in units:
-            x = separable(x, depthwise, pointwise)
-            if norm is not self.norm:
-                x = norm(x)
+        before = None  # the batch norm of the unit before
+        for i in range(0, len(self.op), 4):
+            _, depthwise, pointwise, norm = self.op[i : i + 4]
+            x, before = separable(x, depthwise, pointwise, before), norm
         return x
 
 

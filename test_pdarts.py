@@ -1717,8 +1717,9 @@ def test_fused_operation_under_autocast_takes_the_widest_type_of_its_outputs(dev
     "size, stride, dilation", [(0, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 2), (5, 2, 1), (5, 1, 2), (7, 1, 1)]
 )
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_fused_separable_convolution_equals_plain_torch(channels, width, size, stride, dilation, dtype, bound):
-    """size 0: without the depthwise convolution."""
+@pytest.mark.parametrize("norm", [None, "training", "evaluation"])
+def test_fused_separable_convolution_equals_plain_torch(channels, width, size, stride, dilation, dtype, bound, norm):
+    """size 0: without the depthwise convolution; norm: how the input is normalised first."""
     torch.manual_seed(0)
     x, depthwise = (
         torch.randn(2, channels, 9, width).to(dtype),
@@ -1729,9 +1730,10 @@ def test_fused_separable_convolution_equals_plain_torch(channels, width, size, s
 
     def run(function, dtype):
         x, pointwise, *depthwise = leaves = [t.to(dtype).requires_grad_() for t in inputs]
-        y = function(x, *depthwise or [None], pointwise, *settings)
+        running = [torch.linspace(-1, 1, channels).to(dtype), torch.linspace(0.5, 2, channels).to(dtype)] if norm else []
+        y = function(x, *depthwise or [None], pointwise, *settings, *running, training=norm == "training", momentum=0.3)
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(dtype)
-        return [y, *torch.autograd.grad(y, leaves, gradient)]
+        return [y, *torch.autograd.grad(y, leaves, gradient), *running]
 
     kernels.use("auto")
     for mine, right in zip(run(kernels.separable, dtype), run(kernels.separable_ref, torch.float64), strict=True):
@@ -1747,18 +1749,27 @@ def separable_leaves(dtype=torch.float64):
 def test_fused_separable_convolution_passes_gradcheck_opcheck_and_compiles():
     x, depthwise, pointwise = inputs = separable_leaves()
     function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
+    running = torch.zeros(4).double(), torch.ones(4).double()
     assert torch.autograd.gradcheck(function, inputs)
-    ops, detached = torch.ops.pdarts, [t.detach() for t in inputs]
+    for training in True, False:  # momentum 0: every call finds the same running statistics
+        normed = functools.partial(function, running_mean=running[0], running_var=running[1], momentum=0.0)
+        assert torch.autograd.gradcheck(functools.partial(normed, training=training), inputs)
+    ops, detached, statistics = torch.ops.pdarts, [t.detach() for t in inputs], torch.rand(3, 1, 4).double() + 0.5
+    gradient = torch.randn(2, 3, 5, 6).double()
     for op, arguments in (
-        (ops.separable, (*inputs, 2, 2, 2)),
-        (ops.separable, (x, None, pointwise, 1, 0, 1)),
-        (ops.separable_backward, (torch.randn(2, 3, 5, 6).double(), *detached, 1, 1, 1, [True, True, True])),
-        (ops.separable_backward, (torch.randn(2, 3, 5, 6).double(), *detached, 1, 1, 1, [True, False, False])),
+        (ops.separable, (*inputs, None, False, 0.0, 2, 2, 2)),
+        (ops.separable, (*inputs, None, True, 1e-5, 2, 2, 2)),
+        (ops.separable, (*inputs, statistics, False, 1e-5, 2, 2, 2)),
+        (ops.separable, (x, None, pointwise, None, False, 0.0, 1, 0, 1)),
+        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, True, True])),
+        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, False, False])),
+        (ops.separable_backward, (gradient, *detached, statistics, True, 1, 1, 1, [True, False, True])),
     ):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function))
-    assert all(map(torch.equal, mine, right))
+    for f in function, functools.partial(normed, training=True):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, f))
+        assert all(map(torch.equal, mine, right))
     (gradient,) = torch.autograd.grad(function(*inputs).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.sum().backward()
@@ -1771,7 +1782,9 @@ def test_fused_separable_convolution_gives_the_same_bits_with_any_number_of_thre
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             leaves = [t.clone().requires_grad_() for t in inputs]
-            y = kernels.separable(*leaves, padding=2)
+            y = kernels.separable(
+                *leaves, padding=2, running_mean=torch.zeros(16), running_var=torch.ones(16), training=True
+            )
             results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     finally:
         torch.set_num_threads(threads)

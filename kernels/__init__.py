@@ -36,10 +36,10 @@ import torch.nn.functional as F
 
 MODES = ("auto", "on", "off")
 # The slowest to compile first.
-_SOURCES = ("operators.cpp", "depthwise_cpu.cpp", "mixed_op_cpu.cpp", "pointwise_cpu.cpp", "pool_cpu.cpp")
+_SOURCES = ("operators.cpp", "separable_cpu.cpp", "mixed_op_cpu.cpp", "pool_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
-_HEADERS = ("mixed_op.h", "convolution.h", "simd.h")
-_FLAGS = ["-O3", "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]  # e.g. sanitizers
+_HEADERS = ("mixed_op.h", "convolution.h", "depthwise.h", "pointwise.h", "simd.h")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]  # e.g. sanitizers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -61,8 +61,13 @@ def mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, 
     return mixed_sum_ref(normed, weights)
 
 
-def separable_ref(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
+def separable_ref(
+    x, depthwise, pointwise, stride=1, padding=0, dilation=1,
+    running_mean=None, running_var=None, training=False, momentum=0.1, eps=1e-5,
+):
     """Plain torch version of `separable`."""
+    if running_mean is not None:
+        x = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     x = F.relu(x)
     if depthwise is not None:
         x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
@@ -122,16 +127,33 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
     return y
 
 
-def separable(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
-    """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is kept.
+def separable(
+    x, depthwise, pointwise, stride=1, padding=0, dilation=1,
+    running_mean=None, running_var=None, training=False, momentum=0.1, eps=1e-5,
+):
+    """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is stored.
 
     x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
-    [channels,C,1,1]. Fused on the CPU in float32 and float64, in channels-last memory format, which the result has;
-    plain torch elsewhere, where cuDNN serves. Deterministic. Differentiable once.
+    [channels,C,1,1]. Where running_mean and running_var [C] are given, x is first normalised as by a batch norm without
+    affine parameters; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights.
+
+    Fused on the CPU in float32 and float64, in channels-last memory format, which the result has; plain torch
+    elsewhere, where cuDNN serves. Deterministic. Differentiable once.
     """
+    running = running_mean, running_var
     if x.dtype != pointwise.dtype or torch.is_autocast_enabled("cpu") or not _on_cpu(x):
-        return separable_ref(x, depthwise, pointwise, stride, padding, dilation)
-    return torch.ops.pdarts.separable(x, depthwise, pointwise, stride, padding, dilation)
+        return separable_ref(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
+    batch = training and running_mean is not None
+    statistics = None
+    if running_mean is not None and not training:
+        statistics = _running_statistics([running_mean], [running_var], [True], eps)
+    y, computed = torch.ops.pdarts.separable(
+        x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation
+    )
+    if batch:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        torch.ops.pdarts.update_running([running_mean], [running_var], computed, [True], count, momentum)
+    return y
 
 
 def pool(x, kind, stride=1):
@@ -196,15 +218,15 @@ def _register_fakes():
         return [empty(like) for needs in needs_outputs if needs], weights.new_empty(len(outputs) * needs_weights)
 
     @torch.library.register_fake("pdarts::separable")
-    def _(x, depthwise, pointwise, stride, padding, dilation):
+    def _(x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation):
         size = x.shape[2:]
         if depthwise is not None:
             size = [(n + 2 * padding - dilation * (depthwise.shape[2] - 1) - 1) // stride + 1 for n in size]
         y = x.new_empty(x.shape[0], *size, pointwise.shape[0])
-        return y.permute(0, 3, 1, 2)
+        return y.permute(0, 3, 1, 2), x.new_empty((3, 1, x.shape[1]) if batch else 0)
 
     @torch.library.register_fake("pdarts::separable_backward")
-    def _(grad, x, depthwise, pointwise, stride, padding, dilation, needs):
+    def _(grad, x, depthwise, pointwise, statistics, batch, stride, padding, dilation, needs):
         like = [torch.empty_like(x, memory_format=torch.channels_last), depthwise, pointwise]
         fresh = torch.contiguous_format
         return tuple(

@@ -32,6 +32,7 @@ struct PdartsMixed {
 };
 
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a CPU.
+// On a CPU y may be nullptr: only the statistics are written then.
 // A backward pass writes grad_x[k] where it is not nullptr, and grad_weights [K] unless it is nullptr; x[k] may be
 // nullptr where neither depends on it.
 #define PDARTS_DECLARE(DEVICE)                                                                                \

@@ -26,10 +26,9 @@ template <class V, class A>
 INLINE void stream(A* p, V v) {
 #ifdef __SSE2__
   if constexpr (!std::is_same_v<V, A>) {
-    __m128i half[2];
-    std::memcpy(half, &v, 32);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), half[0]);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + 1, half[1]);
+    __m128i parts[sizeof(V) / 16];
+    std::memcpy(parts, &v, sizeof(V));
+    for (size_t i = 0; i < sizeof(V) / 16; i++) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
     return;
   }
 #endif
@@ -195,12 +194,12 @@ INLINE double total(const A* acc, int64_t entry) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-CLONES void to_float(const T* p, int64_t n, float* out) {
+void to_float(const T* p, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<float>(p[i]);
 }
 
 template <class T>
-CLONES void from_float(const float* p, int64_t n, T* out) {
+void from_float(const float* p, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<T>(p[i]);
 }
 
@@ -245,7 +244,7 @@ struct Result {
 // partial [4][entries]: count, sum of (x - pivot), sum of (x - pivot)^2, and pivot: the mean of the channel's first
 // elements of the unit, which keeps the squares small.
 template <bool CL, class A>
-CLONES void statistics_unit(const Layout& l, const PdartsMixed& m, int k, int64_t group, int64_t unit, double* partial) {
+void statistics_unit(const Layout& l, const PdartsMixed& m, int k, int64_t group, int64_t unit, double* partial) {
   A buffer[kTile];
   int64_t stride = l.entries * (CL ? 1 : Simd<A>::W);
   std::vector<A> memory(l.entries + 2 * stride, A(0));
@@ -303,7 +302,7 @@ void statistics_group(const Layout& l, const PdartsMixed& m, int k, int64_t grou
 
 // y = sum_k scale_k * (x_k - mean_k)
 template <bool CL, bool PLAIN, class A>
-CLONES void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, void* y) {
+void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, void* y) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, U = 4;
   std::vector<A> coefficients(2 * m.K * l.entries), buffers;
@@ -361,7 +360,7 @@ CLONES void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, i
 
 // partial [K+1][entries]: sum of g * (x_k - mean_k), and in the last row sum of g.
 template <bool CL, class A>
-CLONES void backward_sums_unit(
+void backward_sums_unit(
     const Layout& l, const PdartsMixed& m, uint64_t needed, int64_t group, int64_t unit, const void* g, double* partial) {
   A buffer[kTile], g_buffer[kTile];
   int64_t stride = l.entries * (CL ? 1 : Simd<A>::W);
@@ -398,7 +397,7 @@ CLONES void backward_sums_unit(
 
 // grad_x_k = a_k * g + b_k * (x_k - mean_k) + c_k; sums [K+1][C] as in backward_sums_unit.
 template <bool CL, class A>
-CLONES void backward_inputs_unit(
+void backward_inputs_unit(
     const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, const void* g, const double* sums,
     void* const* grad_x) {
   A buffer[kTile], g_buffer[kTile];
@@ -498,6 +497,7 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
     }
     if (m.N * m.HW == 0) return;
     auto apply = [&](int64_t group, int64_t unit) {
+      if (!y) return;
       auto pass = l.channels_last ? forward_unit<true, false, A> : forward_unit<false, false, A>;
       if (!m.statistics) pass = forward_unit<false, true, A>;
       pass(l, m, group, unit, y);

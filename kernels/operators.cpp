@@ -256,110 +256,118 @@ void update_running(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The convolutions of a candidate, on the CPU: y = pointwise(depthwise(max(x, 0))), or without the depthwise one
+// The convolutions of a candidate, on the CPU: y = pointwise(depthwise(max(norm(x), 0))), norm and depthwise optional
 // ---------------------------------------------------------------------------------------------------------------------
 
 using OptionalTensor = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-struct Separable {
-  Tensor x, between;  // channels-last; between: what the depthwise convolution returns
-  OptionalTensor depthwise;
-  Tensor pointwise;
-  PdartsDepthwise d{};
-  PdartsPointwise p{};
+// A call with its tensors, channels-last.
+struct Separable : PdartsSeparable {
+  Tensor in, statistics_;
+  OptionalTensor depthwise_;
+  Tensor pointwise_;
+  int64_t OH, OW;
 
   Separable(
-      const Tensor& x_, const OptionalTensor& depthwise_, const Tensor& pointwise_, int64_t stride, int64_t padding,
-      int64_t dilation)
-      : depthwise(depthwise_), pointwise(pointwise_.contiguous()) {
+      const Tensor& x_, const OptionalTensor& depthwise_in, const Tensor& pointwise_in, const OptionalTensor& given,
+      int64_t stride_, int64_t padding_, int64_t dilation_)
+      : PdartsSeparable{}, depthwise_(depthwise_in), pointwise_(pointwise_in.contiguous()) {
     TORCH_CHECK(x_.dim() == 4, "x has shape ", x_.sizes(), "; expected [N,C,H,W]");
     TORCH_CHECK(
         x_.scalar_type() == at::kFloat || x_.scalar_type() == at::kDouble, "x is ", x_.scalar_type(),
         "; expected float32 or float64");
-    int64_t C = x_.size(1);
+    N = x_.size(0), C = x_.size(1), H = OH = x_.size(2), W = OW = x_.size(3), out = pointwise_.size(0);
+    type = type_of(x_), stride = dilation = 1;
     TORCH_CHECK(
-        pointwise.dim() == 4 && pointwise.size(1) == C && pointwise.size(2) == 1 && pointwise.size(3) == 1 &&
-            pointwise.scalar_type() == x_.scalar_type(),
-        "pointwise is a ", pointwise.scalar_type(), " ", pointwise.sizes(), "; expected a ", x_.scalar_type(),
+        pointwise_.dim() == 4 && pointwise_.size(1) == C && pointwise_.size(2) == 1 && pointwise_.size(3) == 1 &&
+            pointwise_.scalar_type() == x_.scalar_type(),
+        "pointwise is a ", pointwise_.scalar_type(), " ", pointwise_.sizes(), "; expected a ", x_.scalar_type(),
         " [channels,", C, ",1,1]");
-    x = x_.contiguous(at::MemoryFormat::ChannelsLast);
-    int64_t N = x.size(0), H = x.size(2), W = x.size(3);
-    int type = type_of(x);
-    if (depthwise) {
-      depthwise = depthwise->contiguous();
-      TORCH_CHECK(
-          depthwise->dim() == 4 && depthwise->size(0) == C && depthwise->size(1) == 1 &&
-              depthwise->size(2) == depthwise->size(3) && depthwise->scalar_type() == x.scalar_type(),
-          "depthwise is a ", depthwise->scalar_type(), " ", depthwise->sizes(), "; expected a ", x.scalar_type(), " [",
-          C, ",1,k,k]");
-      int64_t k = depthwise->size(2);
-      TORCH_CHECK(
-          stride >= 1 && padding >= 0 && dilation >= 1 && k >= 1, "stride, padding, dilation and kernel are ", stride,
-          ", ", padding, ", ", dilation, " and ", k, "; expected at least 1, 0, 1 and 1");
-      d = {N, H, W, C, static_cast<int32_t>(k), static_cast<int32_t>(stride), static_cast<int32_t>(dilation),
-           static_cast<int32_t>(padding), 1, type, x.const_data_ptr(), depthwise->const_data_ptr()};
-      int64_t room = 2 * padding - dilation * (k - 1) - 1;
-      TORCH_CHECK(
-          H + room >= 0 && W + room >= 0, "x has shape ", x.sizes(), "; expected it not to be smaller than the kernel");
-      H = (H + room) / stride + 1, W = (W + room) / stride + 1;
-    }
-    p = {N * H * W, C, pointwise.size(0), !depthwise, type, x.const_data_ptr(), pointwise.const_data_ptr()};
-    between = empty(N, C, H, W);
+    pointwise = pointwise_.const_data_ptr();
+    in = x_.contiguous(at::MemoryFormat::ChannelsLast), x = in.const_data_ptr();
+    check_statistics(given, in, 1);
+    if (given) statistics_ = *given, statistics = statistics_.const_data_ptr();
+    if (!depthwise_) return;
+    depthwise_ = depthwise_->contiguous(), depthwise = depthwise_->const_data_ptr();
+    TORCH_CHECK(
+        depthwise_->dim() == 4 && depthwise_->size(0) == C && depthwise_->size(1) == 1 &&
+            depthwise_->size(2) == depthwise_->size(3) && depthwise_->scalar_type() == in.scalar_type(),
+        "depthwise is a ", depthwise_->scalar_type(), " ", depthwise_->sizes(), "; expected a ", in.scalar_type(), " [",
+        C, ",1,k,k]");
+    int64_t k = depthwise_->size(2), room = 2 * padding_ - dilation_ * (k - 1) - 1;
+    TORCH_CHECK(
+        stride_ >= 1 && padding_ >= 0 && dilation_ >= 1 && k >= 1, "stride, padding, dilation and kernel are ", stride_,
+        ", ", padding_, ", ", dilation_, " and ", k, "; expected at least 1, 0, 1 and 1");
+    TORCH_CHECK(
+        H + room >= 0 && W + room >= 0, "x has shape ", in.sizes(), "; expected it not to be smaller than the kernel");
+    kernel = k, stride = stride_, padding = padding_, dilation = dilation_;
+    OH = (H + room) / stride + 1, OW = (W + room) / stride + 1;
   }
-  Tensor empty(int64_t N, int64_t C, int64_t H, int64_t W) const {
-    return at::empty({N, C, H, W}, x.options(), at::MemoryFormat::ChannelsLast);
-  }
-  Tensor scratch(int64_t bytes) const { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+  Tensor scratch(int64_t bytes) const { return at::empty({bytes}, in.options().dtype(at::kByte)); }
 
-  // Runs the depthwise convolution, if there is one, so that the pointwise one can be run or differentiated.
-  void run_depthwise() {
-    if (!depthwise) return;
-    depthwise_forward_cpu(&d, between.data_ptr(), scratch(depthwise_scratch_cpu(&d)).data_ptr());
-    p.x = between.const_data_ptr();
+  // The batch norm of x as a mixed operation of one candidate.
+  PdartsMixed norm(bool batch, double eps) const {
+    static const double double_one = 1;
+    static const float float_one = 1;
+    PdartsMixed m{N, C, H * W, 1, type, 1, eps, batch};
+    m.weights = type == kFloat64 ? static_cast<const void*>(&double_one) : &float_one;
+    m.statistics = statistics_.data_ptr(), m.x[0] = x;
+    return m;
+  }
+
+  // Normalise x by the statistics of this batch.
+  void compute_statistics(double eps) {
+    TORCH_CHECK(
+        N * H * W != 1, "x has shape ", in.sizes(),
+        "; expected more than one value per channel to normalise by batch statistics");
+    statistics_ = at::empty({3, 1, C}, in.options()), statistics = statistics_.const_data_ptr();
+    PdartsMixed m = norm(true, eps);
+    mixed_forward_cpu(&m, nullptr, scratch(mixed_scratch_cpu(&m)).data_ptr(), nullptr);
+  }
+
+  // grad_f -> grad_x, in place
+  void norm_backward(bool batch, Tensor& grad) const {
+    PdartsMixed m = norm(batch, 0);
+    void* in_place = grad.data_ptr();
+    mixed_backward_cpu(&m, in_place, &in_place, nullptr, scratch(mixed_scratch_cpu(&m)).data_ptr(), nullptr);
   }
 };
 
-Tensor separable(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
-    int64_t dilation) {
-  Separable s(x, depthwise, pointwise, stride, padding, dilation);
-  s.run_depthwise();
-  Tensor y = s.empty(s.between.size(0), pointwise.size(0), s.between.size(2), s.between.size(3));
-  pointwise_forward_cpu(&s.p, y.data_ptr(), s.scratch(pointwise_scratch_cpu(&s.p)).data_ptr());
-  return y;
+// The result, and the statistics of the batch [3,1,C], if x is to be normalised by them.
+std::tuple<Tensor, Tensor> separable(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& statistics,
+    bool batch, double eps, int64_t stride, int64_t padding, int64_t dilation) {
+  TORCH_CHECK(!statistics || !batch, "statistics are given for x that is to be normalised by its own");
+  Separable s(x, depthwise, pointwise, statistics, stride, padding, dilation);
+  Tensor computed = at::empty({0}, s.in.options());
+  if (batch) s.compute_statistics(eps), computed = s.statistics_;
+  Tensor y = at::empty({s.N, s.out, s.OH, s.OW}, s.in.options(), at::MemoryFormat::ChannelsLast);
+  separable_forward_cpu(&s, y.data_ptr(), s.scratch(separable_scratch_cpu(&s)).data_ptr());
+  return {y, computed};
 }
 
 // The gradients of x and of both weights, empty where they are not asked for. What is between them is computed again.
+// batch: the statistics are those of x.
 Three separable_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
-    int64_t padding, int64_t dilation, c10::List<bool> needs) {
-  Separable s(x, depthwise, pointwise, stride, padding, dilation);
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+    const OptionalTensor& statistics, bool batch, int64_t stride, int64_t padding, int64_t dilation,
+    c10::List<bool> needs) {
+  Separable s(x, depthwise, pointwise, statistics, stride, padding, dilation);
   std::vector<bool> asked = flags_of("needs", needs, 3);
-  Tensor g = grad.to(s.x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
-  auto none = [&] { return at::empty({0}, s.x.options()); };
-  Tensor grad_x = none(), grad_depthwise = none(), grad_pointwise = none(), grad_between;
-  Tensor scratch = s.scratch(pointwise_scratch_cpu(&s.p));
-  if (asked[2]) {
-    s.run_depthwise();
-    grad_pointwise = at::empty_like(s.pointwise);
-    pointwise_backward_weight_cpu(&s.p, g.const_data_ptr(), grad_pointwise.data_ptr(), scratch.data_ptr());
+  asked[1] = asked[1] && depthwise;
+  Tensor g = grad.to(s.in.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor grads[3];
+  void* to[3];
+  for (int i = 0; i < 3; i++) {
+    const Tensor& like = i == 0 ? s.in : i == 1 && depthwise ? *s.depthwise_ : s.pointwise_;
+    grads[i] = asked[i] ? at::empty_like(like) : at::empty({0}, s.in.options());
+    to[i] = asked[i] ? grads[i].data_ptr() : nullptr;
   }
-  if (asked[0] || (s.depthwise && asked[1])) {
-    grad_between = at::empty_like(s.between);
-    pointwise_backward_input_cpu(&s.p, g.const_data_ptr(), grad_between.data_ptr(), scratch.data_ptr());
-  }
-  if (!s.depthwise) return {asked[0] ? grad_between : grad_x, grad_depthwise, grad_pointwise};
-  scratch = s.scratch(depthwise_scratch_cpu(&s.d));
-  if (asked[1]) {
-    grad_depthwise = at::empty_like(*s.depthwise);
-    depthwise_backward_weight_cpu(&s.d, grad_between.const_data_ptr(), grad_depthwise.data_ptr(), scratch.data_ptr());
-  }
-  if (asked[0]) {
-    grad_x = at::empty_like(s.x);
-    depthwise_backward_input_cpu(&s.d, grad_between.const_data_ptr(), grad_x.data_ptr(), scratch.data_ptr());
-  }
-  return {grad_x, grad_depthwise, grad_pointwise};
+  Tensor scratch = s.scratch(separable_scratch_cpu(&s));
+  separable_backward_cpu(&s, g.const_data_ptr(), to[0], to[1], to[2], scratch.data_ptr());
+  if (to[0] && statistics) s.norm_backward(batch, grads[0]);
+  return {grads[0], grads[1], grads[2]};
 }
 
 PdartsPool pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor& like) {
@@ -515,21 +523,30 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward_autograd(
   return {std::move(grads), grad_weights};
 }
 
-Tensor separable_below_autograd(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
-    int64_t dilation) {
+struct SeparableSettings {
+  OptionalTensor statistics;
+  bool batch;
+  double eps;
+  int64_t stride, padding, dilation;
+};
+
+std::tuple<Tensor, Tensor> separable_below_autograd(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const SeparableSettings& s) {
   static auto op = operator_of<decltype(separable)>("pdarts::separable");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, depthwise, pointwise, stride, padding, dilation);
+  return op.call(x, depthwise, pointwise, s.statistics, s.batch, s.eps, s.stride, s.padding, s.dilation);
 }
 
 struct SeparableFunction : torch::autograd::Function<SeparableFunction> {
-  static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
-      int64_t padding, int64_t dilation) {
-    ctx->save_for_backward({x, depthwise.value_or(Tensor()), pointwise});
-    ctx->saved_data["settings"] = std::vector<int64_t>{stride, padding, dilation};
-    return separable_below_autograd(x, depthwise, pointwise, stride, padding, dilation);
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+      const SeparableSettings& s) {
+    auto [y, computed] = separable_below_autograd(x, depthwise, pointwise, s);
+    Tensor statistics = s.batch ? computed : s.statistics.value_or(Tensor());
+    ctx->save_for_backward({x, depthwise.value_or(Tensor()), pointwise, statistics});
+    ctx->saved_data["settings"] = std::vector<int64_t>{s.batch, s.stride, s.padding, s.dilation};
+    ctx->mark_non_differentiable({computed});
+    return {y, computed};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
@@ -537,33 +554,35 @@ struct SeparableFunction : torch::autograd::Function<SeparableFunction> {
     std::vector<int64_t> s = ctx->saved_data["settings"].toIntVector();
     Flags needs;
     size_t input = 0;  // those that exist are counted
-    for (const Tensor& t : kept) needs.push_back(t.defined() && ctx->needs_input_grad(input++));
-    auto [x, depthwise, pointwise] = op.call(grad[0], kept[0], given(kept[1]), kept[2], s[0], s[1], s[2], needs);
-    variable_list grads{x, depthwise, pointwise};
+    for (int i = 0; i < 3; i++) needs.push_back(kept[i].defined() && ctx->needs_input_grad(input++));
+    auto [x, depthwise, pointwise] =
+        op.call(grad[0], kept[0], given(kept[1]), kept[2], given(kept[3]), s[0], s[1], s[2], s[3], needs);
+    variable_list grads{x, depthwise, pointwise, Tensor()};
     for (size_t i = 0; i < 3; i++) {
       if (!needs[i]) grads[i] = Tensor();
     }
-    grads.resize(6);
     return grads;
   }
 };
 
-Tensor separable_autograd(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride, int64_t padding,
-    int64_t dilation) {
+std::tuple<Tensor, Tensor> separable_autograd(
+    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& statistics,
+    bool batch, double eps, int64_t stride, int64_t padding, int64_t dilation) {
+  SeparableSettings settings{statistics, batch, eps, stride, padding, dilation};
   if (!at::GradMode::is_enabled() || !any_requires_grad({x, depthwise.value_or(Tensor()), pointwise})) {
-    return separable_below_autograd(x, depthwise, pointwise, stride, padding, dilation);
+    return separable_below_autograd(x, depthwise, pointwise, settings);
   }
-  return SeparableFunction::apply(x, depthwise, pointwise, stride, padding, dilation);
+  variable_list results = SeparableFunction::apply(x, depthwise, pointwise, settings);
+  return {results[0], results[1]};
 }
 
 Three separable_backward_autograd(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, int64_t stride,
-    int64_t padding, int64_t dilation, Flags needs) {
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+    const OptionalTensor& statistics, bool batch, int64_t stride, int64_t padding, int64_t dilation, Flags needs) {
   static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
   auto [a, b, c] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(grad, x, depthwise, pointwise, stride, padding, dilation, needs);
+    return op.call(grad, x, depthwise, pointwise, statistics, batch, stride, padding, dilation, needs);
   }();
   variable_list grads = not_twice({a, b, c}, {grad, x, depthwise.value_or(Tensor()), pointwise});
   return {grads[0], grads[1], grads[2]};
@@ -619,10 +638,11 @@ TORCH_LIBRARY(pdarts, m) {
       "update_running(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor statistics, bool[] batch, "
       "int count, float momentum) -> ()");
   m.def(
-      "separable(Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, int dilation) -> Tensor");
+      "separable(Tensor x, Tensor? depthwise, Tensor pointwise, Tensor? statistics, bool batch, float eps, int stride, "
+      "int padding, int dilation) -> (Tensor, Tensor)");
   m.def(
-      "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, int stride, int padding, "
-      "int dilation, bool[] needs) -> (Tensor, Tensor, Tensor)");
+      "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, Tensor? statistics, bool batch, "
+      "int stride, int padding, int dilation, bool[] needs) -> (Tensor, Tensor, Tensor)");
   m.def("pool(Tensor x, bool max, int stride) -> Tensor");
   m.def("pool_backward(Tensor grad, Tensor? x, Tensor? y, int[] size, int stride) -> Tensor");
 }

@@ -47,7 +47,7 @@ INLINE void for_channels(int64_t C, F f) {
 
 // Of one picture.
 template <class A>
-CLONES void forward(const PdartsPool& p, const A* x, A* y) {
+void forward(const PdartsPool& p, const A* x, A* y) {
   for_windows(p, [&](auto nine, int64_t count, const int64_t* taps, int64_t to) ALWAYS {
     if (nine) count = nine;
     for_channels<A>(p.C, [&](auto zero, int64_t i) ALWAYS {
@@ -64,7 +64,7 @@ CLONES void forward(const PdartsPool& p, const A* x, A* y) {
 
 // Of several largest elements the first has the gradient.
 template <class A>
-CLONES void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
+void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
   std::fill(grad_x, grad_x + p.H * p.W * p.C, A(0));
   for_windows(p, [&](auto nine, int64_t count, const int64_t* taps, int64_t from) ALWAYS {
     if (nine) count = nine;

@@ -1,5 +1,4 @@
-// Portable vectors for the CPU: the same code is compiled for two generations of x86, and what the machine has is
-// chosen when the library is loaded, so that a binary built on one machine runs on any other of its architecture.
+// Portable vectors for the CPU, as wide as those of the machine that this is compiled on and for.
 #pragma once
 
 #include <stdint.h>
@@ -9,22 +8,22 @@
 
 #include "mixed_op.h"
 
-// For functions that hold inner loops. (arch=haswell would ask for that very processor, not for its instructions.)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define ALWAYS __attribute__((always_inline))  // on lambdas too: what is not inlined is not compiled for the clones
+#define ALWAYS __attribute__((always_inline))  // on lambdas too
 #define INLINE inline ALWAYS
 
 namespace {
 
+#ifdef __AVX512F__
+constexpr int64_t kVector = 64;  // bytes
+#else
+constexpr int64_t kVector = 32;
+#endif
+
 template <class A>
 struct Simd {
-  static constexpr int64_t W = 32 / sizeof(A);
-  typedef A vec __attribute__((vector_size(32)));
-  typedef A unaligned __attribute__((vector_size(32), aligned(sizeof(A)), may_alias));
+  static constexpr int64_t W = kVector / sizeof(A);
+  typedef A vec __attribute__((vector_size(kVector)));
+  typedef A unaligned __attribute__((vector_size(kVector), aligned(sizeof(A)), may_alias));
 };
 
 // load<V>(p): V is a vector, or one element in the tail of a loop.
@@ -44,6 +43,13 @@ INLINE void store(A* p, V v) {
   } else {
     *reinterpret_cast<typename Simd<A>::unaligned*>(p) = v;
   }
+}
+
+// f(0), f(1), ..., f(n - 1) with constants: arrays indexed by them stay in registers.
+template <int n, class F>
+INLINE void unroll(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) ALWAYS { (f(std::integral_constant<int, i>()), ...); }
+  (std::make_integer_sequence<int, n>());
 }
 
 // f(0.0f) or f(0.0): the type that is accumulated in.
