@@ -39,7 +39,8 @@ MODES = ("auto", "on", "off")
 _SOURCES = ("operators.cpp", "separable_cpu.cpp", "mixed_op_cpu.cpp", "pool_cpu.cpp")
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "depthwise.h", "pointwise.h", "simd.h")
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]  # e.g. sanitizers
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+_FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -62,8 +63,17 @@ def mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, 
 
 
 def separable_ref(
-    x, depthwise, pointwise, stride=1, padding=0, dilation=1,
-    running_mean=None, running_var=None, training=False, momentum=0.1, eps=1e-5,
+    x,
+    depthwise,
+    pointwise,
+    stride=1,
+    padding=0,
+    dilation=1,
+    running_mean=None,
+    running_var=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
     """Plain torch version of `separable`."""
     if running_mean is not None:
@@ -128,8 +138,17 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
 
 
 def separable(
-    x, depthwise, pointwise, stride=1, padding=0, dilation=1,
-    running_mean=None, running_var=None, training=False, momentum=0.1, eps=1e-5,
+    x,
+    depthwise,
+    pointwise,
+    stride=1,
+    padding=0,
+    dilation=1,
+    running_mean=None,
+    running_var=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
     """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is stored.
 
@@ -147,9 +166,7 @@ def separable(
     statistics = None
     if running_mean is not None and not training:
         statistics = _running_statistics([running_mean], [running_var], [True], eps)
-    y, computed = torch.ops.pdarts.separable(
-        x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation
-    )
+    y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation)
     if batch:
         count = x.shape[0] * x.shape[2] * x.shape[3]
         torch.ops.pdarts.update_running([running_mean], [running_var], computed, [True], count, momentum)
@@ -342,7 +359,7 @@ def _library(cuda):
     capabilities = sorted(
         {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else ()
     )
-    key = hashlib.sha256(repr((torch.__version__, platform.machine(), _FLAGS, capabilities)).encode())
+    key = hashlib.sha256(repr((torch.__version__, _processor(), _FLAGS, capabilities)).encode())
     for name in sources + _HEADERS:
         key.update((folder / name).read_bytes())
     cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -353,6 +370,16 @@ def _library(cuda):
         if not library.exists():
             _build([str(folder / name) for name in sources], library, cuda)
     return library
+
+
+def _processor():
+    """What a library that was compiled for this machine needs: the cache may be shared with machines of other kinds."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return platform.machine(), features
 
 
 def _build(sources, library, cuda):

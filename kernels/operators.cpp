@@ -453,12 +453,14 @@ struct Mixed : torch::autograd::Function<Mixed> {
     ctx->save_for_backward(kept);
     ctx->saved_data["batch"] = settings.batch;
     ctx->mark_non_differentiable({computed});
+    ctx->set_materialize_grads(false);
     return {y, computed};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static auto op = operator_of<decltype(mixed_backward)>("pdarts::mixed_backward");
     variable_list kept = ctx->get_saved_variables();
+    if (!grad[0].defined()) return variable_list(kept.size());
     c10::List<std::optional<Tensor>> outputs;
     Flags batch = ctx->saved_data["batch"].toBoolList(), needs;
     for (size_t k = 0; k + 2 < kept.size(); k++) {
@@ -546,11 +548,13 @@ struct SeparableFunction : torch::autograd::Function<SeparableFunction> {
     ctx->save_for_backward({x, depthwise.value_or(Tensor()), pointwise, statistics});
     ctx->saved_data["settings"] = std::vector<int64_t>{s.batch, s.stride, s.padding, s.dilation};
     ctx->mark_non_differentiable({computed});
+    ctx->set_materialize_grads(false);
     return {y, computed};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
     variable_list kept = ctx->get_saved_variables();
+    if (!grad[0].defined()) return variable_list(4);
     std::vector<int64_t> s = ctx->saved_data["settings"].toIntVector();
     Flags needs;
     size_t input = 0;  // those that exist are counted
