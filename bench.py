@@ -4,6 +4,7 @@
     python bench.py                       # the fused mixed operation against torch, once it is found right
     python bench.py step [--official DIR] # a step of the weights and one of the alphas, in each stage
     python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
+    python bench.py losses [--data DIR]   # the losses of training with and without the kernels, side by side
 
 The mixed operation: the tensors are those of the paper's search, the maps of the three parts of a network at batch 96,
 with the 8, 5 and 3 candidates of the three stages. Every row is one operation, fused, and how many times longer other
@@ -24,6 +25,10 @@ in turn the third counts: two find the memory as the other sides left it
     ours      with the kernels; on a GPU also replayed as a CUDA graph
     plain     the same network in plain torch
     official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, on a CPU too
+
+The losses: a step of the weights and one of the alphas in turn, on the same pictures (of CIFAR-10 in DIR, or generated
+ones), from the same start, without dropout. In float64 both ways must agree, or the exit status is 1; in float32 either
+drifts away from them alike.
 """
 
 from __future__ import annotations
@@ -306,7 +311,7 @@ class OurStep:
         self.mode, self.images, self.labels = mode, images, labels
         candidates = (pdarts.PRIMITIVES[-config.candidates[stage] :],) * len(pdarts.EDGES)
         self.network = pdarts.SearchNetwork(config.channels, 10, config.cells[stage], candidates, candidates)
-        self.network.to(images.device)
+        self.network.to(images)  # device and type
         self.parameters = self.network.weights()
         self.optimizer = pdarts.sgd(self.parameters, config, captured=graphs)
         self.architect = pdarts.Architect(self.network, dtype=config.dtype, captured=graphs)
@@ -459,6 +464,49 @@ def search(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def losses(args):
+    """The rows of the table of losses; SystemExit if float64 tells the two ways apart."""
+    device = torch.device(args.device)
+    config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels)
+    batch = args.batch or 32
+    data = pdarts.load("cifar10", args.data) if args.data else pdarts.shapes(2 * args.steps * batch, 1)
+    print(*header(device), f"batch {batch}, C = {args.channels}, {data.name}", sep="\n")
+    data = data.first(2 * args.steps * batch)
+    images, labels = data.normalise(data.x_train).to(device), data.y_train.to(device)
+    batches = list(zip(images.split(batch), labels.split(batch)))
+    rows = []
+    for stage in args.stages:
+        sides = {}
+        for dtype in (torch.float64, torch.float32):
+            for mode in ("off", "on"):
+                images, labels = batches[0]
+                sides[dtype, mode] = OurStep(stage - 1, config, images.to(dtype), labels, mode)
+        print(f"\n{'stage':7}{'step':6}{'of':9}{'loss, float64':>14}   relative distance from it:", end="")
+        print(f"{'kernels, float64':>18}{'plain, float32':>17}{'kernels, float32':>18}")
+        for i, (images, labels) in enumerate(batches):
+            which = "alphas" if i % 2 else "weights"
+            values = {}
+            for (dtype, mode), side in sides.items():
+                side.images, side.labels = images.to(dtype), labels
+                values[dtype, mode] = float(side.run(which)[0])
+            right = values.pop((torch.float64, "off"))
+            far = [abs(v - right) / abs(right) for v in values.values()]
+            names = ("kernels_float64", "plain_float32", "kernels_float32")
+            rows.append({"stage": stage, "step": i // 2 + 1, "of": which, "loss": right, **dict(zip(names, far))})
+            if rows[-1]["step"] in (1, 2, 5, args.steps) or rows[-1]["step"] % 10 == 0:
+                print(f"{stage:<7}{i // 2 + 1:<6}{which:9}{right:>14.10f}{far[0]:>46.1e}{far[1]:>17.1e}{far[2]:>18.1e}")
+    worst = max(r["kernels_float64"] for r in rows)
+    print(f"\nlargest distance in float64: {worst:.1e}")
+    if not worst < 1e-4:
+        sys.exit("the kernels compute other losses; expected the same to 4 digits")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -484,7 +532,7 @@ def header(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="operations", choices=("operations", "step", "search"))
+    parser.add_argument("what", nargs="?", default="operations", choices=("operations", "step", "search", "losses"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
@@ -492,18 +540,20 @@ def main():
     group = parser.add_argument_group("operations")
     group.add_argument("--channels-last", action="store_true", help="the memory format of all tensors")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    group = parser.add_argument_group("step and search")
-    group.add_argument("--batch", type=int, metavar="N", help="pictures per step (default: 32 on a CPU, 96 on a GPU)")
+    group = parser.add_argument_group("step, search and losses")
+    group.add_argument("--batch", type=int, metavar="N", help="pictures per step (default: 32; on a GPU 96)")
     group.add_argument("--channels", type=int, default=16, metavar="C", help="of the first cell (default: 16)")
     group.add_argument("--stages", type=int, nargs="+", default=(1, 2, 3), choices=(1, 2, 3), help="(default: all)")
     group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
     group.add_argument("--official", metavar="DIR", help="a checkout of github.com/chenxin061/pdarts to measure too")
     group.add_argument("--no-graphs", dest="graphs", action="store_false", help="search: no CUDA graphs")
+    group.add_argument("--data", metavar="DIR", help="losses: the folder that holds CIFAR-10's (default: generated)")
+    group.add_argument("--steps", type=int, default=50, metavar="N", help="losses: of the weights (default: 50)")
     args = parser.parse_args()
     if args.what != "operations" and args.dtype not in pdarts.DTYPES:
         parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(pdarts.DTYPES)}")
     args.seconds = args.seconds or (0.8 if args.what == "operations" else 10)
-    rows = {"operations": operations, "step": steps, "search": search}[args.what](args)
+    rows = {"operations": operations, "step": steps, "search": search, "losses": losses}[args.what](args)
     if args.json:
         head = dict(zip(("device", "versions"), header(torch.device(args.device))))
         pathlib.Path(args.json).write_text(json.dumps({**head, "command": sys.argv, "rows": rows}, indent=1) + "\n")

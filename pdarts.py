@@ -299,7 +299,7 @@ class Operation(nn.Module):
         return x
 
     def forward(self, x):
-        return self.norm(self.before_norm(x))
+        return normalise(self.before_norm(x), self.norm)
 
 
 class _Diagonals(torch.autograd.Function):
@@ -344,7 +344,7 @@ class FactorizedReduce(nn.Module):
         return torch.cat([separable(y, None, conv) for y, conv in pairs], dim=1)  # [N, C_out, ceil(H/2), ceil(W/2)]
 
     def forward(self, x):
-        return self.bn(self.before_norm(x))
+        return normalise(self.before_norm(x), self.bn)
 
 
 class SkipDropout(nn.Module):
@@ -524,6 +524,13 @@ def mixed_norm_sum(outputs, norms, weights):
     means = [None if norm is None else norm.running_mean for norm in norms]
     variances = [None if norm is None else norm.running_var for norm in norms]
     return fused.mixed_norm_sum(outputs, weights, means, variances, training)
+
+
+def normalise(x, norm):
+    """norm(x), where it can as a mixed operation of one candidate: torch's batch norm is less exact in channels-last."""
+    if norm.affine or not is_fused(x.device):
+        return norm(x)
+    return mixed_norm_sum([x], [norm], x.new_ones(1))
 
 
 class MixedOp(nn.Module):

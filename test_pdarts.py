@@ -1673,12 +1673,25 @@ def test_a_fused_search_network_computes_what_the_plain_one_does(device):
         kernels.use(mode)
         torch.manual_seed(0)
         network = SearchNetwork(4, 10, 3, ALL, ALL).to(device, torch.float64)
-        loss = F.cross_entropy(network(torch.randn(6, 3, 16, 16).double().to(device)), torch.arange(6, device=device))
+        logits = network(torch.randn(6, 3, 16, 16).double().to(device))
+        loss = F.cross_entropy(logits, torch.arange(6, device=device))
         gradients = torch.autograd.grad(loss, network.alphas() + network.weights())
-        results.append([loss, *gradients, *network.buffers()])
+        results.append([loss, logits, *gradients, *network.buffers()])
         with torch.no_grad():
             results[-1].append(network.eval()(torch.ones(2, 3, 16, 16).double().to(device)))
     assert all(torch.allclose(mine, right, rtol=1e-9, atol=1e-12) for mine, right in zip(*results, strict=True))
+
+
+def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
+    def logits(mode, dtype):
+        kernels.use(mode)
+        torch.manual_seed(0)
+        network = SearchNetwork(4, 10, 5, ALL, ALL).to(dtype)
+        return network(torch.randn(8, 3, 32, 32).to(dtype)).detach().double()
+
+    right = logits("off", torch.float64)
+    fused, plain = ((logits(mode, torch.float32) - right).norm() / right.norm() for mode in ("on", "off"))
+    assert fused <= 2 * plain and plain < 1e-6
 
 
 def test_fused_operation_takes_slices_and_outputs_in_different_memory_formats(device):
