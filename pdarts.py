@@ -407,10 +407,9 @@ class Separable(Operation):
     """One or two units of ReLU, depthwise convolution, pointwise convolution and batch norm."""
 
     def before_norm(self, x):
-        before = None  # the batch norm of the unit before
-        for i in range(0, len(self.op), 4):
-            _, depthwise, pointwise, norm = self.op[i : i + 4]
-            x, before = separable(x, depthwise, pointwise, before), norm
+        layers, before = iter(self.op), None
+        for _, depthwise, pointwise, norm in zip(layers, layers, layers, layers):
+            x, before = separable(x, depthwise, pointwise, before), norm  # before: the norm of the unit before
         return x
 
 
@@ -610,6 +609,7 @@ class SearchNetwork(nn.Module):
             self.cells.append(SearchCell(candidates, channels_0, channels_1, channels, reduction, reduction_before))
             channels_0, channels_1, reduction_before = channels_1, NODES * channels, reduction
         self.classifier = nn.Linear(channels_1, num_classes)
+        self._weights = list(self.parameters())  # to walk through the modules takes as long as some steps
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(normal[0])))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(reduce[0])))
         self.skip_dropout = skip_dropout
@@ -629,7 +629,7 @@ class SearchNetwork(nn.Module):
         return [self.alphas_normal, self.alphas_reduce]
 
     def weights(self) -> list[nn.Parameter]:
-        return [p for name, p in self.named_parameters() if not name.startswith("alphas_")]
+        return self._weights
 
     def forward(self, images):
         normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
@@ -2031,8 +2031,8 @@ def sgd(parameters, config, captured=False) -> torch.optim.SGD:
     """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
     device = parameters[0].device
     lr = torch.tensor(config.lr, device=device) if captured else config.lr
-    momentum, weight_decay = config.momentum, config.weight_decay
-    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=device.type == "cuda")
+    in_one = device.type in ("cpu", "cuda")
+    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=in_one)
 
 
 def set_lr(optimizer, lr: float):
@@ -2048,7 +2048,7 @@ def train_step(parameters, optimizer, loss, clip):
     """One step of the weights down the clipped gradient of `loss`."""
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, clip)
+    nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
     optimizer.step()
 
 

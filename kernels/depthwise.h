@@ -119,23 +119,21 @@ INLINE void copy(
     const A* from, int64_t n, int64_t distance, int64_t channels, int64_t ahead, const A* mean, const A* invstd, A* to) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>;
-  auto f = [](auto v, auto mean, auto invstd) ALWAYS {
-    v = (v - mean) * invstd;
-    return v < 0 ? decltype(v){} : v;
-  };
   auto pixels = [&](auto normed, auto whole) ALWAYS {
     V m[B / W], s[B / W];
     for (int64_t k = 0; normed && k < B / W; k++) m[k] = load<V>(mean + k * W), s[k] = load<V>(invstd + k * W);
     for (int64_t i = 0; i < n; i++, from += distance, to += B) {
       __builtin_prefetch(from + ahead);
-      if (whole) {
-        unroll<B / W>([&](auto k) ALWAYS {
-          V v = load<V>(from + k * W);
-          store(to + k * W, normed ? f(v, m[k], s[k]) : v);
-        });
-      } else {
-        for (int64_t k = 0; k < channels; k++) to[k] = normed ? f(from[k], mean[k], invstd[k]) : from[k];
-      }
+      unroll<B / W>([&](auto k) ALWAYS {
+        int64_t left = channels - k * W;
+        if (!whole && left <= 0) return;
+        V v = whole || left >= W ? load<V>(from + k * W) : load_some(from + k * W, left);
+        if (normed) {
+          v = (v - m[k]) * s[k];
+          v = v < 0 ? V{} : v;
+        }
+        store(to + k * W, v);
+      });
     }
   };
   if (channels < B) {
@@ -246,23 +244,29 @@ void correlate(
             }
           });
           int64_t at = start + column * out.pixel + k;
-          if (column + P <= columns && k + W <= channels) {
-            unroll<P>([&](auto i) ALWAYS {
-              int64_t to = at + i * out.pixel;
-              if (k == 0) {  // the next row: a line holds the whole block
-                __builtin_prefetch(out.y + to + out.row, 1);
-                if (out.mask) __builtin_prefetch(out.mask + to + out.row);
-              }
-              store(out.y + to, out.mask ? load<V>(out.mask + to) <= threshold ? V{} : sum[i] : sum[i]);
-            });
-          } else {
-            A rest[P * W];
-            unroll<P>([&](auto i) ALWAYS { store(rest + i * W, sum[i]); });
-            for (int64_t i = 0; i < std::min(P, columns - column); i++, at += out.pixel) {
-              for (int64_t l = 0; l < std::min(W, channels - k); l++) {
-                out.y[at + l] = out.mask && out.mask[at + l] <= threshold[l] ? A(0) : rest[i * W + l];
-              }
+          auto put = [&](int64_t to, V v, auto n) ALWAYS {
+            store_n(out.y + to, out.mask ? load_n(out.mask + to, n) <= threshold ? V{} : v : v, n);
+          };
+          auto write = [&](auto n) ALWAYS {
+            if (column + P <= columns) {
+              unroll<P>([&](auto i) ALWAYS {
+                int64_t to = at + i * out.pixel;
+                if (k == 0) {  // the next row: a line holds the whole block
+                  __builtin_prefetch(out.y + to + out.row, 1);
+                  if (out.mask) __builtin_prefetch(out.mask + to + out.row);
+                }
+                put(to, sum[i], n);
+              });
+            } else {
+              A rest[P * W];
+              unroll<P>([&](auto i) ALWAYS { store(rest + i * W, sum[i]); });
+              for (int64_t i = 0; i < columns - column; i++) put(at + i * out.pixel, load<V>(rest + i * W), n);
             }
+          };
+          if (k + W <= channels) {
+            write(std::integral_constant<int64_t, W>());
+          } else {
+            write(channels - k);
           }
         }
       }

@@ -34,8 +34,14 @@ void multiply_vectors(
   constexpr int64_t W = Simd<A>::W;
   int64_t stride = padded<A>(J);
   auto put = [&](int64_t at, int64_t j, V v) ALWAYS {
-    if (j + W <= J) return store(y + at + j, mask ? load<V>(mask + at + j) <= load<V>(threshold + j) ? V{} : v : v);
-    for (int64_t l = 0; j + l < J; l++) y[at + j + l] = mask && mask[at + j + l] <= threshold[j + l] ? A(0) : v[l];
+    auto write = [&](auto n) ALWAYS {
+      store_n(y + at + j, mask ? load_n(mask + at + j, n) <= load<V>(threshold + j) ? V{} : v : v, n);
+    };
+    if (j + W <= J) {
+      write(std::integral_constant<int64_t, W>());
+    } else if (j < J) {
+      write(J - j);
+    }
   };
   auto some = [&](auto count, int64_t r) ALWAYS {
     constexpr int R = decltype(count)::value;
@@ -96,18 +102,20 @@ void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t out, int6
   chosen(g, x, rows, out, in, sum);
 }
 
-// f(x) = max((x - mean) * invstd, 0), or x as it is if mean is nullptr, with rows of `stride`; mean, invstd: [stride].
+// f(x) = max((x - mean) * invstd, 0), or x as it is if mean is nullptr, with rows of `stride`; mean, invstd: [in], padded
+// to vectors.
 template <class A>
 void copy_rows(const A* x, int64_t rows, int64_t in, int64_t stride, const A* mean, const A* invstd, A* copy) {
+  using V = typename Simd<A>::vec;
   for (int64_t r = 0; r < rows; r++, x += in, copy += stride) {
-    if (mean) {
-      for (int64_t i = 0; i < in; i++) {
-        A v = (x[i] - mean[i]) * invstd[i];
-        copy[i] = v < 0 ? A(0) : v;
+    for_vectors<A>(in, [&](int64_t i, auto n) ALWAYS {
+      V v = load_n(x + i, n);
+      if (mean) {
+        v = (v - load<V>(mean + i)) * load<V>(invstd + i);
+        v = v < 0 ? V{} : v;
       }
-    } else {
-      std::copy(x, x + in, copy);
-    }
+      store_n(copy + i, v, n);
+    });
   }
 }
 

@@ -14,15 +14,6 @@ namespace {
 
 int64_t out_size(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
-// f(zero, i) for n elements: a vector of zeros and the first of as many elements, or one zero for those that are left.
-template <class A, class F>
-INLINE void for_vectors(int64_t n, F f) {
-  constexpr int64_t W = Simd<A>::W;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(typename Simd<A>::vec{}, i);
-  for (; i < n; i++) f(A(0), i);
-}
-
 // The part of a window that lies in the picture, in rows or columns: [first, end).
 struct Span {
   int64_t first, end;
@@ -47,19 +38,17 @@ void forward(const PdartsPool& p, const A* x, A* y) {
   for (int64_t row = 0; row < out_size(p.H, s); row++) {
     Span rows(row, s, p.H);
     const A* from = x + rows.first * length;
-    for_vectors<A>(length, [&](auto zero, int64_t i) ALWAYS {
-      using V = decltype(zero);
-      V v = load<V>(from + i);
-      for (int64_t h = 1; h < rows.size(); h++) v = join(v, load<V>(from + h * length + i));
-      store(memory.data() + C + i, v);
+    for_vectors<A>(length, [&](int64_t i, auto n) ALWAYS {
+      auto v = load_n(from + i, n);
+      for (int64_t h = 1; h < rows.size(); h++) v = join(v, load_n(from + h * length + i, n));
+      store_n(memory.data() + C + i, v, n);
     });
     for (int64_t column = 0; column < OW; column++, y += C) {
       const A* three = memory.data() + column * s * C;
       A count = rows.size() * Span(column, s, p.W).size();
-      for_vectors<A>(C, [&](auto zero, int64_t i) ALWAYS {
-        using V = decltype(zero);
-        V v = join(join(load<V>(three + i), load<V>(three + C + i)), load<V>(three + 2 * C + i));
-        store(y + i, MAX ? v : v / count);
+      for_vectors<A>(C, [&](int64_t i, auto n) ALWAYS {
+        auto v = join(join(load_n(three + i, n), load_n(three + C + i, n)), load_n(three + 2 * C + i, n));
+        store_n(y + i, MAX ? v : v / count, n);
       });
     }
   }
@@ -75,26 +64,25 @@ void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x
     for (int64_t column = 0; column < out_size(p.W, s); column++, g += C) {
       Span columns(column, s, p.W);
       int64_t first = rows.first * length + columns.first * C;
-      auto window = [&](auto zero, int64_t i, int64_t height, int64_t width) ALWAYS {
-        using V = decltype(zero);
-        V left = load<V>(g + i), largest = zero;
-        MAX ? largest = load<V>(y + i) : left = left / A(height * width);
+      auto window = [&](int64_t i, auto n, int64_t height, int64_t width) ALWAYS {
+        typename Simd<A>::vec zero{}, left = load_n(g + i, n), largest = zero;
+        MAX ? largest = load_n(y + i, n) : left = left / A(height * width);
         for (int64_t k = 0, at = first + i; k < height; k++, at += length) {
           for (int64_t j = 0; j < width; j++) {
             A* to = grad_x + at + j * C;
             if (MAX) {
-              V v = load<V>(x + at + j * C);
+              auto v = load_n(x + at + j * C, n);
               auto found = (v == largest) | (v != v);
-              store(to, load<V>(to) + (found ? left : zero));
+              store_n(to, load_n(to, n) + (found ? left : zero), n);
               left = found ? zero : left;
             } else {
-              store(to, load<V>(to) + left);
+              store_n(to, load_n(to, n) + left, n);
             }
           }
         }
       };
-      for_vectors<A>(C, [&](auto zero, int64_t i) ALWAYS {
-        columns.size() == 3 && rows.size() == 3 ? window(zero, i, 3, 3) : window(zero, i, rows.size(), columns.size());
+      for_vectors<A>(C, [&](int64_t i, auto n) ALWAYS {
+        columns.size() == 3 && rows.size() == 3 ? window(i, n, 3, 3) : window(i, n, rows.size(), columns.size());
       });
       if (MAX) y += C;
     }

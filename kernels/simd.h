@@ -3,6 +3,11 @@
 
 #include <stdint.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -42,6 +47,56 @@ INLINE void store(A* p, V v) {
     *p = v;
   } else {
     *reinterpret_cast<typename Simd<A>::unaligned*>(p) = v;
+  }
+}
+
+// f(i, n) for the vectors of `size` elements: where each begins, and its elements, a constant for all but the last one.
+template <class A, class F>
+INLINE void for_vectors(int64_t size, F f) {
+  constexpr int64_t W = Simd<A>::W;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) f(i, std::integral_constant<int64_t, W>());
+  if (i < size) f(i, size - i);
+}
+
+// The first n elements, 1 to W, and zeros.
+template <class A>
+INLINE typename Simd<A>::vec load_some(const A* p, int64_t n) {
+  using V = typename Simd<A>::vec;
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<A, float>) return (V)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (std::is_same_v<A, double>) return (V)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+#endif
+  V v{};
+  std::memcpy(&v, p, n * sizeof(A));
+  return v;
+}
+
+template <class A>
+INLINE void store_some(A* p, typename Simd<A>::vec v, int64_t n) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+  if constexpr (std::is_same_v<A, double>) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#endif
+  std::memcpy(p, &v, n * sizeof(A));
+}
+
+// n as `for_vectors` gives it.
+template <class A, class N>
+INLINE typename Simd<A>::vec load_n(const A* p, N n) {
+  if constexpr (std::is_same_v<N, int64_t>) {
+    return load_some(p, n);
+  } else {
+    return load<typename Simd<A>::vec>(p);
+  }
+}
+
+template <class A, class N>
+INLINE void store_n(A* p, typename Simd<A>::vec v, N n) {
+  if constexpr (std::is_same_v<N, int64_t>) {
+    store_some(p, v, n);
+  } else {
+    store(p, v);
   }
 }
 
