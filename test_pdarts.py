@@ -1231,7 +1231,7 @@ def test_the_command_line_says_how_to_go_on_and_does(tmp_path, monkeypatch, caps
     assert pdarts.read_genotype("a run/genotype.json")
     assert pdarts.main(["search", "--resume", "a run"]) == 0  # it has ended: the same again
     assert pdarts.main([*command, "--lr", "1"]) == 2
-    assert "lr is 0.03 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
+    assert "lr is 0.05 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
 
 
 RESUME = {
