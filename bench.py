@@ -303,6 +303,18 @@ def line(r):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def batches(count, batch, device, folder=None):
+    """`count` batches of (pictures, labels), of CIFAR-10 in `folder` or generated."""
+    n = count * batch
+    data = pdarts.load("cifar10", folder) if folder else pdarts.shapes(max(n, 100), 1)
+    if len(data.x_train) < n:
+        raise pdarts.InputError(
+            f"{data.name} has {len(data.x_train)} pictures; expected {n} or more for {count} batches"
+        )
+    images, labels = data.normalise(data.x_train[:n]), data.y_train[:n]
+    return list(zip(images.to(device).split(batch), labels.to(device).split(batch)))
+
+
 class OurStep:
     """A stage's network, as a search trains it: `run("weights")` and `run("alphas")` are a step each."""
 
@@ -388,8 +400,7 @@ def steps(args):
     config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels, dtype=args.dtype)
     batch = args.batch or (96 if device.type == "cuda" else 32)
     print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}", sep="\n")
-    data = pdarts.shapes(batch, 1)
-    images, labels = data.normalise(data.x_train).to(device), data.y_train.to(device)
+    ((images, labels),) = batches(1, batch, device)
     print(f"\n{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}", end="")
     print(f"{'seconds':>17}{'to ours':>10}{'kept MB/picture':>18}")
     rows = []
@@ -473,21 +484,19 @@ def losses(args):
     device = torch.device(args.device)
     config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels)
     batch = args.batch or 32
-    data = pdarts.load("cifar10", args.data) if args.data else pdarts.shapes(2 * args.steps * batch, 1)
-    print(*header(device), f"batch {batch}, C = {args.channels}, {data.name}", sep="\n")
-    data = data.first(2 * args.steps * batch)
-    images, labels = data.normalise(data.x_train).to(device), data.y_train.to(device)
-    batches = list(zip(images.split(batch), labels.split(batch)))
+    data = batches(2 * args.steps, batch, device, args.data)
+    pictures = "CIFAR-10" if args.data else "generated pictures"
+    print(*header(device), f"batch {batch}, C = {args.channels}, {pictures}", sep="\n")
     rows = []
     for stage in args.stages:
         sides = {}
         for dtype in (torch.float64, torch.float32):
             for mode in ("off", "on"):
-                images, labels = batches[0]
+                images, labels = data[0]
                 sides[dtype, mode] = OurStep(stage - 1, config, images.to(dtype), labels, mode)
         print(f"\n{'stage':7}{'step':6}{'of':9}{'loss, float64':>14}   relative distance from it:", end="")
         print(f"{'kernels, float64':>18}{'plain, float32':>17}{'kernels, float32':>18}")
-        for i, (images, labels) in enumerate(batches):
+        for i, (images, labels) in enumerate(data):
             which = "alphas" if i % 2 else "weights"
             values = {}
             for (dtype, mode), side in sides.items():
@@ -552,8 +561,13 @@ def main():
     args = parser.parse_args()
     if args.what != "operations" and args.dtype not in pdarts.DTYPES:
         parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(pdarts.DTYPES)}")
+    if min(args.rounds - 1, args.steps, args.channels, (args.batch or 2) - 1) < 1:
+        parser.error("expected 2 rounds or more, 1 step, 1 channel and a batch of 2")
     args.seconds = args.seconds or (0.8 if args.what == "operations" else 10)
-    rows = {"operations": operations, "step": steps, "search": search, "losses": losses}[args.what](args)
+    try:
+        rows = {"operations": operations, "step": steps, "search": search, "losses": losses}[args.what](args)
+    except pdarts.InputError as error:
+        parser.error(str(error))
     if args.json:
         head = dict(zip(("device", "versions"), header(torch.device(args.device))))
         pathlib.Path(args.json).write_text(json.dumps({**head, "command": sys.argv, "rows": rows}, indent=1) + "\n")

@@ -14,10 +14,10 @@ Evaluation", ICCV 2019, arXiv 1904.12760. "The paper" below; "DARTS" is Liu et a
     python pdarts.py draw PDARTS
 
 The method in short. A cell is a small graph whose edges apply one of 8 candidate operations; during the search every
-edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent. The search
-runs in stages with ever deeper networks (5, 11, 17 cells), and each stage hands on only the strongest candidates of
-every edge (8, 5, 3). Skip-connects, which win too easily in deep networks, are held back by dropout while searching
-and limited to M in the final normal cell.
+edge applies all of its candidates, weighted by softmax(alpha), and alpha is learned by gradient descent, on the half of
+the training pictures that the weights do not learn from. The search runs in stages with ever deeper networks (5, 11, 17
+cells), and each stage hands on only the strongest candidates of every edge (8, 5, 3). Skip-connects, which win too
+easily in deep networks, are held back by dropout while searching and limited to M in the final normal cell.
 
 Glossary
     N, C, H, W   pictures in a batch, channels, height, width
@@ -129,7 +129,7 @@ class SearchConfig(_Checked):
         (8, 5, 3), "candidates K per edge in each stage: 8 first, 3 or more last (paper, search)", 1, 8
     )
     skip_dropout: tuple[float, ...] = option(
-        (0.0, 0.4, 0.7), "initial dropout after skip-connects in each stage (paper, search)", 0, 0.99
+        (0.0, 0.4, 0.7), "initial dropout after skip-connects of stride 1 in each stage (paper, search)", 0, 0.99
     )
     max_skips: int = option(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
     channels: int = option(16, "channels C of the first cell (paper, search)", 1, 10**4)
@@ -348,7 +348,7 @@ class FactorizedReduce(nn.Module):
 
 
 class SkipDropout(nn.Module):
-    """Element-wise dropout after a skip-connect (paper, sec. 3.3), at a rate that can be set any time."""
+    """Element-wise dropout after a skip-connect of stride 1 (paper, sec. 3.3), at a rate that can be set any time."""
 
     def __init__(self):
         super().__init__()
@@ -447,7 +447,7 @@ def relu_conv_bn(in_channels, out_channels, affine):
 
 
 def preprocess_0(in_channels, out_channels, reduction_before, affine):
-    """Brings input 0 of a cell to the size of input 1, twice as large if the cell before it is a reduction cell."""
+    """For input 0 of a cell, whose maps are twice as high and wide as input 1's if the cell before is a reduction."""
     return (FactorizedReduce if reduction_before else relu_conv_bn)(in_channels, out_channels, affine)
 
 
@@ -506,27 +506,28 @@ NODES = 4
 EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + node))
 
 
-def mixed_norm_sum(outputs, norms, weights):
-    """Eq. 1 of the paper: sum_k weights[k] * norms[k](outputs[k]), the one place where candidates are added up.
+def mixed_norm_sum(outputs, norms, probabilities):
+    """Eq. 1 of the paper: sum_k probabilities[k] * norms[k](outputs[k]), the one place where candidates are added up.
 
     The last batch norm of every candidate is part of it, so that the fused version need not store what it normalises.
 
     outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
-    weights: [K], softmax(alpha). Returns [N,C,H,W].
+    probabilities: [K], softmax(alpha). Returns [N,C,H,W].
     """
     if not is_fused(outputs[0].device):
-        return sum(w * (y if norm is None else norm(y)) for y, norm, w in zip(outputs, norms, weights, strict=True))
+        terms = zip(outputs, norms, probabilities, strict=True)
+        return sum(p * (y if norm is None else norm(y)) for y, norm, p in terms)
     tracked = [norm for norm in norms if norm is not None]
     training = bool(tracked) and tracked[0].training
     if training:
         torch._foreach_add_([norm.num_batches_tracked for norm in tracked], 1)
     means = [None if norm is None else norm.running_mean for norm in norms]
     variances = [None if norm is None else norm.running_var for norm in norms]
-    return fused.mixed_norm_sum(outputs, weights, means, variances, training)
+    return fused.mixed_norm_sum(outputs, probabilities, means, variances, training)
 
 
 def normalise(x, norm):
-    """norm(x), where it can as a mixed operation of one candidate: torch's batch norm is less exact in channels-last."""
+    """norm(x), where possible as a mixed operation of one candidate: torch's own is less exact in channels-last."""
     if norm.affine or not is_fused(x.device):
         return norm(x)
     return mixed_norm_sum([x], [norm], x.new_ones(1))
@@ -548,14 +549,14 @@ class MixedOp(nn.Module):
                 op = SkipDropout()  # the rate is SearchNetwork.skip_dropout
             self.ops.append(op)
 
-    def terms(self, x, weights):
-        """What `mixed_norm_sum` adds up: outputs, norms and weights of the candidates. x: [N,C,H,W], weights: [K]."""
+    def terms(self, x, probabilities):
+        """What `mixed_norm_sum` adds up, of the candidates other than `none`. x: [N,C,H,W], probabilities: [K]."""
         normed = [isinstance(op, (Operation, FactorizedReduce)) for op in self.ops]
         outputs = [op.before_norm(x) if n else op(x) for op, n in zip(self.ops, normed)]
-        return outputs, [op.norm if n else None for op, n in zip(self.ops, normed)], weights[self.skipped :]
+        return outputs, [op.norm if n else None for op, n in zip(self.ops, normed)], probabilities[self.skipped :]
 
-    def forward(self, x, weights):
-        return mixed_norm_sum(*self.terms(x, weights))
+    def forward(self, x, probabilities):
+        return mixed_norm_sum(*self.terms(x, probabilities))
 
 
 class SearchCell(nn.Module):
@@ -571,22 +572,21 @@ class SearchCell(nn.Module):
             for names, (_, source) in zip(candidates, EDGES, strict=True)
         )
 
-    def forward(self, s0, s1, weights):  # weights: softmax(alphas), [14, K]
+    def forward(self, s0, s1, probabilities):  # softmax(alphas), [14, K]
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(NODES):
-            incoming = [
-                edge.terms(states[source], w) for (n, source), edge, w in zip(EDGES, self.edges, weights) if n == node
-            ]
+            edges = zip(EDGES, self.edges, probabilities)
+            incoming = [edge.terms(states[source], p) for (n, source), edge, p in edges if n == node]
             # A node is the sum of its edges, each of which is a sum over candidates: one sum.
-            outputs, norms, ws = zip(*incoming)
-            states.append(mixed_norm_sum(sum(outputs, []), sum(norms, []), torch.cat(ws)))
+            outputs, norms, ps = zip(*incoming)
+            states.append(mixed_norm_sum(sum(outputs, []), sum(norms, []), torch.cat(ps)))
         return torch.cat(states[2:], dim=1)
 
 
 class SearchNetwork(nn.Module):
     """The supernet of one stage: every edge holds all of its candidates.
 
-    channels: C of the first cell; cells: L, at least 3, reduction cells at L//3 and 2L//3 double C and halve the size.
+    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, halve the size.
     normal, reduce: the candidates of both kinds of cell, 14 tuples of K names in the order of PRIMITIVES.
     alphas_normal, alphas_reduce: parameters [14, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
     skip_dropout: rate of the element-wise dropout after stride-1 skip-connects (paper, sec. 3.3), can be set any time.
@@ -735,9 +735,9 @@ def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None =
         # Architecture refinement: without the weakest kept skip-connect, candidates *and* edges are chosen again.
         # Another edge may come in and bring its own skip-connect, hence the loop.
         probability, edge = min((p, edge) for name, edge, p in cell if name == "skip_connect")
-        if probability == 0:
+        if probability < 0:
             raise InputError(f"edge {edge} has no candidate but skip_connect; no normal cell has max_skips={max_skips}")
-        probabilities[edge][normal[edge].index("skip_connect")] = 0.0
+        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # less than any other
         cell = _strongest(normal, probabilities)
     reduce_cell = _strongest(reduce, _probabilities(reduce, alphas_reduce))
     concat = list(range(2, 2 + NODES))
@@ -793,11 +793,12 @@ def classify(network, images, labels, dtype: str = "float32"):
 
 
 class Architect:
-    """Updates the alphas of a SearchNetwork to lower the loss on pictures that the weights do not learn from.
+    """Updates the alphas of a SearchNetwork to lower the loss on pictures that the weights do not learn from, by Adam.
 
-    First order by default: the gradient at the present weights. `unrolled`: DARTS's second order, the gradient at the
-    weights after one more step of `weight_optimizer` (SGD with momentum and weight decay). Weights and optimizer are
-    left unchanged; running statistics of batch norms see the additional forward passes.
+    The betas of Adam are DARTS's. First order by default: the gradient at the present weights. `unrolled`: DARTS's
+    second order, the gradient at the weights after one more step of `weight_optimizer` (SGD with momentum and weight
+    decay). Weights and optimizer are left unchanged; running statistics of batch norms see the additional forward
+    passes.
     """
 
     difference = 0.01  # length of the finite difference in the second order (DARTS, sec. 2.3)
@@ -875,7 +876,7 @@ class Architect:
             gradients = mean_over_processes(torch.autograd.grad(loss, [*weights, *alphas]))
             *gradients, direct_normal, direct_reduce = gradients
 
-            eps = self.difference / torch.stack([g.norm() for g in gradients]).norm()
+            eps = self.difference / torch.stack([g.norm() for g in gradients]).norm().clamp_min(1e-30)
             require_gradients(self.network, weights=False, alphas=True)
             sides = []
             for sign in (1, -1):
@@ -934,7 +935,10 @@ class PoolTo2x2(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier half way, for the training only: [N,C,H,W], H and W at least 2 -> logits [N,num_classes]."""
+    """A classifier after two thirds of the cells, for the training only.
+
+    [N,C,H,W], H and W at least 2 -> logits [N,num_classes].
+    """
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -2332,15 +2336,16 @@ def evaluate(
     weights=None,
     resume=None,
     show: bool = False,
+    kernels: str | None = None,
 ) -> EvaluateResult:
     """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
 
-    pictures, out, device, resume, show: as for `search`.
+    pictures, out, device, resume, show, kernels: as for `search`.
     """
     if weights is None:
         Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
     device = pick_device(device)
-    uses_kernels = pick_kernels(None, device)
+    uses_kernels = pick_kernels(kernels, device)
     genotype = check_genotype(genotype)
     pictures = pictures or load(config.dataset)
     pictures = pictures.first(config.pictures)
@@ -2348,8 +2353,8 @@ def evaluate(
     run = None
     if weights is None:
         check_batch(config.batch, len(pictures.x_train))
-        kernels = "fused" if uses_kernels else "plain"
-        run = Run("evaluate", config, pictures, device, out, resume, genotype=genotype._asdict(), kernels=kernels)
+        used = "fused" if uses_kernels else "plain"
+        run = Run("evaluate", config, pictures, device, out, resume, genotype=genotype._asdict(), kernels=used)
         run.folder.write("genotype.json", genotype._asdict())
     pictures = pictures.to(device)
     with _fork_rng(), _deterministic(config.deterministic):
@@ -2619,6 +2624,11 @@ def _add_options(parser, presets):
         help="instead of --out: the folder of a run that ended early, to go on with; a new folder begins a run",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "on", "off"),
+        help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
+    )
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
         if field.name == "dataset":
@@ -2708,8 +2718,8 @@ def _evaluate_command(args, out):
     if args.genotype is None and not args.resume:
         raise InputError("the following arguments are required: genotype (see pdarts.py evaluate --help)")
     genotype = read_genotype(args.genotype or str(out / "genotype.json"))
-    if args.weights and args.resume:
-        raise InputError("--weights only tests; expected no --resume beside it")
+    if args.weights and (args.resume or args.out):
+        raise InputError("--weights only tests; expected no --out or --resume beside it")
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
     config, pictures = _configure(args, EVALUATE_PRESETS, out)
@@ -2719,7 +2729,9 @@ def _evaluate_command(args, out):
             f"{config.cells} cells, {config.channels} channels, {config.epochs} epochs; results in {out}"
         )
     new = None if args.resume else out
-    result = evaluate(genotype, config, pictures, new, args.device, args.weights, args.resume, show=True)
+    result = evaluate(
+        genotype, config, pictures, new, args.device, args.weights, args.resume, show=True, kernels=args.kernels
+    )
     _say(f"parameters:    {result.cost.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.cost.multiply_adds / 1e6:.1f} M")
     _say(f"test error:    {result.test_error:.2%}")
@@ -2747,11 +2759,6 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
     _add_options(command, SEARCH_PRESETS)
-    command.add_argument(
-        "--kernels",
-        choices=("auto", "on", "off"),
-        help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
-    )
     command.add_argument(
         "--graphs",
         choices=("auto", "off"),

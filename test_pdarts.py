@@ -1725,6 +1725,43 @@ def test_fused_operation_under_autocast_takes_the_widest_type_of_its_outputs(dev
     assert torch.allclose(y, kernels.mixed_sum_ref([x.float() for x in short], weights), atol=1e-6)
 
 
+def bench_rows(monkeypatch, tmp_path, *arguments):
+    import bench
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments, "--json", str(tmp_path / "rows.json")])
+    bench.main()
+    return json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+TINY_STEP = ("--stages", "3", "--channels", "2", "--batch", "2", "--device", "cpu")
+
+
+def test_bench_finds_the_losses_of_both_ways_equal(monkeypatch, tmp_path):
+    rows = bench_rows(monkeypatch, tmp_path, "losses", "--steps", "2", *TINY_STEP)
+    assert [r["of"] for r in rows] == ["weights", "alphas"] * 2
+    assert all(r["kernels_float64"] < 1e-9 for r in rows) and all(r["kernels_float32"] < 0.1 for r in rows)
+
+
+def test_bench_measures_a_step(monkeypatch, tmp_path):
+    rows = bench_rows(monkeypatch, tmp_path, "step", "--rounds", "2", "--seconds", "0.01", *TINY_STEP)
+    assert [(r["step"], r["side"]) for r in rows] == list(itertools.product(("weights", "alphas"), ("ours", "plain")))
+    assert all(r["seconds"] > 0 for r in rows) and rows[0]["kept_per_picture"] < 0.5 * rows[1]["kept_per_picture"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["losses", "--data", "nowhere"], "no cifar10 in nowhere"),
+        (["step", "--rounds", "1"], "expected 2 rounds or more"),
+        (["step", "--dtype", "float16"], "step in float16; expected float32 or bfloat16"),
+    ],
+)
+def test_bench_names_what_is_wrong(monkeypatch, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        bench_rows(monkeypatch, tmp_path, *arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("channels, width", [(1, 5), (3, 16), (16, 16), (20, 3), (64, 8)])
 @pytest.mark.parametrize(
     "size, stride, dilation", [(0, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 2), (5, 2, 1), (5, 1, 2), (7, 1, 1)]

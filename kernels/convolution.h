@@ -1,5 +1,6 @@
-// The convolutions of a separable convolution and pooling on raw pointers, apart from torch, for tensors in channels-last
-// memory format. type is kFloat32 or kFloat64. Results are the same bits at every call and for any number of threads.
+// The convolutions of a separable convolution and pooling on raw pointers, apart from torch, for tensors in
+// channels-last memory format. type is kFloat32 or kFloat64. Results are the same bits at every call and for any number
+// of threads.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +9,8 @@
 
 // y = pointwise(depthwise(f(x))), where f(x) = max((x - mean_c) * invstd_c, 0), c: the channel:
 //
-//     z[n,oh,ow,c] = sum_ij depthwise[c,i,j] * f(x[n, oh * stride - padding + i * dilation, ow * ... + j * dilation, c])
+//     z[n,oh,ow,c] = sum_ij depthwise[c,i,j] * f(x[n, h(oh, i), w(ow, j), c])
+//     h(oh, i) = oh * stride - padding + i * dilation, w likewise
 //     y[n,oh,ow,o] = sum_c pointwise[o,c] * z[n,oh,ow,c]
 //
 // What lies outside of f(x) counts as 0. Without a kernel z is f(x).
@@ -23,14 +25,15 @@ struct PdartsSeparable {
   const void* pointwise;   // [out,C]
 };
 
-// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of f's argument, which is
-// (x - mean) * invstd. scratch is memory of at least separable_scratch_cpu(...) bytes, aligned to 64.
+// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of f's argument, which
+// is (x - mean) * invstd. scratch is memory of at least separable_scratch_cpu(...) bytes, aligned to 64.
 extern "C" int64_t separable_scratch_cpu(const PdartsSeparable* s);
 extern "C" void separable_forward_cpu(const PdartsSeparable* s, void* y, void* scratch);
 extern "C" void separable_backward_cpu(
     const PdartsSeparable* s, const void* g, void* grad_f, void* grad_depthwise, void* grad_pointwise, void* scratch);
 
-// The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not count.
+// The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not
+// count.
 struct PdartsPool {
   int64_t N, H, W, C;
   int32_t stride, max, type;

@@ -1,9 +1,9 @@
 // Correlations over the rows and columns of pictures, channels-last, for one unit of work: what a depthwise convolution
-// needs. Its forward pass is one with stride; the gradient of its input is one of stride 1 for each residue of the row and
-// column modulo the stride.
+// needs. Its forward pass is one with stride; the gradient of its input is one of stride 1 for each residue of the row
+// and column modulo the stride.
 //
-// Rows that are read are copied, a block of channels (a cache line) at a time, into a ring, padded with zeros, so that the
-// inner loops know neither borders nor odd numbers of channels.
+// Rows that are read are copied, a block of channels (a cache line) at a time, into a ring, padded with zeros, so that
+// the inner loops know neither borders nor odd numbers of channels.
 #pragma once
 
 #include <algorithm>
@@ -91,7 +91,8 @@ struct Tap {
   int64_t i;   // the row of the weight that belongs to it
 };
 
-// What a correlation reads: pictures with C channels; where mean is given, f of them. mean, invstd: [C], padded to blocks.
+// What a correlation reads: pictures with C channels; where mean is given, f of them. mean, invstd: [C], padded to
+// blocks.
 template <class A>
 struct Input {
   const A* x;
@@ -116,7 +117,8 @@ struct Ring {
 // mean, invstd: of the block, or nullptr.
 template <class A>
 INLINE void copy(
-    const A* from, int64_t n, int64_t distance, int64_t channels, int64_t ahead, const A* mean, const A* invstd, A* to) {
+    const A* from, int64_t n, int64_t distance, int64_t channels, int64_t ahead, const A* mean, const A* invstd,
+    A* to) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>;
   auto pixels = [&](auto normed, auto whole) ALWAYS {
@@ -146,7 +148,8 @@ INLINE void copy(
 // f(picture, row, taps, number of taps) for the rows of results, for one block of channels; taps outside of the picture
 // are left out.
 template <class A, class F>
-INLINE void for_rows(const Correlation& c, const Ring<A>& ring, int64_t pictures, const Input<A>& in, int64_t channel, F f) {
+INLINE void for_rows(
+    const Correlation& c, const Ring<A>& ring, int64_t pictures, const Input<A>& in, int64_t channel, F f) {
   int64_t window = c.window(), channels = std::min(kBlock<A>, in.C - channel);
   int64_t left = std::max<int64_t>(0, ceil_div(c.h.padding, c.step));
   int64_t right = std::min(c.columns(), ceil_div(c.h.in + c.h.padding, c.step));
@@ -197,8 +200,8 @@ INLINE void if_one_tile(const Correlation& c, F f) {
   f(std::false_type());
 }
 
-// What a correlation writes: where the first result lies, and the distances of pictures, rows and pixels. Zero where mask,
-// which lies likewise, is not above the threshold [C], padded to blocks; mask may be nullptr.
+// What a correlation writes: where the first result lies, and the distances of pictures, rows and pixels. Zero where
+// mask, which lies likewise, is not above the threshold [C], padded to blocks; mask may be nullptr.
 template <class A>
 struct Output {
   A* y;
@@ -238,7 +241,8 @@ void correlate(
               } else {
                 for (int64_t j = 0; j < c.h.taps; j++) {
                   V weight = load<V>(wi + j * B);
-                  unroll<P>([&](auto i) ALWAYS { sum[i] += weight * load<V>(x + (i * c.stride + j * c.dilation) * B); });
+                  const A* xj = x + j * c.dilation * B;
+                  unroll<P>([&](auto i) ALWAYS { sum[i] += weight * load<V>(xj + i * c.stride * B); });
                 }
               }
             }
@@ -308,7 +312,9 @@ void correlate_weight(
                     });
                   });
                 } else {
-                  unroll<P>([&](auto i) ALWAYS { sum[i % U][0] += load<V>(gi + i * B) * load<V>(x + i * c.stride * B); });
+                  unroll<P>([&](auto i) ALWAYS {
+                    sum[i % U][0] += load<V>(gi + i * B) * load<V>(x + i * c.stride * B);
+                  });
                 }
               }
             });

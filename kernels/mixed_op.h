@@ -31,10 +31,9 @@ struct PdartsMixed {
   const void* x[PDARTS_MAX_CANDIDATES];
 };
 
-// scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a CPU.
-// On a CPU y may be nullptr: only the statistics are written then.
-// A backward pass writes grad_x[k] where it is not nullptr, and grad_weights [K] unless it is nullptr; x[k] may be
-// nullptr where neither depends on it.
+// scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
+// CPU. On a CPU y may be nullptr: only the statistics are written then. A backward pass writes grad_x[k] where it is
+// not nullptr, and grad_weights [K] unless it is nullptr; x[k] may be nullptr where neither depends on it.
 #define PDARTS_DECLARE(DEVICE)                                                                                \
   extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                            \
   extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);         \

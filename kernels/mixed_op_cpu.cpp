@@ -45,9 +45,9 @@ constexpr int64_t kUnit = 1 << 14;    // elements of a unit of work, about
 constexpr int64_t kStream = 1 << 20;  // results of more elements than this are written past the caches
 constexpr int kAtOnce = 8;            // candidates whose tiles are read together
 
-// A unit of work is a group of channels in some pictures (NCHW), or some rows of pixels (channels-last). What belongs to
-// a channel has one entry per channel of the group (NCHW); in channels-last the channels are repeated until they fill
-// whole vectors, and 8 of them at least.
+// A unit of work is a group of channels in some pictures (NCHW), or some rows of pixels (channels-last). What belongs
+// to a channel has one entry per channel of the group (NCHW); in channels-last the channels are repeated until they
+// fill whole vectors, and 8 of them at least.
 struct Layout {
   bool channels_last;
   int64_t N, C, HW;
@@ -103,7 +103,9 @@ struct Layout {
         if (HW <= kGroup) {
           f(offset, count, HW, 0, n == begin);
         } else {
-          for (int64_t j = from; j < to; j += kTile) f(offset + j, 1, std::min(kTile, to - j), 0, n == begin && j == from);
+          for (int64_t j = from; j < to; j += kTile) {
+            f(offset + j, 1, std::min(kTile, to - j), 0, n == begin && j == from);
+          }
         }
       }
     }
@@ -223,7 +225,9 @@ struct Result {
     bool aligned = (m.channels_last ? m.C : m.HW) * sizeof(A) % 16 == 0;
     past_caches = type != kBFloat16 && type != kFloat16 && aligned && results * m.N * m.C * m.HW > kStream;
   }
-  A* at(void* p, int64_t offset) { return type == kBFloat16 || type == kFloat16 ? buffer : static_cast<A*>(p) + offset; }
+  A* at(void* p, int64_t offset) {
+    return type == kBFloat16 || type == kFloat16 ? buffer : static_cast<A*>(p) + offset;
+  }
   template <class V>
   INLINE void put(A* p, V v) const {
     past_caches ? stream(p, v) : store(p, v);
@@ -278,7 +282,8 @@ void statistics_unit(const Layout& l, const PdartsMixed& m, int k, int64_t group
 
 // The statistics of a group's channels from the partial sums of its units.
 template <class A>
-void statistics_group(const Layout& l, const PdartsMixed& m, int k, int64_t group, const double* partial, int64_t step) {
+void statistics_group(
+    const Layout& l, const PdartsMixed& m, int k, int64_t group, const double* partial, int64_t step) {
   double M = m.N * m.HW;
   A *mean = static_cast<A*>(m.statistics) + k * m.C, *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
   for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
@@ -361,7 +366,8 @@ void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t 
 // partial [K+1][entries]: sum of g * (x_k - mean_k), and in the last row sum of g.
 template <bool CL, class A>
 void backward_sums_unit(
-    const Layout& l, const PdartsMixed& m, uint64_t needed, int64_t group, int64_t unit, const void* g, double* partial) {
+    const Layout& l, const PdartsMixed& m, uint64_t needed, int64_t group, int64_t unit, const void* g,
+    double* partial) {
   A buffer[kTile], g_buffer[kTile];
   int64_t stride = l.entries * (CL ? 1 : Simd<A>::W);
   std::vector<A> memory((m.K + 1) * (stride + l.entries), A(0));
@@ -386,7 +392,8 @@ void backward_sums_unit(
       });
     }
     if (!statistics) return;
-    reduce<CL, 1, A>(rows, length, means + m.K * l.entries, to + m.K * stride, 0, [&](int64_t i, auto v, auto* a) ALWAYS {
+    const A* none = means + m.K * l.entries;
+    reduce<CL, 1, A>(rows, length, none, to + m.K * stride, 0, [&](int64_t i, auto v, auto* a) ALWAYS {
       a[0] += load<decltype(v)>(gradient + i);
     });
   });
@@ -490,7 +497,9 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
     Layout l(m, Simd<A>::W);
     int64_t part = 4 * l.entries;
     double* partial = static_cast<double*>(scratch);
-    auto at = [&](int64_t group, int64_t unit, int64_t k) { return partial + ((group * l.chunks + unit) * m.K + k) * part; };
+    auto at = [&](int64_t group, int64_t unit, int64_t k) {
+      return partial + ((group * l.chunks + unit) * m.K + k) * part;
+    };
     if (m.batch) {
       A *mean = static_cast<A*>(m.statistics), *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
       std::fill(mean, invstd, A(0)), std::fill(invstd, variance, A(1)), std::fill(variance, variance + m.K * m.C, A(0));

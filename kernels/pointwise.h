@@ -1,5 +1,5 @@
-// Products of a tall matrix, whose rows are pixels, with a small one: what a pointwise convolution needs, for one unit of
-// work.
+// Products of a tall matrix, whose rows are pixels, with a small one: what a pointwise convolution needs, for one unit
+// of work.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +32,7 @@ void multiply_vectors(
     const A* a, int64_t rows, int64_t K, const A* b, int64_t J, const A* mask, const A* threshold, A* y) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
+  constexpr int R = kRegisterRows<NV>;
   int64_t stride = padded<A>(J);
   auto put = [&](int64_t at, int64_t j, V v) ALWAYS {
     auto write = [&](auto n) ALWAYS {
@@ -44,26 +45,26 @@ void multiply_vectors(
     }
   };
   auto some = [&](auto count, int64_t r) ALWAYS {
-    constexpr int R = decltype(count)::value;
+    constexpr int n = decltype(count)::value;
     for (int64_t j = 0; j < J; j += NV * W) {
-      V sum[R][NV];
-      unroll<R * NV>([&](auto i) ALWAYS { sum[i / NV][i % NV] = V{}; });
+      V sum[n][NV];
+      unroll<n * NV>([&](auto i) ALWAYS { sum[i / NV][i % NV] = V{}; });
       const A *row = a + r * K, *column = b + j;
       for (int64_t k = 0; k < K; k++, column += stride) {
         V values[NV];
         unroll<NV>([&](auto i) ALWAYS { values[i] = load<V>(column + i * W); });
-        unroll<R * NV>([&](auto i) ALWAYS { sum[i / NV][i % NV] += row[i / NV * K + k] * values[i % NV]; });
+        unroll<n * NV>([&](auto i) ALWAYS { sum[i / NV][i % NV] += row[i / NV * K + k] * values[i % NV]; });
       }
-      unroll<R * NV>([&](auto i) ALWAYS { put((r + i / NV) * J, j + i % NV * W, sum[i / NV][i % NV]); });
+      unroll<n * NV>([&](auto i) ALWAYS { put((r + i / NV) * J, j + i % NV * W, sum[i / NV][i % NV]); });
     }
   };
   int64_t r = 0;
-  for (; r + kRegisterRows<NV> <= rows; r += kRegisterRows<NV>) some(std::integral_constant<int, kRegisterRows<NV>>(), r);
+  for (; r + R <= rows; r += R) some(std::integral_constant<int, R>(), r);
   for (; r < rows; r++) some(std::integral_constant<int, 1>(), r);
 }
 
-// y [rows][J] = a [rows][K] * b [K][padded J]; zero where mask [rows][J], if it is given, is not above the threshold, of
-// at least J elements and whole vectors.
+// y [rows][J] = a [rows][K] * b [K][padded J]; zero where mask [rows][J], if it is given, is not above the threshold,
+// of at least J elements and whole vectors.
 template <class A>
 void multiply(
     const A* a, int64_t rows, int64_t K, const A* b, int64_t J, const A* mask, const A* threshold, A* y) {
@@ -75,23 +76,25 @@ template <int NV, class A>
 void multiply_transposed_vectors(const A* g, const A* x, int64_t rows, int64_t out, int64_t in, A* sum) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
+  constexpr int R = kRegisterRows<NV>;
   int64_t stride = padded<A>(in);
   auto some = [&](auto count, int64_t o) ALWAYS {
-    constexpr int R = decltype(count)::value;
+    constexpr int n = decltype(count)::value;
     for (int64_t j = 0; j < in; j += NV * W) {
-      V total[R][NV];
+      V total[n][NV];
       A* to = sum + o * stride + j;
-      unroll<R * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] = load<V>(to + i / NV * stride + i % NV * W); });
+      unroll<n * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] = load<V>(to + i / NV * stride + i % NV * W); });
       for (int64_t r = 0; r < rows; r++) {
         V values[NV];
         unroll<NV>([&](auto i) ALWAYS { values[i] = load<V>(x + r * stride + j + i * W); });
-        unroll<R * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] += g[r * out + o + i / NV] * values[i % NV]; });
+        unroll<n * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] += g[r * out + o + i / NV] * values[i % NV]; });
       }
-      unroll<R * NV>([&](auto i) ALWAYS { store(to + i / NV * stride + i % NV * W, total[i / NV][i % NV]); });
+      unroll<n * NV>([&](auto i) ALWAYS { store(to + i / NV * stride + i % NV * W, total[i / NV][i % NV]); });
     }
   };
   int64_t o = 0;
-  for (; o + kRegisterRows<NV> <= out; o += kRegisterRows<NV>) some(std::integral_constant<int, kRegisterRows<NV>>(), o);
+  for (; o + R <= out; o += R) some(std::integral_constant<int, R>(), o);
+  for (; o + 4 <= out; o += 4) some(std::integral_constant<int, 4>(), o);
   for (; o < out; o++) some(std::integral_constant<int, 1>(), o);
 }
 
@@ -102,8 +105,8 @@ void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t out, int6
   chosen(g, x, rows, out, in, sum);
 }
 
-// f(x) = max((x - mean) * invstd, 0), or x as it is if mean is nullptr, with rows of `stride`; mean, invstd: [in], padded
-// to vectors.
+// f(x) = max((x - mean) * invstd, 0), or x as it is if mean is nullptr, with rows of `stride`; mean, invstd: [in],
+// padded to vectors.
 template <class A>
 void copy_rows(const A* x, int64_t rows, int64_t in, int64_t stride, const A* mean, const A* invstd, A* copy) {
   using V = typename Simd<A>::vec;

@@ -1,8 +1,8 @@
 // The separable convolution on the CPU. convolution.h says what it computes.
 //
-// A unit of work is a few pictures, all the way from x to y: what is between them stays in the cache. Units depend on the
-// shape alone, and their sums for the gradients of the weights are added up in a fixed order, in double: the number of
-// threads does not matter.
+// A unit of work is a few pictures, all the way from x to y: what is between them stays in the cache. Units depend on
+// the shape alone, and their sums for the gradients of the weights are added up in a fixed order, in double: the number
+// of threads does not matter.
 
 #include <ATen/Parallel.h>
 
