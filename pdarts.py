@@ -399,7 +399,8 @@ def separable(x, depthwise, pointwise, norm=None):
     if norm is not None:
         if norm.training:
             norm.num_batches_tracked.add_(1)
-        settings |= {name: getattr(norm, name) for name in ("running_mean", "running_var", "training")}
+        names = "running_mean", "running_var", "training", "momentum", "eps"
+        settings |= {name: getattr(norm, name) for name in names}
     return fused.separable(x, None if depthwise is None else depthwise.weight, pointwise.weight, **settings)
 
 
@@ -511,19 +512,21 @@ def mixed_norm_sum(outputs, norms, probabilities):
 
     The last batch norm of every candidate is part of it, so that the fused version need not store what it normalises.
 
-    outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters, or None where there is none;
+    outputs: K tensors [N,C,H,W]; norms: K batch norms without affine parameters and else alike, or None for no norm;
     probabilities: [K], softmax(alpha). Returns [N,C,H,W].
     """
     if not is_fused(outputs[0].device):
         terms = zip(outputs, norms, probabilities, strict=True)
         return sum(p * (y if norm is None else norm(y)) for y, norm, p in terms)
     tracked = [norm for norm in norms if norm is not None]
-    training = bool(tracked) and tracked[0].training
-    if training:
+    if not tracked:
+        return fused.mixed_sum(outputs, probabilities)
+    norm = tracked[0]
+    if norm.training:
         torch._foreach_add_([norm.num_batches_tracked for norm in tracked], 1)
     means = [None if norm is None else norm.running_mean for norm in norms]
     variances = [None if norm is None else norm.running_var for norm in norms]
-    return fused.mixed_norm_sum(outputs, probabilities, means, variances, training)
+    return fused.mixed_norm_sum(outputs, probabilities, means, variances, norm.training, norm.momentum, norm.eps)
 
 
 def normalise(x, norm):

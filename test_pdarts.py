@@ -454,6 +454,12 @@ def test_refinement_lets_another_edge_come_in():
     assert derive(candidates, candidates, alphas, alphas, 1).normal[2:4] == [("skip_connect", 1), ("dil_conv_3x3", 2)]
 
 
+def test_refinement_finds_candidates_whose_probability_rounds_to_zero():
+    candidates = (("none", "avg_pool_3x3", "skip_connect"),) * 14
+    cell = derive(candidates, candidates, torch.tensor([[200.0, 0.0, 0.0]] * 14), torch.zeros(14, 3), max_skips=0)
+    assert {name for name, _ in cell.normal} == {"avg_pool_3x3"}
+
+
 def test_refinement_says_when_an_edge_has_nothing_but_skips():
     candidates = (("none", "skip_connect"),) * 14
     with pytest.raises(InputError, match="no candidate but skip_connect"):
@@ -1792,6 +1798,31 @@ def test_fused_separable_convolution_equals_plain_torch(channels, width, size, s
         assert mine.shape == right.shape and (mine.double() - right).norm() <= 5 * bound * right.norm()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_fused_convolution_and_pooling_name_what_they_do_not_take():
+    x, depthwise, pointwise = (t.detach().float() for t in separable_leaves())
+    separable, ops = kernels.separable, torch.ops.pdarts
+    for settings in ({"stride": 2**32 + 1}, {"dilation": 257}, {"padding": -1}):
+        with pytest.raises(RuntimeError, match="expected at least 1, 0, 1 and 1, and at most 256"):
+            separable(x, depthwise, pointwise, **settings)
+    with pytest.raises(RuntimeError, match="1 to 256"):
+        kernels.pool(x, "max", 2**32)
+    with pytest.raises(RuntimeError, match="one of running_mean and running_var is None; expected both or none"):
+        separable(x, depthwise, pointwise, running_mean=torch.zeros(4))
+    with pytest.raises(RuntimeError, match="grad has shape .1, 1, 1, 1.; expected .2, 4, 5, 6."):
+        ops.pool_backward(torch.zeros(1, 1, 1, 1), None, None, [2, 4, 5, 6], 1)
+    with pytest.raises(RuntimeError, match="grad has shape .1, 3, 1, 1.; expected .2, 3, 5, 6."):
+        ops.separable_backward(x[:1, :3, :1, :1], x, depthwise, pointwise, None, False, 1, 1, 1, [True] * 3)
+    with pytest.raises(RuntimeError, match="x and y are Float .2, 4, 5, 6. and Float .1, 4, 5, 6.; expected Float"):
+        ops.pool_backward(x, x, x[:1], [2, 4, 5, 6], 1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        calls = (lambda: separable(dual, depthwise, pointwise)), (lambda: kernels.pool(dual, "avg"))
+        for call in (*calls, lambda: kernels.mixed_sum([dual], torch.ones(1))):
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                call()
+
+
 def separable_leaves(dtype=torch.float64):
     torch.manual_seed(0)
     shapes = ((2, 4, 5, 6), (4, 1, 3, 3), (3, 4, 1, 1))
@@ -1913,7 +1944,7 @@ def test_fused_pool_propagates_what_is_not_a_number_and_names_what_does_not_fit(
     assert kernels.pool(x, "max").isnan().equal(kernels.pool_ref(x, "max").isnan())
     with pytest.raises(RuntimeError, match="x has shape .4, 4.; expected .N,C,H,W."):
         kernels.pool(x[0, 0], "max")
-    with pytest.raises(RuntimeError, match="stride is 0; expected at least one pixel and 1"):
+    with pytest.raises(RuntimeError, match="stride is 0; expected at least one pixel and 1 to 256"):
         kernels.pool(x, "max", 0)
     with pytest.raises(ValueError, match="the kind of pooling is 'min'; expected max or avg"):
         kernels.pool(x, "min")

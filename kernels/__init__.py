@@ -160,7 +160,11 @@ def separable(
     elsewhere, where cuDNN serves. Deterministic. Differentiable once.
     """
     running = running_mean, running_var
-    if x.dtype != pointwise.dtype or torch.is_autocast_enabled("cpu") or not _on_cpu(x):
+    if (running_mean is None) != (running_var is None):
+        raise RuntimeError("one of running_mean and running_var is None; expected both or none")
+    others = [t for t in (depthwise, pointwise, *running) if t is not None]
+    alike = all(t.dtype == x.dtype and t.device.type == "cpu" for t in others)
+    if not alike or torch.is_autocast_enabled("cpu") or not _on_cpu(x):
         return separable_ref(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
     batch = training and running_mean is not None
     statistics = None
@@ -176,9 +180,9 @@ def separable(
 def pool(x, kind, stride=1):
     """The largest element ("max") or the mean ("avg") of every 3x3 window; what lies over the borders does not count.
 
-    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, instead of
-    the places of the largest elements, and "avg" nothing. Fused, and deterministic, where `separable` is.
-    Differentiable once.
+    x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, which must not be
+    changed then, instead of the places of the largest elements, and "avg" nothing. Fused, and deterministic, on the CPU
+    in float32 and float64. Differentiable once.
     """
     if kind not in ("max", "avg"):
         raise ValueError(f"the kind of pooling is {kind!r}; expected max or avg")

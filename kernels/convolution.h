@@ -25,8 +25,8 @@ struct PdartsSeparable {
   const void* pointwise;   // [out,C]
 };
 
-// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of f's argument, which
-// is (x - mean) * invstd. scratch is memory of at least separable_scratch_cpu(...) bytes, aligned to 64.
+// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of (x - mean) * invstd,
+// not of x. scratch is memory of at least separable_scratch_cpu(...) bytes, aligned to 64.
 extern "C" int64_t separable_scratch_cpu(const PdartsSeparable* s);
 extern "C" void separable_forward_cpu(const PdartsSeparable* s, void* y, void* scratch);
 extern "C" void separable_backward_cpu(

@@ -24,8 +24,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Axis {
   int64_t in, out;  // sizes
-  int64_t taps, padding;
-  int64_t tap;  // the weight's index of the first tap
+  int64_t taps;
+  int64_t padding;  // zeros before the input; if it is negative, as much of the input is left out
+  int64_t tap;      // the weight's index of the first tap
 };
 
 // out[o] = sum_m w[tap + m * tap_step] * in[(o * stride + m * dilation) * step - padding] in both directions
@@ -51,7 +52,8 @@ Correlation forward_correlation(const PdartsSeparable& s) {
   return {v, h, 1, s.stride / step, std::max<int64_t>(1, s.dilation / step), step};
 }
 
-// The results at phase, phase + stride, ... depend on every `every`-th tap.
+// The gradient at phase, phase + stride, ... depends on the taps first, first + every, ...; the correlation runs through
+// them from the last one to the first.
 Axis backward_axis(const PdartsSeparable& s, int64_t size, int64_t phase) {
   int64_t every = s.stride / std::gcd(s.stride, s.dilation), first = 0;
   while (first < every && (phase + s.padding - first * s.dilation) % s.stride) first++;
@@ -100,7 +102,8 @@ struct Input {
   const A *mean, *invstd;
 };
 
-// Where the rows that a correlation reads are copied to, zero where nothing is.
+// Where the rows that a correlation reads are copied to, zero where nothing is. Where a block has fewer channels than
+// one before, what that one left in the others is not read, or changes only results that are not written.
 template <class A>
 struct Ring {
   int64_t size;  // of a row; the last tile may reach beyond the results
@@ -181,7 +184,7 @@ INLINE void for_rows(
   }
 }
 
-// The columns that a tile reads: all, or (ONE) those of a row of one tile that lie in the picture, others being zero.
+// The columns that a tile reads: all, or (ONE, see if_one_tile) those that lie in the picture, others being zero.
 template <int K, int S, int D, bool ONE, class F>
 INLINE void for_columns(F f) {
   constexpr int pad = ONE ? (K - 1) * D / 2 : 0;

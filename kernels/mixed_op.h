@@ -1,4 +1,4 @@
-// The mixed operation on raw pointers, apart from torch: what mixed_op.cpp asks of the CPU and of CUDA.
+// The mixed operation on raw pointers, apart from torch: what operators.cpp asks of the CPU and of CUDA.
 //
 // The mixed operation of an edge or a node is
 //

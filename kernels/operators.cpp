@@ -262,6 +262,12 @@ void update_running(
 using OptionalTensor = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+constexpr int64_t kLargest = 256;  // stride, padding, dilation or kernel
+
+void check_gradient(const Tensor& grad, at::IntArrayRef expected) {
+  TORCH_CHECK(grad.sizes() == expected, "grad has shape ", grad.sizes(), "; expected ", expected);
+}
+
 // A call with its tensors, channels-last.
 struct Separable : PdartsSeparable {
   Tensor in, statistics_;
@@ -297,8 +303,9 @@ struct Separable : PdartsSeparable {
         C, ",1,k,k]");
     int64_t k = depthwise_->size(2), room = 2 * padding_ - dilation_ * (k - 1) - 1;
     TORCH_CHECK(
-        stride_ >= 1 && padding_ >= 0 && dilation_ >= 1 && k >= 1, "stride, padding, dilation and kernel are ", stride_,
-        ", ", padding_, ", ", dilation_, " and ", k, "; expected at least 1, 0, 1 and 1");
+        std::min({stride_, padding_ + 1, dilation_, k}) >= 1 && std::max({stride_, padding_, dilation_, k}) <= kLargest,
+        "stride, padding, dilation and kernel are ", stride_, ", ", padding_, ", ", dilation_, " and ", k,
+        "; expected at least 1, 0, 1 and 1, and at most ", kLargest);
     TORCH_CHECK(
         H + room >= 0 && W + room >= 0, "x has shape ", in.sizes(), "; expected it not to be smaller than the kernel");
     kernel = k, stride = stride_, padding = padding_, dilation = dilation_;
@@ -356,6 +363,7 @@ Three separable_backward(
   Separable s(x, depthwise, pointwise, statistics, stride, padding, dilation);
   std::vector<bool> asked = flags_of("needs", needs, 3);
   asked[1] = asked[1] && depthwise;
+  check_gradient(grad, {s.N, s.out, s.OH, s.OW});
   Tensor g = grad.to(s.in.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
   Tensor grads[3];
   void* to[3];
@@ -376,8 +384,8 @@ PdartsPool pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor&
       like.scalar_type() == at::kFloat || like.scalar_type() == at::kDouble, "x is ", like.scalar_type(),
       "; expected float32 or float64");
   TORCH_CHECK(
-      size[2] >= 1 && size[3] >= 1 && stride >= 1, "x has shape ", size, " and stride is ", stride,
-      "; expected at least one pixel and 1");
+      size[2] >= 1 && size[3] >= 1 && stride >= 1 && stride <= kLargest, "x has shape ", size, " and stride is ",
+      stride, "; expected at least one pixel and 1 to ", kLargest);
   return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type_of(like), nullptr, nullptr};
 }
 
@@ -396,8 +404,14 @@ Tensor pool_backward(
     const Tensor& grad, const OptionalTensor& x, const OptionalTensor& y, at::IntArrayRef size, int64_t stride) {
   PdartsPool p = pooling(size, x.has_value(), stride, grad);
   Tensor g = grad.contiguous(at::MemoryFormat::ChannelsLast), in, out;
+  check_gradient(grad, {p.N, p.C, (p.H - 1) / stride + 1, (p.W - 1) / stride + 1});
   TORCH_CHECK(x.has_value() == y.has_value(), "one of x and y is given; expected both or none");
   if (x) {
+    TORCH_CHECK(
+        x->sizes() == size && y->sizes() == grad.sizes() && x->scalar_type() == grad.scalar_type() &&
+            y->scalar_type() == grad.scalar_type(),
+        "x and y are ", x->scalar_type(), " ", x->sizes(), " and ", y->scalar_type(), " ", y->sizes(), "; expected ",
+        grad.scalar_type(), " ", size, " and ", grad.sizes());
     in = x->contiguous(at::MemoryFormat::ChannelsLast), out = y->contiguous(at::MemoryFormat::ChannelsLast);
     p.x = in.const_data_ptr(), p.y = out.const_data_ptr();
   }
@@ -428,6 +442,16 @@ auto below_autograd(
 
 bool any_requires_grad(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
+}
+
+// Whether a result is to be differentiated.
+bool differentiated(at::TensorList tensors) {
+  for (const Tensor& t : tensors) {
+    TORCH_CHECK(
+        !t.defined() || !t._fw_grad(0).defined(), "a fused operation has no forward-mode derivative; expected the "
+        "version in plain torch, of the same name and with _ref at its end");
+  }
+  return at::GradMode::is_enabled() && any_requires_grad(tensors);
 }
 
 std::optional<Tensor> given(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
@@ -480,7 +504,7 @@ struct Mixed : torch::autograd::Function<Mixed> {
 
 std::tuple<Tensor, Tensor> mixed_autograd(
     at::TensorList outputs, const Tensor& weights, const std::optional<Tensor>& statistics, Flags batch, double eps) {
-  if (!at::GradMode::is_enabled() || !(weights.requires_grad() || any_requires_grad(outputs))) {
+  if (bool of_weights = differentiated(weights), of_outputs = differentiated(outputs); !of_weights && !of_outputs) {
     return below_autograd(outputs, weights, statistics, batch, eps);
   }
   variable_list results = Mixed::apply(outputs, weights, Settings{statistics, batch, eps});
@@ -491,8 +515,8 @@ struct NotTwice : torch::autograd::Function<NotTwice> {
   static variable_list forward(AutogradContext*, const variable_list& gradients, at::TensorList) { return gradients; }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(
-        false, "a fused operation was differentiated twice; expected once: use mixed_sum_ref, mixed_norm_sum_ref or "
-        "separable_ref where second derivatives are needed");
+        false, "a fused operation was differentiated twice; expected once: use the version in plain torch, of the same "
+        "name and with _ref at its end, where second derivatives are needed");
   }
 };
 
@@ -573,7 +597,7 @@ std::tuple<Tensor, Tensor> separable_autograd(
     const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& statistics,
     bool batch, double eps, int64_t stride, int64_t padding, int64_t dilation) {
   SeparableSettings settings{statistics, batch, eps, stride, padding, dilation};
-  if (!at::GradMode::is_enabled() || !any_requires_grad({x, depthwise.value_or(Tensor()), pointwise})) {
+  if (!differentiated({x, depthwise.value_or(Tensor()), pointwise})) {
     return separable_below_autograd(x, depthwise, pointwise, settings);
   }
   variable_list results = SeparableFunction::apply(x, depthwise, pointwise, settings);
@@ -617,7 +641,7 @@ struct PoolFunction : torch::autograd::Function<PoolFunction> {
 };
 
 Tensor pool_autograd(const Tensor& x, bool max, int64_t stride) {
-  if (!at::GradMode::is_enabled() || !x.requires_grad()) return pool_below_autograd(x, max, stride);
+  if (!differentiated(x)) return pool_below_autograd(x, max, stride);
   return PoolFunction::apply(x, max, stride);
 }
 

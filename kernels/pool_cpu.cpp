@@ -54,7 +54,7 @@ void forward(const PdartsPool& p, const A* x, A* y) {
   }
 }
 
-// Of one picture. Of several largest elements the first has the gradient.
+// Of one picture. Of several largest elements, or of several that are not a number, the first has the gradient.
 template <bool MAX, class A>
 void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
   int64_t s = p.stride, C = p.C, length = p.W * C;

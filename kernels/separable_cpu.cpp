@@ -27,13 +27,14 @@ struct Call {
   std::vector<Correlation> backward;  // for each residue of the row and the column
   int64_t pixels, OW;                 // results of a picture and of a row, for one channel
   int64_t pictures, units;            // pictures of a unit
-  int64_t wide, row;                  // channels padded to blocks and vectors, and to what a product wants
+  int64_t row;                        // channels, padded as the rows of a product are
+  int64_t wide;                       // the same, padded to blocks as well
   int64_t depthwise, matrix, parts;   // elements of the weights and of a unit's sums
   A* scratch;
 
-  Call(const PdartsSeparable& s, void* scratch) : s(s), scratch(static_cast<A*>(scratch)) {
+  Call(const PdartsSeparable& s, void* scratch, bool is_backward) : s(s), scratch(static_cast<A*>(scratch)) {
     if (s.kernel) forward = forward_correlation(s);
-    for (int64_t i = 0; s.kernel && i < s.stride * s.stride; i++) {
+    for (int64_t i = 0; s.kernel && is_backward && i < s.stride * s.stride; i++) {
       backward.push_back(backward_correlation(s, i / s.stride, i % s.stride));
     }
     OW = out_size(s, s.W), pixels = out_size(s, s.H) * OW;
@@ -48,8 +49,9 @@ struct Call {
   A* mean() const { return scratch; }
   A* invstd() const { return mean() + wide; }
   A* forward_weight() const { return invstd() + wide; }
-  A* backward_weight() const { return forward_weight() + depthwise; }  // of all residues: they share out the taps
-  A* small() const { return backward_weight() + depthwise; }           // the pointwise weight or its transpose
+  // Those of all backward correlations have that size too: every tap belongs to one residue of row and column.
+  A* backward_weight() const { return forward_weight() + depthwise; }
+  A* small() const { return backward_weight() + depthwise; }  // the pointwise weight or its transpose
   A* depthwise_sums(int64_t unit) const { return small() + matrix + unit * parts; }
   A* pointwise_sums(int64_t unit) const { return depthwise_sums(unit) + depthwise; }
 
@@ -186,14 +188,14 @@ std::vector<double> add_up(const Call<A>& call, const A* first, int64_t size) {
 
 int64_t separable_scratch_cpu(const PdartsSeparable* s) {
   int64_t bytes = 0;
-  for_accumulator(s->type, [&](auto t) { bytes = Call<decltype(t)>(*s, nullptr).elements() * sizeof(t); });
+  for_accumulator(s->type, [&](auto t) { bytes = Call<decltype(t)>(*s, nullptr, false).elements() * sizeof(t); });
   return bytes;
 }
 
 void separable_forward_cpu(const PdartsSeparable* s, void* y, void* scratch) {
   for_accumulator(s->type, [&](auto t) {
     using A = decltype(t);
-    Call<A> call(*s, scratch);
+    Call<A> call(*s, scratch, false);
     call.read_weights(true);
     for_units(call, [&](Unit<A>& unit) { unit.run_forward(static_cast<A*>(y)); });
   });
@@ -203,7 +205,7 @@ void separable_backward_cpu(
     const PdartsSeparable* s, const void* g, void* grad_f, void* grad_depthwise, void* grad_pointwise, void* scratch) {
   for_accumulator(s->type, [&](auto t) {
     using A = decltype(t);
-    Call<A> call(*s, scratch);
+    Call<A> call(*s, scratch, true);
     call.read_weights(false);
     if (grad_depthwise || grad_pointwise) std::fill(call.depthwise_sums(0), call.depthwise_sums(call.units), A(0));
     for_units(call, [&](Unit<A>& unit) {
