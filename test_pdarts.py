@@ -1673,8 +1673,12 @@ def test_fused_norm_refuses_a_single_value_per_channel(device):
         normed(*leaves(device, 2, (1, 3, 1, 1)))
 
 
-def test_a_fused_search_network_computes_what_the_plain_one_does(device):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_fused_search_network_computes_what_the_plain_one_does(device, apart, monkeypatch):
+    """apart: with torch's own convolutions, which are computed again in the backward pass."""
     results = []
+    if apart:
+        monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
     for mode in ("on", "off"):
         kernels.use(mode)
         torch.manual_seed(0)
@@ -1774,7 +1778,9 @@ def test_bench_names_what_is_wrong(monkeypatch, tmp_path, capsys, arguments, mes
 )
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("norm", [None, "training", "evaluation"])
-def test_fused_separable_convolution_equals_plain_torch(channels, width, size, stride, dilation, dtype, bound, norm):
+def test_fused_separable_convolution_equals_plain_torch(
+    channels, width, size, stride, dilation, dtype, bound, norm, monkeypatch
+):
     """size 0: without the depthwise convolution; norm: how the input is normalised first."""
     torch.manual_seed(0)
     x, depthwise = (
@@ -1794,8 +1800,38 @@ def test_fused_separable_convolution_equals_plain_torch(channels, width, size, s
         return [y, *torch.autograd.grad(y, leaves, gradient), *running]
 
     kernels.use("auto")
-    for mine, right in zip(run(kernels.separable, dtype), run(kernels.separable_ref, torch.float64), strict=True):
-        assert mine.shape == right.shape and (mine.double() - right).norm() <= 5 * bound * right.norm()
+    rights = run(kernels.separable_ref, torch.float64)
+    for apart in False, True:  # as where torch's own convolutions serve
+        if apart:
+            monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+            bound *= 1 if dtype == torch.float64 else 10
+        for mine, right in zip(run(kernels.separable, dtype), rights, strict=True):
+            assert mine.shape == right.shape and (mine.double() - right).norm() <= 5 * bound * right.norm()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_fused_separable_convolution_keeps_its_input_and_weights_only(apart, monkeypatch):
+    if apart:
+        monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+    inputs, kept = separable_leaves(), []
+    running = torch.zeros(4).double(), torch.ones(4).double()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = kernels.separable(*inputs, 1, 1, 1, *running, training=True)
+    sizes = {t.data_ptr(): t.nbytes for t in inputs}
+    assert set(sizes) <= set(kept) and len(set(kept) - set(sizes)) <= 2 + 1 and y.requires_grad  # and statistics
+
+
+def test_separable_convolutions_under_autocast_compute_in_the_shorter_type():
+    inputs = [t.detach().float().requires_grad_() for t in separable_leaves()]
+    running = [torch.zeros(4), torch.ones(4)]
+    results = []
+    for function in kernels.separable, kernels.separable_ref:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(*inputs, 1, 1, 1, *(t.clone() for t in running), training=True)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
+    for mine, right in zip(*results, strict=True):
+        assert (mine.float() - right.float()).norm() <= 2e-2 * right.float().norm()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")

@@ -154,18 +154,23 @@ def separable(
 
     x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
     [channels,C,1,1]. Where running_mean and running_var [C] are given, x is first normalised as by a batch norm without
-    affine parameters; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights.
+    affine parameters; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights; the rest
+    is computed again. Differentiable once.
 
-    Fused on the CPU in float32 and float64, in channels-last memory format, which the result has; plain torch
-    elsewhere, where cuDNN serves. Deterministic. Differentiable once.
+    Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
+    Elsewhere torch's own convolutions serve.
     """
     running = running_mean, running_var
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("one of running_mean and running_var is None; expected both or none")
+    kind = x.device.type
     others = [t for t in (depthwise, pointwise, *running) if t is not None]
-    alike = all(t.dtype == x.dtype and t.device.type == "cpu" for t in others)
-    if not alike or torch.is_autocast_enabled("cpu") or not _on_cpu(x):
-        return separable_ref(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
+    alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    if not alike or autocast or not _on_cpu(x):
+        recomputed = kind in ("cpu", "cuda") and (alike or autocast) and fused(kind)
+        function = _Recomputed.apply if recomputed else separable_ref
+        return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
     batch = training and running_mean is not None
     statistics = None
     if running_mean is not None and not training:
@@ -175,6 +180,65 @@ def separable(
         count = x.shape[0] * x.shape[2] * x.shape[3]
         torch.ops.pdarts.update_running([running_mean], [running_var], computed, [True], count, momentum)
     return y
+
+
+class _Recomputed(torch.autograd.Function):
+    """`separable_ref`, but what lies between x and the result is computed again in the backward pass."""
+
+    @staticmethod
+    def between(x, depthwise, stride, padding, dilation, running, training, momentum, eps, dtype):
+        """What batch norm returns, relu of it in `dtype`, and the depthwise convolution of that."""
+        normed = (x,)
+        if running is not None:
+            normed = torch.ops.aten.native_batch_norm(x, None, None, *running, training, momentum, eps)
+        h = F.relu(normed[0]).to(dtype)
+        if depthwise is None:
+            return normed, h, h
+        return normed, h, F.conv2d(h, depthwise.to(dtype), None, stride, padding, dilation, groups=x.shape[1])
+
+    @staticmethod
+    def forward(
+        ctx, x, depthwise, pointwise, stride, padding, dilation, running_mean, running_var, training, momentum, eps
+    ):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx.save_for_backward(x, depthwise, pointwise, running_mean, running_var)
+        ctx.settings = stride, padding, dilation, training, eps
+        running = None if running_mean is None else (running_mean, running_var)
+        with torch.autocast(kind, enabled=False):  # it would keep the weights in another type, without their history
+            _, _, z = _Recomputed.between(
+                x, depthwise, stride, padding, dilation, running, training, momentum, eps, dtype
+            )
+            return F.conv2d(z, pointwise.to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, depthwise, pointwise, running_mean, running_var = ctx.saved_tensors
+        stride, padding, dilation, training, eps = ctx.settings
+        of_x, of_depthwise, of_pointwise = ctx.needs_input_grad[:3]
+        running = None if running_mean is None else (None, None) if training else (running_mean, running_var)
+        backward = torch.ops.aten.convolution_backward
+        with torch.autocast(x.device.type, enabled=False):
+            normed, h, z = _Recomputed.between(
+                x, depthwise, stride, padding, dilation, running, training, 0.0, eps, g.dtype
+            )
+            once, none = [1, 1], [0, 0]
+            mask = [of_x or of_depthwise, of_pointwise, False]
+            g, grad_pointwise, _ = backward(g, z, pointwise.to(g.dtype), None, once, none, once, False, none, 1, mask)
+            grad_depthwise = None
+            if depthwise is not None and mask[0]:
+                geometry = [stride] * 2, [padding] * 2, [dilation] * 2, False, none, x.shape[1]
+                mask = [of_x, of_depthwise, False]
+                g, grad_depthwise, _ = backward(g, h, depthwise.to(g.dtype), None, *geometry, mask)
+            if of_x:
+                g = torch.ops.aten.threshold_backward(g.to(x.dtype), normed[0], 0)
+                if running is not None:
+                    settings = training, eps, [True, False, False]
+                    g = torch.ops.aten.native_batch_norm_backward(g, x, None, *running, *normed[1:], *settings)[0]
+        grads = g if of_x else None, grad_depthwise, grad_pointwise
+        typed = (grad if grad is None else grad.to(t.dtype) for grad, t in zip(grads, (x, depthwise, pointwise)))
+        return *typed, *[None] * 8
 
 
 def pool(x, kind, stride=1):
