@@ -67,7 +67,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:  # what is slow in a search, fused; without the folder everything runs in plain torch
+try:  # the slow parts of a search, fused; without the folder everything runs in plain torch
     import kernels as fused
 
     fused.mixed_norm_sum  # noqa: B018  (there are other packages of this name)
@@ -76,7 +76,7 @@ except (ImportError, AttributeError):
 
 
 class InputError(ValueError):
-    """What was given cannot be used or leads nowhere; the message says what was wrong and what was expected."""
+    """What was given cannot be used; the message says what was wrong and what was expected."""
 
 
 def _short(value) -> str:
@@ -232,7 +232,7 @@ def gather(value) -> list:
 
 
 def parallel(network, find_unused=False):
-    """`network`, or around it what averages the weights' gradients over the processes and starts all from the first's.
+    """`network`, for several processes wrapped: all start from the first's weights and average the weights' gradients.
 
     Batch norms take the statistics of a process's own part of the batch, as the official code's do on several GPUs.
     """
@@ -303,7 +303,7 @@ class Operation(nn.Module):
 
 
 class _Diagonals(torch.autograd.Function):
-    """Every second pixel of every second row, beginning with the first and with the second: slices, but one gradient.
+    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2], whose gradients are written into one tensor, not two that are added.
 
     x: [N,C,H,W] -> two of [N,C,ceil(H/2),ceil(W/2)]. Deviation: at odd sizes the second gets a row or column of zeros,
     where the official code fails.
@@ -352,8 +352,8 @@ class SkipDropout(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.rate = 0.0  # to be compared without waiting for a GPU
-        # On the device, where a captured step reads it anew.
+        self.rate = 0.0  # on the host, where it can be compared to 0 without waiting for a GPU
+        # On the device, where a captured step (see CapturedStep) reads it anew.
         self.register_buffer("device_rate", torch.zeros(()), persistent=False)
 
     def set_rate(self, rate: float):
@@ -612,7 +612,7 @@ class SearchNetwork(nn.Module):
             self.cells.append(SearchCell(candidates, channels_0, channels_1, channels, reduction, reduction_before))
             channels_0, channels_1, reduction_before = channels_1, NODES * channels, reduction
         self.classifier = nn.Linear(channels_1, num_classes)
-        self._weights = list(self.parameters())  # to walk through the modules takes as long as some steps
+        self._weights = list(self.parameters())  # listed once: a walk through all modules takes milliseconds
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(normal[0])))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(reduce[0])))
         self.skip_dropout = skip_dropout
@@ -1235,7 +1235,7 @@ class Pictures:
                 f"{name}: x_train holds pictures of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; "
                 "expected the same"
             )
-        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # no more than can have a picture
+        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # a class needs a picture
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
                 f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes, "
@@ -1620,7 +1620,7 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
 
 
 class Meter:
-    """Loss and accuracy over an epoch; what and where: of which loss and when, for messages.
+    """Loss and accuracy over an epoch; messages name `what` loss it is and `where` in the search.
 
     Numbers stay on the device for some steps, so that a GPU need not wait for each.
     """
@@ -1833,7 +1833,7 @@ class Run:
                 "as many"
             )
         self.log, self.times = self.state["log"], self.state["times"]
-        if rank == 0 and checkpoint.name != self.CHECKPOINT:  # or the next `save` would put a damaged one in its place
+        if rank == 0 and checkpoint.name != self.CHECKPOINT:  # else the next `save` would keep a damaged one
             self.folder.write(self.CHECKPOINT, checkpoint.read_bytes())
 
     def add(self, record: dict, seconds: float):
@@ -2301,7 +2301,7 @@ def _search_stage(config, stages, normal, reduce, pictures, generator, run, prog
             "train_accuracy": train_accuracy,
             "alpha_loss": alpha_loss,
             "alpha_accuracy": alpha_accuracy,
-            "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # decides nothing
+            "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # only reported
             "lr": lr,
             "skip_dropout": network.skip_dropout,
             "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
