@@ -19,6 +19,9 @@ the training pictures that the weights do not learn from. The search runs in sta
 cells), and each stage hands on only the strongest candidates of every edge (8, 5, 3). Skip-connects, which win too
 easily in deep networks, are held back by dropout while searching and limited to M in the final normal cell.
 
+The file follows the method, from the operations to the search and the evaluation; what every such program needs (data,
+files, pictures of cells, the command line) comes last.
+
 Glossary
     N, C, H, W   pictures in a batch, channels, height, width
     K            candidates of an edge in the current stage (|O| in the paper)
@@ -894,6 +897,261 @@ class Architect:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The search (paper, sec. 3.2)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What a stage searched: candidates (14 tuples) and alphas [14, K] of both kinds of cell, and the test accuracy."""
+
+    normal: tuple
+    reduce: tuple
+    alphas_normal: torch.Tensor
+    alphas_reduce: torch.Tensor
+    test_accuracy: float
+
+    def genotype(self, max_skips: int | None) -> Genotype:
+        return derive(self.normal, self.reduce, self.alphas_normal, self.alphas_reduce, max_skips)
+
+
+class SearchResult(NamedTuple):
+    genotype: Genotype
+    stages: list[Stage]
+
+
+def cosine(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
+    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def sgd(parameters, config, captured=False) -> torch.optim.SGD:
+    """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
+    device = parameters[0].device
+    lr = torch.tensor(config.lr, device=device) if captured else config.lr
+    in_one = device.type in ("cpu", "cuda")
+    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=in_one)
+
+
+def set_lr(optimizer, lr: float):
+    """In the tensor that holds the rate, if there is one: see `sgd`."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def train_step(parameters, optimizer, loss, clip):
+    """One step of the weights down the clipped gradient of `loss`."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(network, pictures: Pictures, limit: int | None = None, batch: int = 256) -> float:
+    """Of the first `limit` test pictures (None: all), the part that `network` classifies right in evaluation mode."""
+    rank, count = processes()
+    x_test, y_test = pictures.x_test[:limit], pictures.y_test[:limit]
+    was_training = network.training
+    network.eval()
+    correct = 0
+    for x, y in zip(x_test[rank::count].split(batch), y_test[rank::count].split(batch)):
+        correct += int((network(pictures.normalise(x)).argmax(1) == y).sum())
+    network.train(was_training)
+    return sum(gather(correct)) / len(y_test)
+
+
+def search(
+    config: SearchConfig,
+    pictures: Pictures | None = None,
+    out=None,
+    device: str = "auto",
+    kernels: str | None = None,
+    graphs: bool = True,
+    resume=None,
+    show: bool = False,
+) -> SearchResult:
+    """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
+
+    pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
+    kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU, see `CapturedStep`.
+    resume: instead of `out`, the folder of a run to go on with, see `Run`. show: print progress.
+    SIGINT and SIGTERM raise `Stopped`, once the state is saved. The random state of the caller is left as it was.
+    """
+    Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
+    device = pick_device(device)
+    uses_kernels = pick_kernels(kernels, device)
+    pictures = pictures or load(config.dataset)
+    pictures = pictures.first(config.pictures)
+    half = len(pictures.y_train) // 2
+    check_batch(config.batch, half)
+    if not torch.isin(*pictures.y_train.tensor_split([half])).any():
+        raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
+    run = Run("search", config, pictures, device, out, resume, kernels="fused" if uses_kernels else "plain")
+    pictures = pictures.to(device)
+    progress = Progress([_work(config, number, config.epochs) * half for number in range(len(config.cells))], show)
+    stages = []
+    if run.state:
+        stages = [Stage(*stage) for stage in run.state["stages"]]
+        done = [_work(config, number, config.epochs) for number in range(len(stages))]
+        progress.resume((sum(done) + _work(config, len(stages), run.state["epoch"])) * half)
+    with _fork_rng(), _deterministic(config.deterministic), run.stoppable():
+        # The first process's random state is that of a run on its own; each has its own dropout.
+        torch.manual_seed((config.seed + processes()[0]) % 2**63)
+        generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation, the same for all
+        for number in range(len(stages), len(config.cells)):
+            normal = reduce = (PRIMITIVES,) * len(EDGES)
+            if stages:
+                normal = shrink(stages[-1].normal, stages[-1].alphas_normal, config.candidates[number])
+                reduce = shrink(stages[-1].reduce, stages[-1].alphas_reduce, config.candidates[number])
+            stages.append(_search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs))
+            cell = stages[-1].genotype(config.max_skips)
+            run.folder.write(f"stages/{number + 1}/genotype.json", cell._asdict())
+            run.folder.draw(cell, f"stages/{number + 1}/")
+
+    genotype = stages[-1].genotype(config.max_skips)
+    others = {str(m): stages[-1].genotype(m)._asdict() for m in range(2 * NODES + 1)}
+    unrestricted = stages[-1].genotype(None)._asdict()
+    run.folder.draw(genotype)
+    run.folder.write(
+        "genotype.json",
+        {**genotype._asdict(), "max_skips": config.max_skips, "unrestricted": unrestricted, "by_max_skips": others},
+    )
+    return SearchResult(genotype, stages)
+
+
+def _work(config, number, epochs) -> float:
+    """What the first `epochs` epochs of a stage take, for each picture of a half; one with alphas counts twice."""
+    return config.cells[number] * config.candidates[number] * (epochs + max(0, epochs - config.warmup))
+
+
+def _search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs) -> Stage:
+    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stages before.
+
+    It goes on from what `run` holds, if that is of this stage, and saves there after every epoch.
+    """
+    number, device, in_channels = len(stages), pictures.x_train.device, pictures.x_train.shape[1]
+    rank, count = processes()
+    network = SearchNetwork(
+        config.channels,
+        pictures.num_classes,
+        config.cells[number],
+        normal,
+        reduce,
+        in_channels=in_channels,
+        stem_stride=config.stem_stride,
+    ).to(device)
+    weights = network.weights()
+    captured = graphs and CapturedStep.serves(device, config)
+    optimizer = sgd(weights, config, captured)
+    architect = Architect(
+        network,
+        config.alpha_lr,
+        weight_decay=config.alpha_weight_decay,
+        clip=config.clip,
+        unrolled=config.unrolled,
+        weight_optimizer=optimizer,
+        dtype=config.dtype,
+        captured=captured,
+    )
+    require_gradients(network, weights=True, alphas=False)  # the architect averages the alphas' gradients itself
+    trained = parallel(network)
+    # The first half of the training pictures trains the weights, the second the alphas.
+    halves = torch.arange(len(pictures.x_train), device=device).tensor_split([len(pictures.x_train) // 2])
+
+    def augmented(indices):
+        """This process's part of a batch. Its augmentation does not depend on the number of processes."""
+        x = pictures.augment(pictures.x_train[indices], config.crop_padding, config.flip, 0, generator)
+        return x[rank::count], pictures.y_train[indices][rank::count]
+
+    def step(weight_batch, alpha_batch=None):
+        """A step of the alphas, if there is a batch for it, and one of the weights.
+
+        Returns loss and number of right answers of the step of the weights, then of that of the alphas.
+        """
+        images, labels = augmented(weight_batch)
+        results = []
+        if alpha_batch is not None:
+            alpha_images, alpha_labels = augmented(alpha_batch)
+            loss, logits = architect.step(alpha_images, alpha_labels, images, labels)
+            results += [loss, (logits.argmax(1) == alpha_labels).sum()]
+        require_gradients(network, weights=True, alphas=False)
+        loss, logits = classify(trained, images, labels, config.dtype)
+        train_step(weights, optimizer, loss, config.clip)
+        return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
+
+    if captured:
+        step = CapturedStep(step, generator)
+
+    parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
+    first_epoch, interrupted = run.restore(parts, generator)
+    for epoch in range(first_epoch, config.epochs):
+        started, seen = time.monotonic(), 0
+        learn_alphas = epoch >= config.warmup
+        lr = cosine(config.lr, epoch, config.epochs)
+        set_lr(optimizer, lr)
+        network.skip_dropout = skip_dropout_rate(config.skip_dropout[number], epoch, config.epochs, config.warmup)
+        label = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}"
+        where = f"stage {number + 1}, epoch {epoch}"
+        meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
+        if interrupted:
+            weight_batches, alpha_batches = interrupted["batches"]
+            of_weights, of_alphas = interrupted["meters"][rank]
+            meter.restore(of_weights), alpha_meter.restore(of_alphas)
+            interrupted = None
+        else:
+            weight_batches, alpha_batches = (batches(half, config.batch, generator) for half in halves)
+        for i in range(len(meter.sizes), len(weight_batches)):
+            weight_batch, alpha_batch = (b[i % len(b)].to(device) for b in (weight_batches, alpha_batches))
+            if learn_alphas:
+                loss, correct, alpha_loss, alpha_correct = step(weight_batch, alpha_batch)
+                alpha_meter.update(alpha_loss, alpha_correct, len(alpha_batch) // count)
+            else:
+                loss, correct = step(weight_batch)
+            meter.update(loss, correct, len(weight_batch) // count)
+            seen += len(weight_batch)
+            work = config.cells[number] * config.candidates[number] * len(weight_batch) * (1 + learn_alphas)
+            text = f"{label}  step {i + 1}/{len(weight_batches)}"
+            progress.step(number, text, work, meter, seen / (time.monotonic() - started))
+            if signal_number := run.asked_to_stop():
+                meters = gather((meter.state(), alpha_meter.state()))
+                interrupted = {"batches": (weight_batches, alpha_batches), "meters": meters}
+                run.share_buffers(network)
+                run.save(parts, generator, epoch, interrupted, stages=[tuple(stage) for stage in stages])
+                raise Stopped(signal_number)
+
+        loss, train_accuracy = meter.result()
+        alpha_loss, alpha_accuracy = alpha_meter.result()
+        last = epoch == config.epochs - 1
+        run.share_buffers(network)
+        record = {
+            "stage": number + 1,
+            "epoch": epoch,
+            "train_loss": loss,
+            "train_accuracy": train_accuracy,
+            "alpha_loss": alpha_loss,
+            "alpha_accuracy": alpha_accuracy,
+            "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # only reported
+            "lr": lr,
+            "skip_dropout": network.skip_dropout,
+            "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
+            "softmax_alphas_reduce": network.alphas_reduce.detach().softmax(1).tolist(),
+        }
+        seconds = time.monotonic() - started
+        run.add(record, seconds)
+        run.check_agreement(network.alphas(), normal, reduce)
+        run.save(parts, generator, epoch + 1, stages=[tuple(stage) for stage in stages])
+        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
+        text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
+        text += f"  test acc {record['test_accuracy']:6.1%}" if last else ""
+        progress.line(f"{text}  {seconds:.1f} s")
+    alphas = [alpha.detach().cpu() for alpha in network.alphas()]
+    return Stage(normal, reduce, *alphas, json.loads(run.log[-1])["test_accuracy"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The evaluation network (paper, sec. 4) and published cells
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1180,6 +1438,143 @@ def read_genotype(source: str) -> Genotype:
     if not isinstance(content, dict) or not set(Genotype._fields) <= content.keys():
         raise InputError(f"{source} is not a genotype; expected an object with {', '.join(Genotype._fields)}")
     return check_genotype(Genotype(*(content[field] for field in Genotype._fields)), source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluation (paper, sec. 4)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class EvaluateResult(NamedTuple):
+    network: Network
+    cost: Count
+    test_error: float
+
+
+def evaluate(
+    genotype: Genotype,
+    config: EvaluateConfig,
+    pictures: Pictures | None = None,
+    out=None,
+    device: str = "auto",
+    weights=None,
+    resume=None,
+    show: bool = False,
+    kernels: str | None = None,
+) -> EvaluateResult:
+    """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
+
+    pictures, out, device, resume, show, kernels: as for `search`.
+    """
+    if weights is None:
+        Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
+    device = pick_device(device)
+    uses_kernels = pick_kernels(kernels, device)
+    genotype = check_genotype(genotype)
+    pictures = pictures or load(config.dataset)
+    pictures = pictures.first(config.pictures)
+    _, in_channels, *size = pictures.x_train.shape
+    run = None
+    if weights is None:
+        check_batch(config.batch, len(pictures.x_train))
+        used = "fused" if uses_kernels else "plain"
+        run = Run("evaluate", config, pictures, device, out, resume, genotype=genotype._asdict(), kernels=used)
+        run.folder.write("genotype.json", genotype._asdict())
+    pictures = pictures.to(device)
+    with _fork_rng(), _deterministic(config.deterministic):
+        torch.manual_seed((config.seed + processes()[0]) % 2**63)
+        network = Network(
+            genotype, config.channels, pictures.num_classes, config.cells, config.auxiliary, in_channels=in_channels
+        ).to(device)
+        cost = count(network, tuple(size), in_channels)
+        if weights is not None:
+            load_weights(network, weights, device)
+        else:
+            with run.stoppable():
+                _train(network, config, pictures, run, show)
+        network.eval()
+        return EvaluateResult(network, cost, 1 - accuracy(network, pictures))
+
+
+def load_weights(network: Network, path, device):
+    """Loads a state_dict, the auxiliary head's part of which is optional; an InputError says what does not fit."""
+    try:
+        if zipfile.is_zipfile(path):  # torch's format since 1.6
+            _check_zip(path, sums=True)  # torch does not compare them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd files, which are used or refused
+            state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        if not any(key.startswith("auxiliary_head.") for key in state):
+            network.auxiliary_head = None
+        without_head = network.auxiliary_head is None
+        state = {key: value for key, value in state.items() if not (without_head and key.startswith("auxiliary_head."))}
+        wrong = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is complex")
+        network.load_state_dict(state)
+    except Exception as error:  # whatever a damaged file leads to
+        raise InputError(
+            f"cannot use the weights {path} ({_reason(error)}); expected a state_dict of this network"
+        ) from None
+
+
+def _train(network, config, pictures, run, show):
+    """The training of `evaluate`; goes on from what `run` holds, and saves there after every epoch."""
+    device, (rank, count) = pictures.x_train.device, processes()
+    generator = torch.Generator(device).manual_seed(config.seed)
+    weights = list(network.parameters())
+    optimizer = sgd(weights, config)
+    trained = parallel(network, find_unused=True)  # a genotype may leave nodes out of its output
+    network.train()
+    parts = {"network": network, "weights": optimizer}
+    first_epoch, interrupted = run.restore(parts, generator)
+    progress = Progress([config.epochs * len(pictures.x_train)], show)
+    progress.resume(first_epoch * len(pictures.x_train))
+    indices = torch.arange(len(pictures.x_train), device=device)
+    for epoch in range(first_epoch, config.epochs):
+        started, seen = time.monotonic(), 0
+        lr = cosine(config.lr, epoch, config.epochs)
+        set_lr(optimizer, lr)
+        network.drop_path = config.drop_path * epoch / config.epochs
+        label = f"epoch {epoch:3d}/{config.epochs - 1}"
+        meter = Meter("training loss", f"epoch {epoch}")
+        if interrupted:
+            epoch_batches = interrupted["batches"]
+            meter.restore(interrupted["meters"][rank])
+            interrupted = None
+        else:
+            epoch_batches = batches(indices, config.batch, generator)
+        for i in range(len(meter.sizes), len(epoch_batches)):
+            batch = epoch_batches[i].to(device)
+            x = pictures.x_train[batch]
+            x = pictures.augment(x, config.crop_padding, config.flip, config.cutout, generator)
+            images, labels = x[rank::count], pictures.y_train[batch][rank::count]
+            with autocast(device, config.dtype):
+                logits, auxiliary_logits = trained(images)
+                loss = F.cross_entropy(logits, labels)
+                if auxiliary_logits is not None:
+                    loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+            train_step(weights, optimizer, loss, config.clip)
+            meter.update(loss.detach(), (logits.argmax(1) == labels).sum(), len(labels))
+            seen += len(batch)
+            text = f"{label}  step {i + 1}/{len(epoch_batches)}"
+            progress.step(0, text, len(batch), meter, seen / (time.monotonic() - started))
+            if signal_number := run.asked_to_stop():
+                run.share_buffers(network)
+                run.save(parts, generator, epoch, {"batches": epoch_batches, "meters": gather(meter.state())})
+                raise Stopped(signal_number)
+        loss, train_accuracy = meter.result()
+        run.share_buffers(network)
+        test_accuracy = accuracy(network, pictures)
+        record = {"epoch": epoch, "train_loss": loss, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
+        seconds = time.monotonic() - started
+        run.add(record | {"lr": lr, "drop_path": network.drop_path}, seconds)
+        run.folder.save("weights.pt", network.state_dict())
+        run.save(parts, generator, epoch + 1)
+        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}"
+        progress.line(f"{text}  {seconds:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1615,7 +2010,7 @@ def load(dataset: str, path: str | None = None, download: bool = False) -> Pictu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Progress and files
+# Progress, files and devices
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2006,59 +2401,6 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
         raise InputError(f"the kernels cannot be used: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The search (paper, sec. 3.2)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Stage(NamedTuple):
-    """What a stage searched: candidates (14 tuples) and alphas [14, K] of both kinds of cell, and the test accuracy."""
-
-    normal: tuple
-    reduce: tuple
-    alphas_normal: torch.Tensor
-    alphas_reduce: torch.Tensor
-    test_accuracy: float
-
-    def genotype(self, max_skips: int | None) -> Genotype:
-        return derive(self.normal, self.reduce, self.alphas_normal, self.alphas_reduce, max_skips)
-
-
-class SearchResult(NamedTuple):
-    genotype: Genotype
-    stages: list[Stage]
-
-
-def cosine(lr: float, epoch: int, epochs: int) -> float:
-    """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
-    return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def sgd(parameters, config, captured=False) -> torch.optim.SGD:
-    """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
-    device = parameters[0].device
-    lr = torch.tensor(config.lr, device=device) if captured else config.lr
-    in_one = device.type in ("cpu", "cuda")
-    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=in_one)
-
-
-def set_lr(optimizer, lr: float):
-    """In the tensor that holds the rate, if there is one: see `sgd`."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def train_step(parameters, optimizer, loss, clip):
-    """One step of the weights down the clipped gradient of `loss`."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
-
-
 class CapturedStep:
     """A step of a search, as a GPU runs it fastest: hundreds of launches captured as one CUDA graph and replayed.
 
@@ -2115,345 +2457,6 @@ class CapturedStep:
                 f"the step cannot be captured as a CUDA graph ({_reason(error)}); expected --graphs off, then"
             ) from error
         return graph.replay, buffers, results
-
-
-@torch.no_grad()
-def accuracy(network, pictures: Pictures, limit: int | None = None, batch: int = 256) -> float:
-    """Of the first `limit` test pictures (None: all), the part that `network` classifies right in evaluation mode."""
-    rank, count = processes()
-    x_test, y_test = pictures.x_test[:limit], pictures.y_test[:limit]
-    was_training = network.training
-    network.eval()
-    correct = 0
-    for x, y in zip(x_test[rank::count].split(batch), y_test[rank::count].split(batch)):
-        correct += int((network(pictures.normalise(x)).argmax(1) == y).sum())
-    network.train(was_training)
-    return sum(gather(correct)) / len(y_test)
-
-
-def search(
-    config: SearchConfig,
-    pictures: Pictures | None = None,
-    out=None,
-    device: str = "auto",
-    kernels: str | None = None,
-    graphs: bool = True,
-    resume=None,
-    show: bool = False,
-) -> SearchResult:
-    """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
-
-    pictures: by default those that `config.dataset` names. out: a new or empty folder for the results, or None.
-    kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU, see `CapturedStep`.
-    resume: instead of `out`, the folder of a run to go on with, see `Run`. show: print progress.
-    SIGINT and SIGTERM raise `Stopped`, once the state is saved. The random state of the caller is left as it was.
-    """
-    Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
-    device = pick_device(device)
-    uses_kernels = pick_kernels(kernels, device)
-    pictures = pictures or load(config.dataset)
-    pictures = pictures.first(config.pictures)
-    half = len(pictures.y_train) // 2
-    check_batch(config.batch, half)
-    if not torch.isin(*pictures.y_train.tensor_split([half])).any():
-        raise InputError(f"{pictures.name}: the halves of y_train share no class; expected them shuffled, not sorted")
-    run = Run("search", config, pictures, device, out, resume, kernels="fused" if uses_kernels else "plain")
-    pictures = pictures.to(device)
-    progress = Progress([_work(config, number, config.epochs) * half for number in range(len(config.cells))], show)
-    stages = []
-    if run.state:
-        stages = [Stage(*stage) for stage in run.state["stages"]]
-        done = [_work(config, number, config.epochs) for number in range(len(stages))]
-        progress.resume((sum(done) + _work(config, len(stages), run.state["epoch"])) * half)
-    with _fork_rng(), _deterministic(config.deterministic), run.stoppable():
-        # The first process's random state is that of a run on its own; each has its own dropout.
-        torch.manual_seed((config.seed + processes()[0]) % 2**63)
-        generator = torch.Generator(device).manual_seed(config.seed)  # of batches and augmentation, the same for all
-        for number in range(len(stages), len(config.cells)):
-            normal = reduce = (PRIMITIVES,) * len(EDGES)
-            if stages:
-                normal = shrink(stages[-1].normal, stages[-1].alphas_normal, config.candidates[number])
-                reduce = shrink(stages[-1].reduce, stages[-1].alphas_reduce, config.candidates[number])
-            stages.append(_search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs))
-            cell = stages[-1].genotype(config.max_skips)
-            run.folder.write(f"stages/{number + 1}/genotype.json", cell._asdict())
-            run.folder.draw(cell, f"stages/{number + 1}/")
-
-    genotype = stages[-1].genotype(config.max_skips)
-    others = {str(m): stages[-1].genotype(m)._asdict() for m in range(2 * NODES + 1)}
-    unrestricted = stages[-1].genotype(None)._asdict()
-    run.folder.draw(genotype)
-    run.folder.write(
-        "genotype.json",
-        {**genotype._asdict(), "max_skips": config.max_skips, "unrestricted": unrestricted, "by_max_skips": others},
-    )
-    return SearchResult(genotype, stages)
-
-
-def _work(config, number, epochs) -> float:
-    """What the first `epochs` epochs of a stage take, for each picture of a half; one with alphas counts twice."""
-    return config.cells[number] * config.candidates[number] * (epochs + max(0, epochs - config.warmup))
-
-
-def _search_stage(config, stages, normal, reduce, pictures, generator, run, progress, graphs) -> Stage:
-    """One stage: new weights, new alphas, new optimizers; only the candidates come from the stages before.
-
-    It goes on from what `run` holds, if that is of this stage, and saves there after every epoch.
-    """
-    number, device, in_channels = len(stages), pictures.x_train.device, pictures.x_train.shape[1]
-    rank, count = processes()
-    network = SearchNetwork(
-        config.channels,
-        pictures.num_classes,
-        config.cells[number],
-        normal,
-        reduce,
-        in_channels=in_channels,
-        stem_stride=config.stem_stride,
-    ).to(device)
-    weights = network.weights()
-    captured = graphs and CapturedStep.serves(device, config)
-    optimizer = sgd(weights, config, captured)
-    architect = Architect(
-        network,
-        config.alpha_lr,
-        weight_decay=config.alpha_weight_decay,
-        clip=config.clip,
-        unrolled=config.unrolled,
-        weight_optimizer=optimizer,
-        dtype=config.dtype,
-        captured=captured,
-    )
-    require_gradients(network, weights=True, alphas=False)  # the architect averages the alphas' gradients itself
-    trained = parallel(network)
-    # The first half of the training pictures trains the weights, the second the alphas.
-    halves = torch.arange(len(pictures.x_train), device=device).tensor_split([len(pictures.x_train) // 2])
-
-    def augmented(indices):
-        """This process's part of a batch. Its augmentation does not depend on the number of processes."""
-        x = pictures.augment(pictures.x_train[indices], config.crop_padding, config.flip, 0, generator)
-        return x[rank::count], pictures.y_train[indices][rank::count]
-
-    def step(weight_batch, alpha_batch=None):
-        """A step of the alphas, if there is a batch for it, and one of the weights.
-
-        Returns loss and number of right answers of the step of the weights, then of that of the alphas.
-        """
-        images, labels = augmented(weight_batch)
-        results = []
-        if alpha_batch is not None:
-            alpha_images, alpha_labels = augmented(alpha_batch)
-            loss, logits = architect.step(alpha_images, alpha_labels, images, labels)
-            results += [loss, (logits.argmax(1) == alpha_labels).sum()]
-        require_gradients(network, weights=True, alphas=False)
-        loss, logits = classify(trained, images, labels, config.dtype)
-        train_step(weights, optimizer, loss, config.clip)
-        return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
-
-    if captured:
-        step = CapturedStep(step, generator)
-
-    parts = {"network": network, "weights": optimizer, "alphas": architect.optimizer}
-    first_epoch, interrupted = run.restore(parts, generator)
-    for epoch in range(first_epoch, config.epochs):
-        started, seen = time.monotonic(), 0
-        learn_alphas = epoch >= config.warmup
-        lr = cosine(config.lr, epoch, config.epochs)
-        set_lr(optimizer, lr)
-        network.skip_dropout = skip_dropout_rate(config.skip_dropout[number], epoch, config.epochs, config.warmup)
-        label = f"stage {number + 1}/{len(config.cells)}  epoch {epoch:2d}/{config.epochs - 1}"
-        where = f"stage {number + 1}, epoch {epoch}"
-        meter, alpha_meter = Meter("training loss", where), Meter("alpha loss", where)
-        if interrupted:
-            weight_batches, alpha_batches = interrupted["batches"]
-            of_weights, of_alphas = interrupted["meters"][rank]
-            meter.restore(of_weights), alpha_meter.restore(of_alphas)
-            interrupted = None
-        else:
-            weight_batches, alpha_batches = (batches(half, config.batch, generator) for half in halves)
-        for i in range(len(meter.sizes), len(weight_batches)):
-            weight_batch, alpha_batch = (b[i % len(b)].to(device) for b in (weight_batches, alpha_batches))
-            if learn_alphas:
-                loss, correct, alpha_loss, alpha_correct = step(weight_batch, alpha_batch)
-                alpha_meter.update(alpha_loss, alpha_correct, len(alpha_batch) // count)
-            else:
-                loss, correct = step(weight_batch)
-            meter.update(loss, correct, len(weight_batch) // count)
-            seen += len(weight_batch)
-            work = config.cells[number] * config.candidates[number] * len(weight_batch) * (1 + learn_alphas)
-            text = f"{label}  step {i + 1}/{len(weight_batches)}"
-            progress.step(number, text, work, meter, seen / (time.monotonic() - started))
-            if signal_number := run.asked_to_stop():
-                meters = gather((meter.state(), alpha_meter.state()))
-                interrupted = {"batches": (weight_batches, alpha_batches), "meters": meters}
-                run.share_buffers(network)
-                run.save(parts, generator, epoch, interrupted, stages=[tuple(stage) for stage in stages])
-                raise Stopped(signal_number)
-
-        loss, train_accuracy = meter.result()
-        alpha_loss, alpha_accuracy = alpha_meter.result()
-        last = epoch == config.epochs - 1
-        run.share_buffers(network)
-        record = {
-            "stage": number + 1,
-            "epoch": epoch,
-            "train_loss": loss,
-            "train_accuracy": train_accuracy,
-            "alpha_loss": alpha_loss,
-            "alpha_accuracy": alpha_accuracy,
-            "test_accuracy": accuracy(network, pictures, len(pictures.x_train)) if last else None,  # only reported
-            "lr": lr,
-            "skip_dropout": network.skip_dropout,
-            "softmax_alphas_normal": network.alphas_normal.detach().softmax(1).tolist(),
-            "softmax_alphas_reduce": network.alphas_reduce.detach().softmax(1).tolist(),
-        }
-        seconds = time.monotonic() - started
-        run.add(record, seconds)
-        run.check_agreement(network.alphas(), normal, reduce)
-        run.save(parts, generator, epoch + 1, stages=[tuple(stage) for stage in stages])
-        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}"
-        text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}" if learn_alphas else "  weights only"
-        text += f"  test acc {record['test_accuracy']:6.1%}" if last else ""
-        progress.line(f"{text}  {seconds:.1f} s")
-    alphas = [alpha.detach().cpu() for alpha in network.alphas()]
-    return Stage(normal, reduce, *alphas, json.loads(run.log[-1])["test_accuracy"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The evaluation (paper, sec. 4)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class EvaluateResult(NamedTuple):
-    network: Network
-    cost: Count
-    test_error: float
-
-
-def evaluate(
-    genotype: Genotype,
-    config: EvaluateConfig,
-    pictures: Pictures | None = None,
-    out=None,
-    device: str = "auto",
-    weights=None,
-    resume=None,
-    show: bool = False,
-    kernels: str | None = None,
-) -> EvaluateResult:
-    """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
-
-    pictures, out, device, resume, show, kernels: as for `search`.
-    """
-    if weights is None:
-        Folder(Run.path(out, resume), resume is not None)  # is refused before anything that takes time
-    device = pick_device(device)
-    uses_kernels = pick_kernels(kernels, device)
-    genotype = check_genotype(genotype)
-    pictures = pictures or load(config.dataset)
-    pictures = pictures.first(config.pictures)
-    _, in_channels, *size = pictures.x_train.shape
-    run = None
-    if weights is None:
-        check_batch(config.batch, len(pictures.x_train))
-        used = "fused" if uses_kernels else "plain"
-        run = Run("evaluate", config, pictures, device, out, resume, genotype=genotype._asdict(), kernels=used)
-        run.folder.write("genotype.json", genotype._asdict())
-    pictures = pictures.to(device)
-    with _fork_rng(), _deterministic(config.deterministic):
-        torch.manual_seed((config.seed + processes()[0]) % 2**63)
-        network = Network(
-            genotype, config.channels, pictures.num_classes, config.cells, config.auxiliary, in_channels=in_channels
-        ).to(device)
-        cost = count(network, tuple(size), in_channels)
-        if weights is not None:
-            load_weights(network, weights, device)
-        else:
-            with run.stoppable():
-                _train(network, config, pictures, run, show)
-        network.eval()
-        return EvaluateResult(network, cost, 1 - accuracy(network, pictures))
-
-
-def load_weights(network: Network, path, device):
-    """Loads a state_dict, the auxiliary head's part of which is optional; an InputError says what does not fit."""
-    try:
-        if zipfile.is_zipfile(path):  # torch's format since 1.6
-            _check_zip(path, sums=True)  # torch does not compare them
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd files, which are used or refused
-            state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        if not any(key.startswith("auxiliary_head.") for key in state):
-            network.auxiliary_head = None
-        without_head = network.auxiliary_head is None
-        state = {key: value for key, value in state.items() if not (without_head and key.startswith("auxiliary_head."))}
-        wrong = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is complex")
-        network.load_state_dict(state)
-    except Exception as error:  # whatever a damaged file leads to
-        raise InputError(
-            f"cannot use the weights {path} ({_reason(error)}); expected a state_dict of this network"
-        ) from None
-
-
-def _train(network, config, pictures, run, show):
-    """The training of `evaluate`; goes on from what `run` holds, and saves there after every epoch."""
-    device, (rank, count) = pictures.x_train.device, processes()
-    generator = torch.Generator(device).manual_seed(config.seed)
-    weights = list(network.parameters())
-    optimizer = sgd(weights, config)
-    trained = parallel(network, find_unused=True)  # a genotype may leave nodes out of its output
-    network.train()
-    parts = {"network": network, "weights": optimizer}
-    first_epoch, interrupted = run.restore(parts, generator)
-    progress = Progress([config.epochs * len(pictures.x_train)], show)
-    progress.resume(first_epoch * len(pictures.x_train))
-    indices = torch.arange(len(pictures.x_train), device=device)
-    for epoch in range(first_epoch, config.epochs):
-        started, seen = time.monotonic(), 0
-        lr = cosine(config.lr, epoch, config.epochs)
-        set_lr(optimizer, lr)
-        network.drop_path = config.drop_path * epoch / config.epochs
-        label = f"epoch {epoch:3d}/{config.epochs - 1}"
-        meter = Meter("training loss", f"epoch {epoch}")
-        if interrupted:
-            epoch_batches = interrupted["batches"]
-            meter.restore(interrupted["meters"][rank])
-            interrupted = None
-        else:
-            epoch_batches = batches(indices, config.batch, generator)
-        for i in range(len(meter.sizes), len(epoch_batches)):
-            batch = epoch_batches[i].to(device)
-            x = pictures.x_train[batch]
-            x = pictures.augment(x, config.crop_padding, config.flip, config.cutout, generator)
-            images, labels = x[rank::count], pictures.y_train[batch][rank::count]
-            with autocast(device, config.dtype):
-                logits, auxiliary_logits = trained(images)
-                loss = F.cross_entropy(logits, labels)
-                if auxiliary_logits is not None:
-                    loss = loss + config.auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
-            train_step(weights, optimizer, loss, config.clip)
-            meter.update(loss.detach(), (logits.argmax(1) == labels).sum(), len(labels))
-            seen += len(batch)
-            text = f"{label}  step {i + 1}/{len(epoch_batches)}"
-            progress.step(0, text, len(batch), meter, seen / (time.monotonic() - started))
-            if signal_number := run.asked_to_stop():
-                run.share_buffers(network)
-                run.save(parts, generator, epoch, {"batches": epoch_batches, "meters": gather(meter.state())})
-                raise Stopped(signal_number)
-        loss, train_accuracy = meter.result()
-        run.share_buffers(network)
-        test_accuracy = accuracy(network, pictures)
-        record = {"epoch": epoch, "train_loss": loss, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
-        seconds = time.monotonic() - started
-        run.add(record | {"lr": lr, "drop_path": network.drop_path}, seconds)
-        run.folder.save("weights.pt", network.state_dict())
-        run.save(parts, generator, epoch + 1)
-        text = f"{label}  loss {loss:.3f}  acc {train_accuracy:6.1%}  test acc {test_accuracy:6.1%}"
-        progress.line(f"{text}  {seconds:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
