@@ -928,8 +928,8 @@ def sgd(parameters, config, captured=False) -> torch.optim.SGD:
     """The weights' optimizer; if `captured`, its learning rate lies on the device, where the step reads it anew."""
     device = parameters[0].device
     lr = torch.tensor(config.lr, device=device) if captured else config.lr
-    in_one = device.type in ("cpu", "cuda")
-    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=in_one)
+    has_fused = device.type in ("cpu", "cuda")
+    return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=config.weight_decay, fused=has_fused)
 
 
 def set_lr(optimizer, lr: float):

@@ -40,6 +40,7 @@ _SOURCES = ("operators.cpp", "separable_cpu.cpp", "mixed_op_cpu.cpp", "pool_cpu.
 _CUDA_SOURCES = ("mixed_op.cu",)
 _HEADERS = ("mixed_op.h", "convolution.h", "depthwise.h", "pointwise.h", "simd.h")
 _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+# PDARTS_KERNELS_FLAGS: more of them, such as sanitizers
 _FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,15 +187,25 @@ class _Recomputed(torch.autograd.Function):
     """`separable_ref`, but what lies between x and the result is computed again in the backward pass."""
 
     @staticmethod
-    def between(x, depthwise, stride, padding, dilation, running, training, momentum, eps, dtype):
-        """What batch norm returns, relu of it in `dtype`, and the depthwise convolution of that."""
+    def rectified(x, dtype, running, training, momentum, eps):
+        """What torch's native_batch_norm returns, its result first, and relu of that in `dtype`."""
         normed = (x,)
         if running is not None:
             normed = torch.ops.aten.native_batch_norm(x, None, None, *running, training, momentum, eps)
-        h = F.relu(normed[0]).to(dtype)
+        return normed, F.relu(normed[0]).to(dtype)
+
+    @staticmethod
+    def convolved(h, depthwise, stride, padding, dilation):
         if depthwise is None:
-            return normed, h, h
-        return normed, h, F.conv2d(h, depthwise.to(dtype), None, stride, padding, dilation, groups=x.shape[1])
+            return h
+        return F.conv2d(h, depthwise.to(h.dtype), None, stride, padding, dilation, groups=h.shape[1])
+
+    @staticmethod
+    def gradients(g, x, weight, stride, padding, dilation, groups, of_x, of_weight):
+        """Of a convolution's input and weight, None where they are not asked for."""
+        geometry = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups
+        asked = [of_x, of_weight, False]
+        return torch.ops.aten.convolution_backward(g, x, weight.to(g.dtype), None, *geometry, asked)[:2]
 
     @staticmethod
     def forward(
@@ -206,10 +217,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.settings = stride, padding, dilation, training, eps
         running = None if running_mean is None else (running_mean, running_var)
         with torch.autocast(kind, enabled=False):  # it would keep the weights in another type, without their history
-            _, _, z = _Recomputed.between(
-                x, depthwise, stride, padding, dilation, running, training, momentum, eps, dtype
-            )
-            return F.conv2d(z, pointwise.to(dtype))
+            _, h = _Recomputed.rectified(x, dtype, running, training, momentum, eps)
+            return F.conv2d(_Recomputed.convolved(h, depthwise, stride, padding, dilation), pointwise.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,19 +227,20 @@ class _Recomputed(torch.autograd.Function):
         stride, padding, dilation, training, eps = ctx.settings
         of_x, of_depthwise, of_pointwise = ctx.needs_input_grad[:3]
         running = None if running_mean is None else (None, None) if training else (running_mean, running_var)
-        backward = torch.ops.aten.convolution_backward
+        grad_depthwise = None
         with torch.autocast(x.device.type, enabled=False):
-            normed, h, z = _Recomputed.between(
-                x, depthwise, stride, padding, dilation, running, training, 0.0, eps, g.dtype
-            )
-            once, none = [1, 1], [0, 0]
-            mask = [of_x or of_depthwise, of_pointwise, False]
-            g, grad_pointwise, _ = backward(g, z, pointwise.to(g.dtype), None, once, none, once, False, none, 1, mask)
-            grad_depthwise = None
-            if depthwise is not None and mask[0]:
-                geometry = [stride] * 2, [padding] * 2, [dilation] * 2, False, none, x.shape[1]
-                mask = [of_x, of_depthwise, False]
-                g, grad_depthwise, _ = backward(g, h, depthwise.to(g.dtype), None, *geometry, mask)
+            normed, h = _Recomputed.rectified(x, g.dtype, running, training, 0.0, eps)
+            if of_pointwise:
+                z = _Recomputed.convolved(h, depthwise, stride, padding, dilation)
+            else:  # only its size matters
+                memory_format = torch._prims_common.suggest_memory_format(h)
+                size = g.shape[0], x.shape[1], *g.shape[2:]
+                z = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=memory_format)
+            of_z = of_x or of_depthwise
+            g, grad_pointwise = _Recomputed.gradients(g, z, pointwise, 1, 0, 1, 1, of_z, of_pointwise)
+            if depthwise is not None and of_z:
+                geometry = stride, padding, dilation, x.shape[1]
+                g, grad_depthwise = _Recomputed.gradients(g, h, depthwise, *geometry, of_x, of_depthwise)
             if of_x:
                 g = torch.ops.aten.threshold_backward(g.to(x.dtype), normed[0], 0)
                 if running is not None:
@@ -456,7 +466,7 @@ def _build(sources, library, cuda):
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise RuntimeError(f"there is no C++ compiler {compiler!r}; expected one in PATH or named by CXX")
-    print("compiling the fused kernels, once on this machine; this takes about a minute ...", file=sys.stderr)
+    print("compiling the fused kernels, once on this machine ...", file=sys.stderr)
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         # ninja lies beside this Python even where its folder is not in PATH.

@@ -52,8 +52,8 @@ Correlation forward_correlation(const PdartsSeparable& s) {
   return {v, h, 1, s.stride / step, std::max<int64_t>(1, s.dilation / step), step};
 }
 
-// The gradient at phase, phase + stride, ... depends on the taps first, first + every, ...; the correlation runs through
-// them from the last one to the first.
+// The gradient at phase, phase + stride, ... depends on the taps first, first + every, ...; the correlation runs
+// through them from the last one to the first.
 Axis backward_axis(const PdartsSeparable& s, int64_t size, int64_t phase) {
   int64_t every = s.stride / std::gcd(s.stride, s.dilation), first = 0;
   while (first < every && (phase + s.padding - first * s.dilation) % s.stride) first++;

@@ -29,7 +29,7 @@ struct Call {
   int64_t pictures, units;            // pictures of a unit
   int64_t row;                        // channels, padded as the rows of a product are
   int64_t wide;                       // the same, padded to blocks as well
-  int64_t depthwise, matrix, parts;   // elements of the weights and of a unit's sums
+  int64_t depthwise_size, pointwise_size, parts;  // elements of the weights and of a unit's sums
   A* scratch;
 
   Call(const PdartsSeparable& s, void* scratch, bool is_backward) : s(s), scratch(static_cast<A*>(scratch)) {
@@ -41,19 +41,20 @@ struct Call {
     pictures = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, pixels)), units = ceil_div(s.N, pictures);
     int64_t blocks = ceil_div(s.C, kBlock<A>) * kBlock<A>;
     row = padded<A>(s.C), wide = std::max(blocks, row);
-    depthwise = s.kernel * s.kernel * blocks, matrix = std::max(s.C * padded<A>(s.out), s.out * row);
-    parts = depthwise + s.out * row;
+    depthwise_size = s.kernel * s.kernel * blocks;
+    pointwise_size = std::max(s.C * padded<A>(s.out), s.out * row);
+    parts = depthwise_size + s.out * row;
   }
 
-  int64_t elements() const { return 2 * wide + 2 * depthwise + matrix + units * parts; }
+  int64_t elements() const { return 2 * wide + 2 * depthwise_size + pointwise_size + units * parts; }
   A* mean() const { return scratch; }
   A* invstd() const { return mean() + wide; }
   A* forward_weight() const { return invstd() + wide; }
   // Those of all backward correlations have that size too: every tap belongs to one residue of row and column.
-  A* backward_weight() const { return forward_weight() + depthwise; }
-  A* small() const { return backward_weight() + depthwise; }  // the pointwise weight or its transpose
-  A* depthwise_sums(int64_t unit) const { return small() + matrix + unit * parts; }
-  A* pointwise_sums(int64_t unit) const { return depthwise_sums(unit) + depthwise; }
+  A* backward_weight() const { return forward_weight() + depthwise_size; }
+  A* pointwise_weight() const { return backward_weight() + depthwise_size; }  // or its transpose
+  A* depthwise_sums(int64_t unit) const { return pointwise_weight() + pointwise_size + unit * parts; }
+  A* pointwise_sums(int64_t unit) const { return depthwise_sums(unit) + depthwise_size; }
 
   void read_weights(bool transpose) const {
     std::fill(mean(), invstd(), A(0)), std::fill(invstd(), forward_weight(), A(1));
@@ -65,7 +66,7 @@ struct Call {
     int64_t rows = transpose ? s.C : s.out, columns = transpose ? s.out : s.C, stride = padded<A>(columns);
     for (int64_t i = 0; i < rows; i++) {
       for (int64_t j = 0; j < stride; j++) {
-        small()[i * stride + j] = j >= columns ? A(0) : transpose ? w[j * s.C + i] : w[i * s.C + j];
+        pointwise_weight()[i * stride + j] = j >= columns ? A(0) : transpose ? w[j * s.C + i] : w[i * s.C + j];
       }
     }
     if (!s.kernel) return;
@@ -126,7 +127,7 @@ struct Unit {
     const PdartsSeparable& s = call.s;
     if (s.kernel) run_depthwise();
     for_pointwise_input(s.C, [&](const A* z, int64_t row, int64_t some) {
-      multiply<A>(z, some, s.C, call.small(), s.out, nullptr, nullptr, y + (n * call.pixels + row) * s.out);
+      multiply<A>(z, some, s.C, call.pointwise_weight(), s.out, nullptr, nullptr, y + (n * call.pixels + row) * s.out);
     });
   }
 
@@ -141,15 +142,14 @@ struct Unit {
     }
     A* to = grad_f ? grad_f + n * size() : nullptr;
     if (!s.kernel) {
-      if (to) multiply<A>(g, pixels, s.out, call.small(), s.C, x().x, call.mean(), to);
+      if (to) multiply<A>(g, pixels, s.out, call.pointwise_weight(), s.C, x().x, call.mean(), to);
       return;
     }
     if (!to && !needs_depthwise) return;
-    multiply<A>(g, pixels, s.out, call.small(), s.C, nullptr, nullptr, between.get());  // its gradient
+    multiply<A>(g, pixels, s.out, call.pointwise_weight(), s.C, nullptr, nullptr, between.get());  // its gradient
     if (needs_depthwise) {
       for_taps<A>(call.forward, [&](auto K, auto S, auto D) {
-        correlate_weight<A, K, S, D>(
-            call.forward, ring, pictures, x(), between.get(), call.depthwise_sums(index));
+        correlate_weight<A, K, S, D>(call.forward, ring, pictures, x(), between.get(), call.depthwise_sums(index));
       });
     }
     const A* w = call.backward_weight();
@@ -160,7 +160,7 @@ struct Unit {
       for_taps<A>(c, [&](auto K, auto S, auto D) {
         correlate<A, K, S, D>(c, rings[i], pictures, Input<A>{between.get(), s.C, nullptr, nullptr}, w, out);
       });
-      w += c.taps() * (call.depthwise / (s.kernel * s.kernel));
+      w += c.taps() * (call.depthwise_size / (s.kernel * s.kernel));
     }
   }
 };
@@ -219,7 +219,7 @@ void separable_backward_cpu(
     }
     if (grad_depthwise) {
       int64_t taps = s->kernel * s->kernel, B = kBlock<A>;
-      std::vector<double> total = add_up(call, call.depthwise_sums(0), call.depthwise);
+      std::vector<double> total = add_up(call, call.depthwise_sums(0), call.depthwise_size);
       for (int64_t c = 0; c < s->C; c++) {
         for (int64_t tap = 0; tap < taps; tap++) {
           static_cast<A*>(grad_depthwise)[c * taps + tap] = total[(c / B * taps + tap) * B + c % B];
