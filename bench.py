@@ -523,9 +523,7 @@ def losses(args):
     worst, itself = (max(r["distance"][name] for r in rows) for name in ("kernels, float64", "last bit"))
     print(f"\nlargest distance in float64: {worst:.1e}; of plain torch from itself, last bit changed: {itself:.1e}")
     if not worst < 1e-4:
-        sys.exit(
-            "the losses with kernels are not those without to 4 digits; expected it where the last bit leaves them so"
-        )
+        sys.exit("the kernels' losses are not plain torch's to 4 digits; expected that as long as the last bit's are")
     return rows
 
 
