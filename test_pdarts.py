@@ -1555,12 +1555,12 @@ def test_second_derivative_of_the_fused_sum_is_refused(device):
     [
         ([], torch.rand(0), "outputs has 0 tensors; expected 1 to 64"),
         ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
-        ([torch.rand(1, 2, 3, 3)] * 2, torch.rand(3), "weights has shape .3.; expected .2."),
+        ([torch.rand(1, 2, 3, 3)] * 2, torch.rand(3), "probabilities has shape .3.; expected .2."),
         ([torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
         ([torch.rand(1, 2, 3, 3)] * 65, torch.rand(65), "outputs has 65 tensors; expected 1 to 64"),
         ([torch.ones(1, 2, 3, 3, dtype=torch.int32)], torch.rand(1), "outputs.0. is Int; expected float32, float64"),
         ([torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3).double()], torch.rand(2), "outputs.1. is Double; expected"),
-        ([torch.rand(1, 2, 3, 3)], torch.rand(1).double(), "weights is Double; expected float32 or Float"),
+        ([torch.rand(1, 2, 3, 3)], torch.rand(1).double(), "probabilities is Double; expected float32 or Float"),
     ],
 )
 def test_fused_sum_names_what_does_not_fit(device, outputs, weights, message):

@@ -2,9 +2,9 @@
 
     from kernels import mixed_sum, mixed_norm_sum, separable, pool
 
-    y = mixed_sum(outputs, weights)                 # sum_k weights[k] * outputs[k]
-    y = mixed_norm_sum(outputs, weights, running_means, running_vars, training=True)
-                                                    # sum_k weights[k] * batch_norm_k(outputs[k])
+    y = mixed_sum(outputs, probabilities)                 # sum_k probabilities[k] * outputs[k]
+    y = mixed_norm_sum(outputs, probabilities, running_means, running_vars, training=True)
+                                                    # sum_k probabilities[k] * batch_norm_k(outputs[k])
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
     y = pool(x, "max")                              # over 3x3 windows, or "avg"; fused on the CPU only
 
@@ -48,19 +48,19 @@ _FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERN
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def mixed_sum_ref(outputs, weights):
+def mixed_sum_ref(outputs, probabilities):
     """Plain torch version of `mixed_sum`."""
-    return sum(w.to(y.dtype) * y for w, y in zip(weights, outputs, strict=True))
+    return sum(w.to(y.dtype) * y for w, y in zip(probabilities, outputs, strict=True))
 
 
-def mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
+def mixed_norm_sum_ref(outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5):
     """Plain torch version of `mixed_norm_sum`."""
     statistics = zip(running_means, running_vars, strict=True)
     normed = [
         y if mean is None else F.batch_norm(y, mean, var, None, None, training, momentum, eps)
         for y, (mean, var) in zip(outputs, statistics, strict=True)
     ]
-    return mixed_sum_ref(normed, weights)
+    return mixed_sum_ref(normed, probabilities)
 
 
 def separable_ref(
@@ -92,24 +92,24 @@ def pool_ref(x, kind, stride=1):
     return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
 
 
-def mixed_sum(outputs, weights):
-    """sum_k weights[k] * outputs[k], read once and written once.
+def mixed_sum(outputs, probabilities):
+    """sum_k probabilities[k] * outputs[k], read once and written once.
 
     outputs: 1 to 64 tensors [N,C,H,W] of one dtype: float32, float64, bfloat16 or float16, accumulated in float32 (in
-    float64 for float64). weights: [K], float32 or the outputs' dtype. Returns [N,C,H,W] in the memory format of the
-    first output, and keeps the outputs for backward only if the weights need a gradient. Deterministic; RuntimeError
-    for what does not fit together. Differentiable once.
+    float64 for float64). probabilities: [K], float32 or the outputs' dtype. Returns [N,C,H,W] in the memory
+    format of the first output, and keeps the outputs for backward only if the probabilities need a gradient.
+    Deterministic; RuntimeError for what does not fit together. Differentiable once.
     """
     outputs = _one_dtype(outputs)
     if not fused(outputs[0].device):
-        return mixed_sum_ref(outputs, weights)
-    return torch.ops.pdarts.mixed(outputs, weights, None, [False] * len(outputs), 0.0)[0]
+        return mixed_sum_ref(outputs, probabilities)
+    return torch.ops.pdarts.mixed(outputs, probabilities, None, [False] * len(outputs), 0.0)[0]
 
 
-def mixed_norm_sum(outputs, weights, running_means, running_vars, training, momentum=0.1, eps=1e-5):
-    """sum_k weights[k] * bn_k(outputs[k]), bn_k a batch norm without affine parameters; nothing normalised is stored.
+def mixed_norm_sum(outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5):
+    """sum_k probabilities[k] * bn_k(outputs[k]), bn_k a batch norm without gamma and beta; stores nothing normalised.
 
-    outputs, weights and result as in `mixed_sum`. running_means, running_vars: K tensors [C] in the type that is
+    outputs, probabilities and result as in `mixed_sum`. running_means, running_vars: K tensors [C] in the type that is
     accumulated in, or None where the output is not to be normalised (an identity). `training`: normalise by the
     statistics of the batch and move the running ones by `momentum` towards them (the variance unbiased), as torch's
     batch_norm does; otherwise normalise by the running ones. Kept for backward: the outputs and 3 numbers per output
@@ -117,7 +117,7 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
     """
     outputs = _one_dtype(outputs)
     if not fused(outputs[0].device):
-        return mixed_norm_sum_ref(outputs, weights, running_means, running_vars, training, momentum, eps)
+        return mixed_norm_sum_ref(outputs, probabilities, running_means, running_vars, training, momentum, eps)
     if not len(outputs) == len(running_means) == len(running_vars):
         raise RuntimeError(
             f"running_means has {len(running_means)} and running_vars {len(running_vars)} entries; expected "
@@ -128,11 +128,11 @@ def mixed_norm_sum(outputs, weights, running_means, running_vars, training, mome
         raise RuntimeError("running_means and running_vars are None in different places; expected the same")
     means, vars = ([t for t in running if t is not None] for running in (running_means, running_vars))
     if not means:
-        return mixed_sum(outputs, weights)
+        return mixed_sum(outputs, probabilities)
     if not training:
         statistics = _running_statistics(means, vars, normalised, eps)
-        return torch.ops.pdarts.mixed(outputs, weights, statistics, [False] * len(outputs), eps)[0]
-    y, statistics = torch.ops.pdarts.mixed(outputs, weights, None, normalised, eps)
+        return torch.ops.pdarts.mixed(outputs, probabilities, statistics, [False] * len(outputs), eps)[0]
+    y, statistics = torch.ops.pdarts.mixed(outputs, probabilities, None, normalised, eps)
     count = y.shape[0] * y.shape[2] * y.shape[3]
     torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
     return y
@@ -302,15 +302,16 @@ def _register_fakes():
         return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     @torch.library.register_fake("pdarts::mixed")
-    def _(outputs, weights, statistics, batch, eps):
+    def _(outputs, probabilities, statistics, batch, eps):
         x = outputs[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return empty(x), x.new_empty(3 if any(batch) else 0, len(outputs), x.shape[1], dtype=dtype)
 
     @torch.library.register_fake("pdarts::mixed_backward")
-    def _(grad, outputs, weights, statistics, batch, needs_outputs, needs_weights):
+    def _(grad, outputs, probabilities, statistics, batch, needs_outputs, needs_probabilities):
         like = next((y for y in outputs if y is not None), grad)
-        return [empty(like) for needs in needs_outputs if needs], weights.new_empty(len(outputs) * needs_weights)
+        grads = [empty(like) for needs in needs_outputs if needs]
+        return grads, probabilities.new_empty(len(outputs) * needs_probabilities)
 
     @torch.library.register_fake("pdarts::separable")
     def _(x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation):

@@ -3,6 +3,12 @@
 // Every sum is split by the shape alone: threads add up in float (or double), a block adds its threads in a tree, and
 // one block per channel adds up the blocks in double. So results are the same bits at every call, on any GPU.
 
+// torch compiles without the conversions of half and bfloat16, which this file needs.
+#undef __CUDA_NO_HALF_CONVERSIONS__
+#undef __CUDA_NO_HALF_OPERATORS__
+#undef __CUDA_NO_HALF2_OPERATORS__
+#undef __CUDA_NO_BFLOAT16_CONVERSIONS__
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -292,14 +298,14 @@ __global__ void __launch_bounds__(kThreads) backward_sums_finish(int64_t splits,
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// Block k: coefficients [3][K][C], a, b and c in grad_x_k = a * g + b * (x_k - mean_k) + c, and grad_weights[k].
+// Block k: coefficients [3][K][C], a, b and c in grad_x_k = a * g + b * (x_k - mean_k) + c, and grad_probabilities[k].
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    coefficients_kernel(PdartsMixed m, int64_t C, const double* sums, A* coefficients, A* grad_weights) {
+    coefficients_kernel(PdartsMixed m, int64_t C, const double* sums, A* coefficients, A* grad_probabilities) {
   __shared__ double shared[kThreads];
   int k = blockIdx.x;
   double M = static_cast<double>(m.N) * m.HW, weight = 0;
-  const A *w = static_cast<const A*>(m.weights), *statistics = static_cast<const A*>(m.statistics);
+  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
   bool batch = m.batch >> k & 1;
   for (int64_t c = threadIdx.x; c < C; c += kThreads) {
     A invstd = statistics ? statistics[(m.K + k) * C + c] : A(1), a = w[k] * invstd;
@@ -307,21 +313,21 @@ __global__ void __launch_bounds__(kThreads)
     to[0] = a;
     to[m.K * C] = batch ? -a * invstd * invstd * sums[k * C + c] / M : 0;
     to[2 * m.K * C] = batch ? -a * sums[m.K * C + c] / M : 0;
-    if (grad_weights) weight += sums[k * C + c] * invstd;
+    if (grad_probabilities) weight += sums[k * C + c] * invstd;
   }
   weight = block_sum(weight, shared, 1);
-  if (grad_weights && threadIdx.x == 0) grad_weights[k] = weight;
+  if (grad_probabilities && threadIdx.x == 0) grad_probabilities[k] = weight;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Results, element by element
 // ---------------------------------------------------------------------------------------------------------------------
 
-// y = sum_k weights[k] * invstd_k * (x_k - mean_k), for V elements from i on
+// y = sum_k probabilities[k] * invstd_k * (x_k - mean_k), for V elements from i on
 template <Layout L, int V, class T>
 __device__ __forceinline__ void forward_at(const PdartsMixed& m, int64_t i, T* y) {
   using A = typename Accumulated<T>::type;
-  const A *w = static_cast<const A*>(m.weights), *means = static_cast<const A*>(m.statistics);
+  const A *w = static_cast<const A*>(m.probabilities), *means = static_cast<const A*>(m.statistics);
   const A* invstds = means + m.K * m.C;
   int64_t c = channel_of<L>(m, i);
   A sum[V] = {};
@@ -485,7 +491,8 @@ void mixed_forward_cuda(const PdartsMixed* call, void* y, void* scratch, void* s
 }
 
 void mixed_backward_cuda(
-    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_weights, void* scratch, void* stream_) {
+    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_probabilities, void* scratch,
+    void* stream_) {
   PdartsMixed m = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Gradients gradients = {};
@@ -497,7 +504,7 @@ void mixed_backward_cuda(
     if (grad_x[k]) inputs |= uint64_t(1) << k;
   }
   uint64_t all = m.K == 64 ? ~uint64_t(0) : (uint64_t(1) << m.K) - 1;
-  uint64_t needed = grad_weights ? all : m.batch & inputs;  // those whose sums are needed
+  uint64_t needed = grad_probabilities ? all : m.batch & inputs;  // those whose sums are needed
   m.batch &= inputs;
   int64_t numel = m.N * m.C * m.HW;
   for_case(m, all_aligned, [&](auto which) {
@@ -517,7 +524,7 @@ void mixed_backward_cuda(
       backward_sums_finish<<<rows, kThreads, 0, stream>>>(r.splits, partial, sums);
     }
     coefficients_kernel<A>
-        <<<m.K, kThreads, 0, stream>>>(m, r.channels, sums, coefficients, static_cast<A*>(grad_weights));
+        <<<m.K, kThreads, 0, stream>>>(m, r.channels, sums, coefficients, static_cast<A*>(grad_probabilities));
     if (inputs && numel) {
       backward_inputs_kernel<L, V, T>
           <<<blocks_for(numel / V), kThreads, 0, stream>>>(m, g, coefficients, gradients);

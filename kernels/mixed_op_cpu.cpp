@@ -313,7 +313,7 @@ void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t 
   std::vector<A> coefficients(2 * m.K * l.entries), buffers;
   A *means = coefficients.data(), *scales = means + m.K * l.entries;
   if (m.type == kBFloat16 || m.type == kFloat16) buffers.resize(kAtOnce * kTile);
-  const A *w = static_cast<const A*>(m.weights), *statistics = static_cast<const A*>(m.statistics);
+  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
   for (int64_t k = 0; k < m.K; k++) {
     for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
       l.for_entries(i, [&](int64_t e) {
@@ -411,7 +411,7 @@ void backward_inputs_unit(
   std::vector<A> coefficients(4 * m.K * l.entries);
   int64_t step = m.K * l.entries;
   A *as = coefficients.data(), *bs = as + step, *cs = bs + step, *means = cs + step;
-  const A *w = static_cast<const A*>(m.weights), *statistics = static_cast<const A*>(m.statistics);
+  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
   double M = m.N * m.HW;
   for (int64_t k = 0; k < m.K; k++) {
     for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
@@ -527,11 +527,11 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
 }
 
 void mixed_backward_cpu(
-    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_weights, void* scratch, void*) {
+    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_probabilities, void* scratch, void*) {
   const PdartsMixed& m = *call;
   uint64_t inputs = 0;  // the candidates whose gradient is asked for
   for (int k = 0; k < m.K; k++) inputs |= uint64_t(grad_x[k] != nullptr) << k;
-  uint64_t needed = grad_weights ? ~uint64_t(0) : m.batch & inputs;  // those whose sums are needed
+  uint64_t needed = grad_probabilities ? ~uint64_t(0) : m.batch & inputs;  // those whose sums are needed
   for_accumulator(m.type, [&](auto t) {
     using A = decltype(t);
     Layout l(m, Simd<A>::W);
@@ -562,11 +562,11 @@ void mixed_backward_cpu(
       one_pass(l, [&](int64_t group, int64_t unit) { add_up(group, unit), apply(group, unit); });
       parallel(l.groups, finish);
     }
-    for (int64_t k = 0; grad_weights && k < m.K; k++) {
+    for (int64_t k = 0; grad_probabilities && k < m.K; k++) {
       const A* invstd = m.statistics ? static_cast<const A*>(m.statistics) + (m.K + k) * m.C : nullptr;
       double sum = 0;
       for (int64_t c = 0; c < l.C; c++) sum += sums[k * l.C + c] * (invstd ? invstd[c] : 1);
-      static_cast<A*>(grad_weights)[k] = sum;
+      static_cast<A*>(grad_probabilities)[k] = sum;
     }
   });
 }

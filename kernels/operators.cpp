@@ -62,17 +62,19 @@ void check_outputs(at::TensorList outputs) {
   }
 }
 
-void check_weights(const Tensor& weights, at::TensorList outputs) {
+void check_probabilities(const Tensor& probabilities, at::TensorList outputs) {
   const Tensor& first = outputs[0];
   TORCH_CHECK(
-      weights.dim() == 1 && weights.size(0) == static_cast<int64_t>(outputs.size()), "weights has shape ",
-      weights.sizes(), "; expected [", outputs.size(), "], one for each of the outputs");
+      probabilities.dim() == 1 && probabilities.size(0) == static_cast<int64_t>(outputs.size()),
+      "probabilities has shape ", probabilities.sizes(), "; expected [", outputs.size(),
+      "], one for each of the outputs");
   TORCH_CHECK(
-      weights.scalar_type() == at::kFloat || weights.scalar_type() == first.scalar_type(), "weights is ",
-      weights.scalar_type(), "; expected float32 or ", first.scalar_type(), " like outputs[0]");
-  TORCH_CHECK(
-      weights.device() == first.device(), "weights is on ", weights.device(), "; expected ", first.device(),
+      probabilities.scalar_type() == at::kFloat || probabilities.scalar_type() == first.scalar_type(),
+      "probabilities is ", probabilities.scalar_type(), "; expected float32 or ", first.scalar_type(),
       " like outputs[0]");
+  TORCH_CHECK(
+      probabilities.device() == first.device(), "probabilities is on ", probabilities.device(), "; expected ",
+      first.device(), " like outputs[0]");
 }
 
 // The running statistics of the normalised outputs, in order; statistics [3,K,C].
@@ -100,13 +102,15 @@ struct Call : PdartsMixed {
   at::MemoryFormat format;
   std::vector<Tensor> kept;  // owns the copies of what was in another format or type
 
-  Call(const Tensor& like, const Tensor& weights, const std::optional<Tensor>& given, const std::vector<bool>& flags)
+  Call(
+      const Tensor& like, const Tensor& probabilities, const std::optional<Tensor>& given,
+      const std::vector<bool>& flags)
       : PdartsMixed{}, like(like), guard(like.device()), format(format_of(like)) {
     N = like.size(0), C = like.size(1), HW = like.size(2) * like.size(3);
     channels_last = format == at::MemoryFormat::ChannelsLast || HW == 1;  // for one pixel both formats are the same
     type = type_of(like);
-    kept.push_back(weights.to(accumulated(like)).contiguous());
-    this->weights = kept.back().const_data_ptr();
+    kept.push_back(probabilities.to(accumulated(like)).contiguous());
+    this->probabilities = kept.back().const_data_ptr();
     for (size_t k = 0; k < flags.size(); k++) batch |= uint64_t(flags[k]) << k;
     if (given) kept.push_back(*given), statistics = given->data_ptr();
   }
@@ -129,16 +133,16 @@ struct Call : PdartsMixed {
 #endif
     mixed_forward_cpu(this, y, scratch(mixed_scratch_cpu(this)), nullptr);
   }
-  void backward(const void* g, void* const* grad_x, void* grad_weights) {
+  void backward(const void* g, void* const* grad_x, void* grad_probabilities) {
 #ifdef PDARTS_CUDA
     if (like.is_cuda()) {
       auto stream = c10::cuda::getCurrentCUDAStream();
-      mixed_backward_cuda(this, g, grad_x, grad_weights, scratch(mixed_scratch_cuda(this)), stream);
+      mixed_backward_cuda(this, g, grad_x, grad_probabilities, scratch(mixed_scratch_cuda(this)), stream);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
       return;
     }
 #endif
-    mixed_backward_cpu(this, g, grad_x, grad_weights, scratch(mixed_scratch_cpu(this)), nullptr);
+    mixed_backward_cpu(this, g, grad_x, grad_probabilities, scratch(mixed_scratch_cpu(this)), nullptr);
   }
 
  private:
@@ -164,15 +168,15 @@ void check_statistics(const std::optional<Tensor>& statistics, const Tensor& fir
       "; expected a contiguous ", accumulated(first), " ", at::IntArrayRef(expected), " on ", first.device());
 }
 
-// sum_k weights[k] * (outputs[k] - mean_k) * invstd_k, and the statistics of the batch that were computed for it.
+// sum_k probabilities[k] * (outputs[k] - mean_k) * invstd_k, and the statistics of the batch that were computed for it.
 std::tuple<Tensor, Tensor> mixed(
-    at::TensorList outputs, const Tensor& weights, const std::optional<Tensor>& statistics, c10::List<bool> batch,
+    at::TensorList outputs, const Tensor& probabilities, const std::optional<Tensor>& statistics, c10::List<bool> batch,
     double eps) {
   check_outputs(outputs);
-  check_weights(weights, outputs);
+  check_probabilities(probabilities, outputs);
   std::vector<bool> flags = flags_of("batch", batch, outputs.size());
   check_statistics(statistics, outputs[0], outputs.size());
-  Call call(outputs[0], weights, statistics, flags);
+  Call call(outputs[0], probabilities, statistics, flags);
   TORCH_CHECK(!statistics || !call.batch, "statistics are given for outputs that are to be normalised by their own");
   TORCH_CHECK(
       !call.batch || call.N * call.HW != 1, "outputs have shape ", call.like.sizes(),
@@ -186,11 +190,12 @@ std::tuple<Tensor, Tensor> mixed(
   return {y, computed};
 }
 
-// The gradients of those outputs that need one, in their order, and of the weights (empty if they need none).
-// outputs[k] may be None where nothing depends on it: neither weights nor batch statistics.
+// The gradients of those outputs that need one, in their order, and of the probabilities (empty if they need none).
+// outputs[k] may be None where nothing depends on it: neither probabilities nor batch statistics.
 std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
-    const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& weights,
-    const std::optional<Tensor>& statistics, c10::List<bool> batch, c10::List<bool> needs_outputs, bool needs_weights) {
+    const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& probabilities,
+    const std::optional<Tensor>& statistics, c10::List<bool> batch, c10::List<bool> needs_outputs,
+    bool needs_probabilities) {
   size_t K = outputs.size();
   std::vector<bool> flags = flags_of("batch", batch, K), needs = flags_of("needs_outputs", needs_outputs, K);
   std::vector<Tensor> given;
@@ -202,20 +207,20 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
   }
   if (!like.defined()) like = grad;
   if (!statistics) flags.assign(K, false);
-  Call call(like, weights, statistics, flags);
+  Call call(like, probabilities, statistics, flags);
   const void* g = call.dense(grad);
   std::vector<Tensor> grads;
   std::vector<void*> grad_x(K, nullptr);
   for (size_t k = 0; k < K; k++) {
     TORCH_CHECK(
-        given[k].defined() || !(needs_weights || (flags[k] && needs[k])), "outputs[", k,
+        given[k].defined() || !(needs_probabilities || (flags[k] && needs[k])), "outputs[", k,
         "] is None; expected the tensor, because gradients depend on it");
     call.add(given[k]);
     if (needs[k]) grads.push_back(call.empty()), grad_x[k] = grads.back().data_ptr();
   }
-  Tensor grad_weights = call.accumulators({needs_weights ? call.K : 0});
-  call.backward(g, grad_x.data(), needs_weights ? grad_weights.data_ptr() : nullptr);
-  return {std::move(grads), grad_weights.to(weights.scalar_type())};
+  Tensor grad_probabilities = call.accumulators({needs_probabilities ? call.K : 0});
+  call.backward(g, grad_x.data(), needs_probabilities ? grad_probabilities.data_ptr() : nullptr);
+  return {std::move(grads), grad_probabilities.to(probabilities.scalar_type())};
 }
 
 // Moves the running statistics of the outputs in `batch` towards those of the batch, like torch's batch_norm: the
@@ -318,7 +323,7 @@ struct Separable : PdartsSeparable {
     static const double double_one = 1;
     static const float float_one = 1;
     PdartsMixed m{N, C, H * W, 1, type, 1, eps, batch};
-    m.weights = type == kFloat64 ? static_cast<const void*>(&double_one) : &float_one;
+    m.probabilities = type == kFloat64 ? static_cast<const void*>(&double_one) : &float_one;
     m.statistics = statistics_.data_ptr(), m.x[0] = x;
     return m;
   }
@@ -354,8 +359,8 @@ std::tuple<Tensor, Tensor> separable(
   return {y, computed};
 }
 
-// The gradients of x and of both weights, empty where they are not asked for. What is between them is computed again.
-// batch: the statistics are those of x.
+// The gradients of x and of both weights, empty where they are not asked for. What is between them is computed
+// again. batch: the statistics are those of x.
 Three separable_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
     const OptionalTensor& statistics, bool batch, int64_t stride, int64_t padding, int64_t dilation,
@@ -434,10 +439,11 @@ auto operator_of(const char* name) {
 }
 
 auto below_autograd(
-    at::TensorList outputs, const Tensor& weights, const std::optional<Tensor>& statistics, Flags batch, double eps) {
+    at::TensorList outputs, const Tensor& probabilities, const std::optional<Tensor>& statistics, Flags batch,
+    double eps) {
   static auto op = operator_of<decltype(mixed)>("pdarts::mixed");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(outputs, weights, statistics, batch, eps);
+  return op.call(outputs, probabilities, statistics, batch, eps);
 }
 
 bool any_requires_grad(at::TensorList tensors) {
@@ -465,13 +471,13 @@ struct Settings {
 
 struct Mixed : torch::autograd::Function<Mixed> {
   static variable_list forward(
-      AutogradContext* ctx, at::TensorList outputs, const Tensor& weights, const Settings& settings) {
-    auto [y, computed] = below_autograd(outputs, weights, settings.statistics, settings.batch, settings.eps);
+      AutogradContext* ctx, at::TensorList outputs, const Tensor& probabilities, const Settings& settings) {
+    auto [y, computed] = below_autograd(outputs, probabilities, settings.statistics, settings.batch, settings.eps);
     bool training = std::count(settings.batch.begin(), settings.batch.end(), true);
-    variable_list kept{weights, training ? computed : settings.statistics.value_or(Tensor())};
+    variable_list kept{probabilities, training ? computed : settings.statistics.value_or(Tensor())};
     for (size_t k = 0; k < outputs.size(); k++) {
       // Its gradient depends on an output only through the statistics.
-      bool needed = weights.requires_grad() || (settings.batch[k] && outputs[k].requires_grad());
+      bool needed = probabilities.requires_grad() || (settings.batch[k] && outputs[k].requires_grad());
       kept.push_back(needed ? outputs[k] : Tensor());
     }
     ctx->save_for_backward(kept);
@@ -491,23 +497,26 @@ struct Mixed : torch::autograd::Function<Mixed> {
       outputs.push_back(given(kept[k + 2]));
       needs.push_back(ctx->needs_input_grad(k));  // of this call of backward: others may ask for more
     }
-    bool needs_weights = ctx->needs_input_grad(outputs.size());
-    auto [grads, grad_weights] = op.call(grad[0], outputs, kept[0], given(kept[1]), batch, needs, needs_weights);
+    bool needs_probabilities = ctx->needs_input_grad(outputs.size());
+    auto [grads, grad_probabilities] =
+        op.call(grad[0], outputs, kept[0], given(kept[1]), batch, needs, needs_probabilities);
     variable_list all;
     size_t next = 0;
     for (size_t k = 0; k < outputs.size(); k++) all.push_back(needs[k] ? grads[next++] : Tensor());
-    all.push_back(needs_weights ? grad_weights : Tensor());
+    all.push_back(needs_probabilities ? grad_probabilities : Tensor());
     all.push_back(Tensor());  // the settings
     return all;
   }
 };
 
 std::tuple<Tensor, Tensor> mixed_autograd(
-    at::TensorList outputs, const Tensor& weights, const std::optional<Tensor>& statistics, Flags batch, double eps) {
-  if (bool of_weights = differentiated(weights), of_outputs = differentiated(outputs); !of_weights && !of_outputs) {
-    return below_autograd(outputs, weights, statistics, batch, eps);
+    at::TensorList outputs, const Tensor& probabilities, const std::optional<Tensor>& statistics, Flags batch,
+    double eps) {
+  if (bool of_probabilities = differentiated(probabilities), of_outputs = differentiated(outputs);
+      !of_probabilities && !of_outputs) {
+    return below_autograd(outputs, probabilities, statistics, batch, eps);
   }
-  variable_list results = Mixed::apply(outputs, weights, Settings{statistics, batch, eps});
+  variable_list results = Mixed::apply(outputs, probabilities, Settings{statistics, batch, eps});
   return {results[0], results[1]};
 }
 
@@ -531,22 +540,22 @@ variable_list not_twice(const variable_list& gradients, const variable_list& inp
 }
 
 std::tuple<std::vector<Tensor>, Tensor> mixed_backward_autograd(
-    const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& weights,
-    const std::optional<Tensor>& statistics, Flags batch, Flags needs_outputs, bool needs_weights) {
+    const Tensor& grad, const c10::List<std::optional<Tensor>>& outputs, const Tensor& probabilities,
+    const std::optional<Tensor>& statistics, Flags batch, Flags needs_outputs, bool needs_probabilities) {
   static auto op = operator_of<decltype(mixed_backward)>("pdarts::mixed_backward");
-  auto [grads, grad_weights] = [&] {
+  auto [grads, grad_probabilities] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(grad, outputs, weights, statistics, batch, needs_outputs, needs_weights);
+    return op.call(grad, outputs, probabilities, statistics, batch, needs_outputs, needs_probabilities);
   }();
-  variable_list inputs{grad, weights};
+  variable_list inputs{grad, probabilities};
   for (const std::optional<Tensor>& t : outputs) {
     if (t) inputs.push_back(*t);
   }
-  grads.push_back(grad_weights);
+  grads.push_back(grad_probabilities);
   grads = not_twice(grads, inputs);
-  grad_weights = grads.back();
+  grad_probabilities = grads.back();
   grads.pop_back();
-  return {std::move(grads), grad_weights};
+  return {std::move(grads), grad_probabilities};
 }
 
 struct SeparableSettings {
@@ -658,10 +667,11 @@ Tensor pool_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY(pdarts, m) {
-  m.def("mixed(Tensor[] outputs, Tensor weights, Tensor? statistics, bool[] batch, float eps) -> (Tensor, Tensor)");
   m.def(
-      "mixed_backward(Tensor grad, Tensor?[] outputs, Tensor weights, Tensor? statistics, bool[] batch, "
-      "bool[] needs_outputs, bool needs_weights) -> (Tensor[], Tensor)");
+      "mixed(Tensor[] outputs, Tensor probabilities, Tensor? statistics, bool[] batch, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "mixed_backward(Tensor grad, Tensor?[] outputs, Tensor probabilities, Tensor? statistics, bool[] batch, "
+      "bool[] needs_outputs, bool needs_probabilities) -> (Tensor[], Tensor)");
   m.def(
       "update_running(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor statistics, bool[] batch, "
       "int count, float momentum) -> ()");
