@@ -150,6 +150,7 @@ def separable(
     training=False,
     momentum=0.1,
     eps=1e-5,
+    recompute=True,
 ):
     """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is stored.
 
@@ -159,7 +160,7 @@ def separable(
     is computed again. Differentiable once.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
-    Elsewhere torch's own convolutions serve.
+    Elsewhere torch's own convolutions serve, which compute the rest again only if `recompute`.
     """
     running = running_mean, running_var
     if (running_mean is None) != (running_var is None):
@@ -169,7 +170,7 @@ def separable(
     alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
     autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
     if not alike or autocast or not _on_cpu(x):
-        recomputed = kind in ("cpu", "cuda") and (alike or autocast) and fused(kind)
+        recomputed = recompute and kind in ("cpu", "cuda") and (alike or autocast) and fused(kind)
         function = _Recomputed.apply if recomputed else separable_ref
         return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
     batch = training and running_mean is not None
@@ -500,3 +501,9 @@ def _file_lock(path):
         except OSError:  # a file system without locks: two processes may both build, which is safe
             pass
         yield
+
+
+from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
+
+__all__ = ["fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref", "mixed_sum"]
+__all__ += ["mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "use"]
