@@ -1,0 +1,273 @@
+"""The command line: search, evaluate, draw."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+import time
+
+import torch
+
+from harness.cells import cell_table, draw, read_genotype
+from harness.checkpoint import folder_of
+from harness.distributed import gather, process_group, processes
+from harness.evaluate import evaluate
+from harness.files import short, write_whole
+from harness.images import load
+from harness.progress import duration
+from harness.run import Stopped
+from harness.search import search
+from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
+from pdarts import GENOTYPES, InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _add_options(parser, presets):
+    """The options of a run, and one for every field of the presets' dataclass."""
+    parser.add_argument("--preset", choices=presets, help="where the settings come from (default: demo)")
+    parser.add_argument(
+        "--data", type=_path, metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch CIFAR into PATH (default: data) if it is not there"
+    )
+    parser.add_argument(
+        "--out", type=_path, metavar="DIR", help="new folder for the results (default: runs/ and the time)"
+    )
+    parser.add_argument(
+        "--resume", type=_path, metavar="DIR", help="the folder of a run that ended early, to go on with"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "on", "off"),
+        help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
+    )
+    parser.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="with torch's own convolutions: compute again in the backward pass what is cheap, instead of keeping it, "
+        "which saves memory and costs time (default: on the CPU only)",
+    )
+    parser.add_argument(
+        "--graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: a GPU replays whole steps as CUDA graphs, but for --unrolled and several GPUs (default: auto)",
+    )
+    settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
+    for field in dataclasses.fields(presets["demo"]):
+        if field.name == "dataset":
+            continue  # the preset's, or that of --data
+        demo, paper = (getattr(presets[name], field.name) for name in ("demo", "cifar10"))
+        flag = f"--{field.name.replace('_', '-')}"
+        keywords = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} [{_text(demo)}; {_text(paper)}]".replace("%", "%%"),
+        }
+        if isinstance(demo, bool):
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+        elif field.metadata["choices"]:
+            settings.add_argument(flag, choices=field.metadata["choices"], **keywords)
+        elif isinstance(demo, tuple):
+            settings.add_argument(flag, type=type(paper[0]), nargs="+", metavar="X", **keywords)
+        else:
+            settings.add_argument(flag, type=type(demo), metavar="X", **keywords)
+
+
+def _path(text):
+    if not text:  # such as "$DIR" of a variable that is not set
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return text
+
+
+def _text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _configure(args, presets, out):
+    """(settings, images, which these are) that the options stand for; what they leave open is as in a resumed run."""
+    settings = presets[args.preset or "demo"]
+    file = out / "config.json"
+    if args.resume and not args.preset and file.is_file():
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
+            settings, args.data = type(settings)(**values), args.data or saved["path"]
+            if not isinstance(args.data, str | None):
+                raise ValueError(f"path is {short(args.data)}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
+        args.preset = settings.dataset if settings.dataset in presets else None
+    args.preset = args.preset or "demo"
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = dataclasses.replace(settings, **given)
+    images = load(settings.dataset, args.data, args.download)
+    used, all_images = images.first(settings.images), len(images.y_train)
+    some = f"{len(used.y_train)} of " if len(used.y_train) < all_images else ""
+    return settings, used, f"{some}{all_images} images of {images.name}"
+
+
+def _say(*text):
+    """Of several processes rank 0 speaks."""
+    if processes()[0] == 0:
+        print(*text, flush=True)
+
+
+def _ways(args):
+    names = "device", "kernels", "resume", "recompute"
+    return {"graphs": args.graphs == "auto", "show": True} | {name: getattr(args, name) for name in names}
+
+
+def _search(args, out):
+    settings, images, which = _configure(args, SEARCH_PRESETS, out)
+    started = time.monotonic()
+    _say(
+        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells and "
+        f"{settings.epochs} epochs; results in {out}"
+    )
+    result = search(settings, images, None if args.resume else out, **_ways(args))
+    _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
+    _say(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
+    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
+    _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
+
+
+def _evaluate(args, out):
+    if args.genotype is None and not args.resume:
+        raise InputError("the following arguments are required: genotype (see pdarts.py evaluate --help)")
+    genotype = read_genotype(args.genotype or str(out / "genotype.json"))
+    if args.weights and (args.resume or args.out):
+        raise InputError("--weights only tests; expected no --out or --resume beside it")
+    if args.weights and not pathlib.Path(args.weights).is_file():
+        raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
+    settings, images, which = _configure(args, EVALUATE_PRESETS, out)
+    if not args.weights:
+        _say(
+            f"preset {args.preset}: training on {which}, {settings.cells} cells, {settings.channels} channels, "
+            f"{settings.epochs} epochs; results in {out}"
+        )
+    new = None if args.resume or args.weights else out
+    result = evaluate(genotype, settings, images, new, weights=args.weights, **_ways(args))
+    _say(f"parameters:    {result.parameters / 1e6:.3f} M")
+    _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
+    _say(f"test error:    {result.test_error:.2%}")
+    if not args.weights:
+        _say(f"written:       {out / 'weights.pt'}")
+
+
+def _draw(args, _):
+    prefix = args.output if args.output is not None else pathlib.Path(args.genotype).stem + "-"
+    genotype = read_genotype(args.genotype)
+    folder = pathlib.Path(f"{prefix}x").parent
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}; expected one that exists")
+    for kind, svg in draw(genotype).items():
+        path = pathlib.Path(f"{prefix}{kind}.svg")
+        write_whole(path, svg.encode())
+        print(path)
+
+
+def _parser():
+    parser = _Parser(prog="pdarts.py", description="Progressive Differentiable Architecture Search", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
+    _add_options(command, SEARCH_PRESETS)
+    command.set_defaults(run=_search)
+    command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
+    command.add_argument("genotype", nargs="?", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    _add_options(command, EVALUATE_PRESETS)
+    command.add_argument("--weights", type=_path, metavar="FILE", help="only test the network with these weights")
+    command.set_defaults(run=_evaluate)
+    command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
+    command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    command.add_argument(
+        "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
+    )
+    command.set_defaults(run=_draw)
+    return parser
+
+
+def _folder(args) -> pathlib.Path:
+    """The folder of the run; where torchrun started the processes again, they go on with it."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if restarted and args.out and (pathlib.Path(args.out) / "config.json").is_file():
+        args.out, args.resume = None, args.out
+    default = pathlib.Path("runs", f"{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return gather(folder_of(args.out, args.resume) or default)[0]  # named after one clock
+
+
+def _to_go_on(arguments, out) -> str:
+    """The same command again, with --resume in the place of --out."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    parser.add_argument("--resume")
+    _, others = parser.parse_known_args(arguments)
+    _, number = processes()
+    start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
+    if number > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(number):
+        start = []  # several machines: their torchrun as before
+    return "to go on: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
+
+
+def command(arguments: list[str]) -> int:
+    """Runs a command; returns the exit status."""
+    out = None
+    try:
+        parser = _parser()
+        args = parser.parse_args(arguments)
+        if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
+            parser.error("expected a value, got --")
+        if args.command == "draw":
+            args.run(args, None)
+        else:
+            if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            with process_group(args.device) as args.device:
+                out = _folder(args)
+                args.run(args, out)
+    except (InputError, OSError) as error:
+        print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if processes()[0] == 0:
+            print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print("pdarts.py: interrupted", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in reason:
+            print("pdarts.py: error: out of memory;", reason, file=sys.stderr)
+            return 2
+        if processes()[1] == 1:
+            raise
+        going_on = _to_go_on(arguments, out)
+        print(f"pdarts.py: error: process {processes()[0]} cannot go on ({reason}); {going_on}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
+    status = command(sys.argv[1:] if arguments is None else arguments)
+    if "LOCAL_RANK" in os.environ:  # torch's threads of a process group outlive it, and abort or block Python's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

@@ -1,0 +1,89 @@
+"""The device of a run, and how it computes there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+
+import torch
+
+from harness.distributed import processes
+from harness.files import reason
+from harness.graphs import CapturedStep
+from pdarts import InputError
+
+try:
+    import kernels as fused
+
+    fused.fuse  # noqa: B018  (there are other packages of this name)
+    missing = ""
+except ModuleNotFoundError as error:
+    fused, missing = None, "no folder kernels lies beside pdarts.py" if error.name == "kernels" else str(error)
+except (ImportError, AttributeError) as error:
+    fused, missing = None, f"the folder kernels cannot be imported ({reason(error)})"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` stands for; "auto" is the GPU if there is one. InputError if torch cannot use it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old names, which are refused
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    except Exception as error:  # whatever one of torch's backends leads to
+        raise InputError(
+            f"device {name!r} cannot be used ({reason(error)}); expected auto, cpu, cuda, cuda:1, ..."
+        ) from None
+    return device
+
+
+def entered(device: torch.device):
+    """A block in which `device` is the current one, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def deterministic(on: bool):
+    """A block in which, if `on`, torch only uses operations that give the same bits every time."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product of the process
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pick_kernels(mode: str | None, device: torch.device) -> bool:
+    """How this process runs what kernels/ fuses: by it ("on"), in plain torch ("off"), or by it if it can ("auto").
+
+    None: as before, at first PDARTS_KERNELS or "auto". Returns whether the kernels are used; builds them if they are.
+    """
+    if fused is None:
+        if mode == "on":
+            raise InputError(f"kernels is 'on', but {missing}; expected that folder, or auto or off")
+        return False
+    try:
+        if mode is not None:
+            fused.use(mode)
+        return fused.fused(device)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise InputError(f"the kernels cannot be used: {error}") from None
+
+
+def ways_to_compute(device: torch.device, kernels: bool, graphs: bool, recompute: bool | None) -> dict:
+    """The arguments of a Search or an Evaluation: prepare and wrap_step.
+
+    Graphs are for one process on a GPU: several wait for each other within a step.
+    """
+    ways = {}
+    if kernels:
+        ways["prepare"] = functools.partial(fused.fuse, recompute=recompute)
+    if graphs and device.type == "cuda" and processes()[1] == 1:
+        ways["wrap_step"] = functools.partial(CapturedStep, device=device)
+    return ways

@@ -1,0 +1,130 @@
+"""Several processes: torchrun starts one for each GPU; each has the whole network and takes its part of every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from pdarts import InputError
+
+
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes): (0, 1) unless torch.distributed is initialised."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+@contextlib.contextmanager
+def process_group(device: str):
+    """The rendezvous with the other processes, if torchrun started several; yields the device of this one."""
+    if "LOCAL_RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield device
+        return
+    on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if device.startswith("cuda:"):
+        raise InputError(f"device is {device} for several processes; expected cuda, each gets its own, or cpu")
+    if on_gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; expected "
+                "--nproc-per-node no larger, or --device cpu"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    yield device
+    dist.destroy_process_group()  # not after an error: the others may be gone
+
+
+def average(gradients):
+    """Each gradient's mean over all processes, the same bits in every one of them; None stays None.
+
+    A network of a few million parameters needs no overlap with the backward pass: one message holds them all.
+    """
+    _, number = processes()
+    present = [g for g in gradients if g is not None]
+    if number == 1 or not present:
+        return gradients
+    flat = torch.cat([g.flatten() for g in present])
+    dist.all_reduce(flat)
+    means = iter((flat / number).split([g.numel() for g in present]))
+    return [None if g is None else next(means).view_as(g) for g in gradients]
+
+
+def gather(value) -> list:
+    """`value` of every process, by rank."""
+    values = [value]
+    if processes()[1] > 1:
+        values = [None] * processes()[1]
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """`value` of rank 0."""
+    values = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def largest(number: int) -> int:
+    """The largest `number` of all processes."""
+    if processes()[1] == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def share_buffers(network):
+    """Takes rank 0's running statistics, as the official code does on several GPUs."""
+    if processes()[1] > 1:
+        buffers = [b for b in network.buffers() if b.is_floating_point()]
+        flat = torch.cat([b.flatten() for b in buffers])
+        dist.broadcast(flat, 0)
+        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers])):
+            buffer.copy_(part.view_as(buffer))
+
+
+def check_agreement(tensors, *others):
+    """RuntimeError unless all processes hold the same tensors, bit for bit, and the same `others`."""
+    text = repr((others, [tensor.tolist() for tensor in tensors]))
+    if len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) > 1:
+        raise RuntimeError("the processes hold different alphas or candidates; expected the same in all of them")
+
+
+class Shared:
+    """This process's part of every batch of a loader: every n-th image, of which all processes get as many.
+
+    Augmentation does not depend on the number of processes. Batch norms take the statistics of a process's own images,
+    as the official code's do. The last batch is cut to a multiple of the number, and left out if each would get a
+    single image, on which batch norm cannot be trained.
+    """
+
+    def __init__(self, loader):
+        self.loader, (self.rank, self.number) = loader, processes()
+        batch, images = loader.config.batch, len(loader.y)
+        if batch % self.number or min(batch, images) < 2 * self.number:
+            raise InputError(
+                f"batch is {batch}, of {images} images, for {self.number} process{'es' * (self.number > 1)}; expected "
+                "2 images or more for each, and as many for all"
+            )
+        whole, rest = divmod(images, batch)
+        self.batches = whole + (rest >= 2 * self.number)
+
+    def __len__(self):
+        return self.batches
+
+    def epoch(self, seed, start=0):
+        for _, (images, labels) in zip(range(start, self.batches), self.loader.epoch(seed, start)):
+            end = len(labels) // self.number * self.number
+            yield images[self.rank : end : self.number], labels[self.rank : end : self.number]

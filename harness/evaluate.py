@@ -1,0 +1,100 @@
+"""An evaluation as a run: a cell's network trained from scratch and tested."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+import pdarts
+from harness.cells import check_genotype
+from harness.checkpoint import load_weights
+from harness.devices import ways_to_compute
+from harness.distributed import average, processes, share_buffers
+from harness.images import Images
+from harness.progress import Progress
+from harness.run import Clock, Run
+from harness.settings import EvaluateSettings
+from pdarts import Genotype, Network, Step
+
+
+class EvaluateResult(NamedTuple):
+    network: Network
+    parameters: int
+    multiply_adds: int
+    test_error: float
+
+
+def evaluate(
+    genotype: Genotype,
+    config: EvaluateSettings,
+    images: Images | None = None,
+    out=None,
+    device: str = "auto",
+    weights=None,
+    resume=None,
+    show: bool = False,
+    kernels: str | None = None,
+    graphs: bool = True,
+    recompute: bool | None = None,
+) -> EvaluateResult:
+    """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
+
+    The other arguments as for `search`.
+    """
+    genotype = check_genotype(genotype)
+    run = Run("evaluate", config, images, out, device, kernels, resume, genotype=genotype._asdict())
+    channels, *size = run.images.x_train.shape[1:]
+    with run.block():
+        torch.manual_seed(0)
+        options = (config.auxiliary, config.stem, channels, config.stem_stride)
+        network = Network(genotype, config.channels, run.images.num_classes, config.cells, *options)
+        cost = pdarts.count(network, tuple(size), channels)
+        if weights is not None:
+            network = network.to(run.device)
+            load_weights(network, weights, run.device)
+        else:
+            run.folder.write("genotype.json", genotype._asdict())
+            network = _train(genotype, config, run, graphs, recompute, show)
+        return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(network))
+
+
+def _train(genotype, config, run, graphs, recompute, show):
+    data = run.shared(run.images.evaluate_data(config))
+    training = pdarts.Evaluation(
+        genotype,
+        config,
+        data,
+        run.device,
+        average=average,
+        rank=processes()[0],
+        **ways_to_compute(run.device, run.fused, graphs, recompute),
+    )
+    state = run.restore(training)
+    progress, meters = Progress([config.epochs * len(run.images.y_train)], show), None
+    progress.resume(training.epoch * len(run.images.y_train))
+    for event in training:
+        label = f"epoch {training.epoch:3d}/{config.epochs - 1}"
+        if isinstance(event, Step):
+            if meters is None:
+                meters = run.meters({"training loss": f"epoch {training.epoch}"}, state)
+                state, clock = None, Clock()
+            meters[0].update(event.loss, event.correct, event.size)
+            seen = event.size * processes()[1]
+            text = f"{label}  step {training.batch}/{len(data.train)}"
+            progress.step(0, text, seen, meters[0], clock.rate(seen))
+            run.stop_if_asked(training, meters)
+        else:
+            loss, accuracy = meters[0].result()
+            share_buffers(training.network)
+            test_accuracy = run.test_accuracy(training.network)
+            record = {"epoch": event.epoch, "train_loss": loss, "train_accuracy": accuracy}
+            run.log.append(record | {"test_accuracy": test_accuracy, "lr": event.lr, "drop_path": event.rate})
+            seconds = clock.seconds()
+            run.times.append({"epoch": event.epoch, "seconds": round(seconds, 3)})
+            run.folder.save("weights.pt", training.network.state_dict())
+            run.save(training)
+            text = f"epoch {event.epoch:3d}/{config.epochs - 1}  loss {loss:.3f}  acc {accuracy:6.1%}"
+            progress.line(f"{text}  test acc {test_accuracy:6.1%}  {seconds:.1f} s")
+            meters = None
+    return training.network

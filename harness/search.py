@@ -1,0 +1,130 @@
+"""A search as a run.
+
+    result = search(SEARCH_PRESETS["demo"], images, out="runs/mine", show=True)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pdarts
+from harness.devices import ways_to_compute
+from harness.distributed import average, check_agreement, processes, share_buffers
+from harness.images import Images
+from harness.progress import Progress
+from harness.run import Clock, Run
+from harness.second_order import SecondOrder
+from harness.settings import SearchSettings
+from pdarts import Architect, Epoch, Genotype, Stage, Step
+
+
+class SearchResult(NamedTuple):
+    genotype: Genotype
+    stages: list[Stage]
+    test_accuracies: list[float]  # of each stage's network
+
+
+def search(
+    config: SearchSettings,
+    images: Images | None = None,
+    out=None,
+    device: str = "auto",
+    kernels: str | None = None,
+    graphs: bool = True,
+    resume=None,
+    show: bool = False,
+    recompute: bool | None = None,
+) -> SearchResult:
+    """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
+
+    images: by default those that `config.dataset` and `config.images` name. out: a new or empty folder for the results,
+    or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU, see
+    `CapturedStep`. resume: instead of `out`, the folder of a run to go on with. show: print progress. recompute: see
+    kernels.fuse. SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state is left as it was.
+    """
+    run = Run("search", config, images, out, device, kernels, resume)
+    data = run.shared(run.images.search_data(config))
+    half = len(run.images.y_train) // 2
+    # What the epochs of a stage take, for each image of a half: one with alphas counts twice.
+    work = [half * c * k * (2 * config.epochs - config.warmup) for c, k in zip(config.cells, config.keep)]
+    accuracies = []
+    with run.block():
+        searching = pdarts.Search(
+            config,
+            data,
+            run.device,
+            average=average,
+            rank=processes()[0],
+            architect=SecondOrder if config.unrolled else Architect,
+            **ways_to_compute(run.device, run.fused, graphs and not config.unrolled, recompute),
+        )
+        state = run.restore(searching)
+        progress, meters = Progress(work, show), None
+        if state:
+            accuracies = state["test_accuracies"]
+            epochs = searching.epoch + max(0, searching.epoch - config.warmup)
+            stage = min(len(searching.stages), len(work) - 1)
+            progress.resume(sum(work[:stage]) + half * config.cells[stage] * config.keep[stage] * epochs)
+        for event in searching:
+            if isinstance(event, Step):
+                stage, epoch = len(searching.stages), searching.epoch
+                if meters is None:
+                    where = f"stage {stage + 1}, epoch {epoch}"
+                    meters = run.meters({"training loss": where, "alpha loss": where}, state)
+                    state, clock = None, Clock()
+                meters[0].update(event.loss, event.correct, event.size)
+                if event.alpha_loss is not None:
+                    meters[1].update(event.alpha_loss, event.alpha_correct, event.alpha_size)
+                seen = event.size * processes()[1]
+                amount = config.cells[stage] * config.keep[stage] * seen * (1 if event.alpha_loss is None else 2)
+                label = f"stage {stage + 1}/{len(work)}  epoch {epoch:2d}/{config.epochs - 1}"
+                text = f"{label}  step {searching.batch}/{len(data.train)}"
+                progress.step(stage, text, amount, meters[0], clock.rate(seen))
+                run.stop_if_asked(searching, meters, test_accuracies=accuracies)
+            elif isinstance(event, Epoch):
+                (loss, accuracy), (alpha_loss, alpha_accuracy) = (meter.result() for meter in meters)
+                share_buffers(searching.network)
+                last, test_accuracy = event.epoch == config.epochs - 1, None
+                if last:  # only reported
+                    test_accuracy = run.test_accuracy(searching.network, len(run.images.y_train))
+                    accuracies = [*accuracies, test_accuracy]
+                alphas = [alpha.detach() for alpha in searching.network.alphas()]
+                run.log.append(
+                    {
+                        "stage": event.stage + 1,
+                        "epoch": event.epoch,
+                        "train_loss": loss,
+                        "train_accuracy": accuracy,
+                        "alpha_loss": alpha_loss,
+                        "alpha_accuracy": alpha_accuracy,
+                        "test_accuracy": test_accuracy,
+                        "lr": event.lr,
+                        "skip_dropout": event.rate,
+                        "softmax_alphas_normal": alphas[0].softmax(1).tolist(),
+                        "softmax_alphas_reduce": alphas[1].softmax(1).tolist(),
+                    }
+                )
+                seconds = clock.seconds()
+                run.times.append({"stage": event.stage + 1, "epoch": event.epoch, "seconds": round(seconds, 3)})
+                check_agreement(alphas, searching.candidates)
+                run.save(searching, test_accuracies=accuracies)
+                text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
+                if alpha_loss is not None:
+                    text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}"
+                text += f"  test acc {test_accuracy:6.1%}" if last else ""
+                progress.line(f"{text}  {seconds:.1f} s")
+                meters = None
+            else:
+                under, genotype = f"stages/{len(searching.stages)}/", event.genotype(config.max_skips)
+                run.folder.write(f"{under}genotype.json", genotype._asdict())
+                run.folder.draw(genotype, under)
+    last = searching.stages[-1]
+    genotype = last.genotype(config.max_skips)
+    run.folder.draw(genotype)
+    others = {
+        "max_skips": config.max_skips,
+        "unrestricted": last.genotype(None)._asdict(),
+        "by_max_skips": {str(m): last.genotype(m)._asdict() for m in range(len(genotype.normal) + 1)},
+    }
+    run.folder.write("genotype.json", genotype._asdict() | others)
+    return SearchResult(genotype, searching.stages, accuracies)

@@ -1,0 +1,85 @@
+"""What a run sets besides the method's hyper-parameters, the bounds of all settings, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pdarts
+from harness.files import short
+from pdarts import InputError, setting
+
+
+def check(settings):
+    """InputError unless every `setting` of a dataclass has its type and lies within its bounds."""
+    for field in dataclasses.fields(settings):
+        value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
+        several = isinstance(field.default, tuple) and isinstance(value, (tuple, list))
+        kind = type(field.default[0] if several else field.default)
+        for x in value if several else (value,):
+            if type(x) is not kind and not (kind is float and type(x) is int):
+                raise InputError(f"{field.name} is {short(x)}; expected {kind.__name__}")
+            if (choices := field.metadata["choices"]) and x not in choices:
+                raise InputError(f"{field.name} is {x!r}; expected {' or '.join(choices)}")
+            if kind is float and not abs(x) <= 1e30:  # far more, and float32 overflows
+                raise InputError(f"{field.name} is {x}; expected a finite number, at most 1e30")
+            if low is not None and x < low or high is not None and x > high:
+                bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+                raise InputError(f"{field.name} is {x}; expected {' and '.join(bounds)}")
+
+
+DATASET = "shapes, cifar10 or cifar100; own data: --data FILE.npz"
+IMAGES = "training images used at most, 0 = all"
+DETERMINISTIC = "the same bits in every run on a GPU too, where this costs time"
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings(pdarts.SearchConfig):
+    """A search as a run: the data set that it loads, and how it computes."""
+
+    dataset: str = setting("cifar10", DATASET)
+    images: int = setting(0, IMAGES, 0)
+    unrolled: bool = setting(False, "second-order architecture steps (DARTS, eq. 7) instead of first-order")
+    deterministic: bool = setting(False, DETERMINISTIC)
+
+    def __post_init__(self):
+        check(self)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings(pdarts.EvaluateConfig):
+    """An evaluation as a run."""
+
+    dataset: str = setting("cifar10", DATASET)
+    images: int = setting(0, IMAGES, 0)
+    deterministic: bool = setting(False, DETERMINISTIC)
+
+    def __post_init__(self):
+        check(self)
+
+
+SEARCH_PRESETS = {
+    "demo": SearchSettings(
+        dataset="shapes",
+        images=768,
+        cells=(3, 4, 5),
+        skip_dropout=(0.0, 0.1, 0.2),
+        channels=8,
+        stem_stride=2,
+        epochs=4,
+        warmup=1,
+        batch=32,
+        lr=0.05,
+        alpha_lr=6e-3,  # ten times the paper's, for so few steps
+        crop_padding=0,
+    ),
+    "cifar10": SearchSettings(**dataclasses.asdict(pdarts.CIFAR10)),
+    "cifar100": SearchSettings(**dataclasses.asdict(pdarts.CIFAR100), dataset="cifar100"),
+}
+EVALUATE_PRESETS = {
+    "demo": EvaluateSettings(
+        dataset="shapes", images=2000, cells=5, channels=8, epochs=6, batch=50, cutout=8, drop_path=0.1
+    ),
+    "cifar10": EvaluateSettings(),
+    "cifar100": EvaluateSettings(dataset="cifar100"),
+}
