@@ -1,0 +1,208 @@
+"""Cells: those published by other papers, with the operations they need; reading, checking and drawing."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import pathlib
+
+import torch.nn as nn
+
+from harness.files import short
+from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Primitive, sep_conv
+
+# --- Cells of other papers --------------------------------------------------------------------------------------------
+
+
+def conv_7x1_1x7(channels, stride, affine):
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
+        nn.Conv2d(channels, channels, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
+        nn.BatchNorm2d(channels, affine=affine))
+
+
+# Never searched: pdarts.PRIMITIVES are those that were there before.
+OPERATIONS["sep_conv_7x7"] = Primitive(lambda c, stride, affine: sep_conv(c, 7, stride, affine), "#d9722e")
+OPERATIONS["conv_7x1_1x7"] = Primitive(conv_7x1_1x7, "#b5485a")
+
+
+def pairs_of(text: str) -> list[tuple[str, int]]:
+    """'skip_connect 0, sep_conv_3x3 1 | ...' -> [('skip_connect', 0), ('sep_conv_3x3', 1), ...]"""
+    pairs = (pair.split() for pair in text.replace("|", ",").split(","))
+    return [(name, int(source)) for name, source in pairs]
+
+
+GENOTYPES["DARTS_V1"] = Genotype(
+    pairs_of("sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | "
+             "skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2"), [2, 3, 4, 5],
+    pairs_of("max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | "
+             "max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0"), [2, 3, 4, 5])
+GENOTYPES["DARTS_V2"] = Genotype(
+    pairs_of("sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | "
+             "sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2"), [2, 3, 4, 5],
+    pairs_of("max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | "
+             "max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1"), [2, 3, 4, 5])
+GENOTYPES["NASNet"] = Genotype(
+    pairs_of("sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | "
+             "avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1"), [2, 3, 4, 5, 6],
+    pairs_of("sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | "
+             "skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1"), [4, 5, 6])
+GENOTYPES["AmoebaNet"] = Genotype(
+    pairs_of("avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | "
+             "sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1"), [4, 5, 6],
+    pairs_of("avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | "
+             "max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5"), [3, 4, 6])
+
+# --- Reading and checking ---------------------------------------------------------------------------------------------
+
+MAX_NODES = 100  # of a cell; published ones have 4 or 5
+
+
+def check_genotype(genotype, name="genotype") -> Genotype:
+    """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
+    if not isinstance(genotype, Genotype):
+        raise InputError(f"{name} is a {type(genotype).__name__}; expected a Genotype, such as GENOTYPES['PDARTS']")
+    cells = []
+    for kind in ("normal", "reduce"):
+        pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+        if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
+            raise InputError(
+                f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {short(pairs)}")
+        if len(pairs) > 2 * MAX_NODES:
+            raise InputError(f"{name}: {kind} has {len(pairs) // 2} nodes; expected at most {MAX_NODES}")
+        for i, pair in enumerate(pairs):
+            where = f"{name}: {kind}[{i}]"
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise InputError(f"{where} is {short(pair)}; expected an (operation, input) pair")
+            operation, source = pair
+            if not isinstance(operation, str) or operation not in OPERATIONS:
+                raise InputError(
+                    f"{where} has unknown operation {short(operation)}; expected one of {', '.join(OPERATIONS)}")
+            if type(source) is not int or not 0 <= source < 2 + i // 2:
+                raise InputError(f"{where} has input {short(source)}; node {i // 2} can take 0 to {1 + i // 2}")
+        states = range(2, 2 + len(pairs) // 2)
+        if (not isinstance(concat, (list, tuple, range)) or not concat
+                or any(type(s) is not int or s not in states for s in concat) or len(set(concat)) < len(concat)):
+            raise InputError(
+                f"{name}: {kind}_concat is {short(concat)}; expected states from {states[0]} to {states[-1]} once")
+        cells += [[(operation, source) for operation, source in pairs], list(concat)]
+    return Genotype(*cells)
+
+
+def read_genotype(source: str) -> Genotype:
+    """A name from GENOTYPES, or a JSON file with the fields of Genotype, such as the genotype.json of a search."""
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    path = pathlib.Path(source)
+    if not path.is_file():
+        raise InputError(f"no genotype {source!r}; expected a file or one of {', '.join(GENOTYPES)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid JSON ({error}); expected a genotype.json") from None
+    if not isinstance(content, dict) or not set(Genotype._fields) <= content.keys():
+        raise InputError(f"{source} is not a genotype; expected an object with {', '.join(Genotype._fields)}")
+    return check_genotype(Genotype(*(content[field] for field in Genotype._fields)), source)
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+# An arc diagram: the states stand in a row, and every operation has a bracket above them, at a height (lane) of its
+# own wherever two would overlap. Lines go up and down only above a state; the label stands between two states. So no
+# label meets another label, a state or another bracket, whatever the genotype.
+GAP, LANE, PORT, BOX, LABEL = 132, 34, 14, 36, (108, 22)  # pixels: between states, lanes, ports; heights; label w, h
+
+
+def draw(genotype: Genotype) -> dict[str, str]:
+    """{"normal": SVG, "reduce": SVG} of the two cells."""
+    genotype = check_genotype(genotype)
+    return {
+        "normal": cell_svg(genotype.normal, genotype.normal_concat, "normal cell"),
+        "reduce": cell_svg(genotype.reduce, genotype.reduce_concat, "reduction cell")}
+
+
+def cell_svg(pairs, concat, title: str) -> str:
+    """One cell: inputs left, nodes, output right, every edge labelled with its operation."""
+    nodes = len(pairs) // 2
+    names = ["c_{k-2}", "c_{k-1}", *map(str, range(nodes)), "c_{k}"]
+    edges = sorted((2 + i // 2 - source, source, 2 + i // 2, name) for i, (name, source) in enumerate(pairs))
+
+    # Short edges get the low lanes. Edges share a lane where they meet in one state at most.
+    lanes: list[list[tuple[int, int]]] = []
+    placed = []  # (source, target, operation, lane)
+    for _, source, target, name in edges:
+        free = (i for i, lane in enumerate(lanes) if all(target <= a or b <= source for a, b in lane))
+        lane = next(free, len(lanes))
+        if lane == len(lanes):
+            lanes.append([])
+        lanes[lane].append((source, target))
+        placed.append((source, target, name, lane))
+
+    # Ports along the top of a state: arriving edges left, leaving ones right, nested so that none of them cross.
+    ports = {}
+    for state in range(len(names)):
+        arriving = sorted((lane, i) for i, (_, target, _, lane) in enumerate(placed) if target == state)
+        leaving = sorted(((lane, i) for i, (source, _, _, lane) in enumerate(placed) if source == state), reverse=True)
+        ports[state] = [("in", i) for _, i in arriving] + [("out", i) for _, i in leaving]
+    widths = [max(72, PORT * (len(ports[state]) + 1)) for state in range(len(names))]
+    left = [20 + sum(widths[:state]) + GAP * state for state in range(len(names))]
+    top = 44 + LANE * len(lanes)  # of the row of states
+    port_x = {}
+    for state, order in ports.items():
+        for position, port in enumerate(order):
+            port_x[port] = left[state] + widths[state] / 2 + PORT * (position - (len(order) - 1) / 2)
+
+    width, bus = left[-1] + widths[-1] + 20, top + BOX + 26
+    lines, labels = [], []
+    for i, (source, target, name, lane) in enumerate(placed):
+        x0, x1, y = port_x["out", i], port_x["in", i], top - 26 - LANE * lane
+        colour = OPERATIONS[name].colour
+        lines.append(svg_bracket(x0, x1, top, y, colour))
+        gap = (source + target - 1) // 2  # the gap in the middle, to the right of this state
+        x = left[gap] + widths[gap] + GAP / 2
+        labels.append(svg_box(x - LABEL[0] / 2, y - LABEL[1] / 2, *LABEL, name, "label", colour))
+    end = left[-1] + widths[-1] / 2
+    for state in concat:
+        lines.append(svg_bracket(left[state] + widths[state] / 2, end, top + BOX, bus, "#666666"))
+    x = left[-1] - GAP / 2
+    labels.append(svg_box(x - 32, bus - LABEL[1] / 2, 64, LABEL[1], "concat", "label", "#666666"))
+    for state, name in enumerate(names):
+        labels.append(svg_box(left[state], top, widths[state], BOX, name, "state", "#333333"))
+    text = html.escape(title)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {bus + 24:g}" width="{width:g}" '
+        f'height="{bus + 24:g}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+        f"<title>{text}</title>",
+        f'<rect width="{width:g}" height="{bus + 24:g}" fill="#ffffff"/>',
+        f'<text x="20" y="24" font-size="15" font-weight="bold" fill="#333333">{text}</text>',
+        *lines, *labels, "</svg>\n"])
+
+
+def svg_bracket(x0, x1, start, y, colour):
+    """From (x0, start) up or down to y, across and back to (x1, start): rounded, with an arrow head at the end."""
+    up = 1 if y < start else -1
+    path = (f"M{x0:g} {start:g} V{y + up * 8:g} Q{x0:g} {y:g} {x0 + 8:g} {y:g} "
+            f"H{x1 - 8:g} Q{x1:g} {y:g} {x1:g} {y + up * 8:g} V{start - up * 4:g}")
+    head = f"M{x1:g} {start:g} l-4 {-up * 8} h8 z"
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/><path d="{head}" fill="{colour}"/>'
+
+
+def svg_box(x, y, width, height, text, kind, colour):
+    fill, ink, round_ = ("#ffffff", colour, height / 2) if kind == "label" else ("#eef1f5", "#222222", 6)
+    return (
+        f'<g class="{kind}"><rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" '
+        f'fill="{fill}" stroke="{colour}"/><text x="{x + width / 2:g}" y="{y + height / 2 + 4.5:g}" '
+        f'text-anchor="middle" fill="{ink}">{html.escape(text)}</text></g>')
+
+
+def cell_table(genotype: Genotype) -> str:
+    """Both cells as lines of text."""
+    inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
+    columns = [["normal cell"], ["reduction cell"]]
+    for column, pairs in zip(columns, (genotype.normal, genotype.reduce)):
+        for i, (name, source) in enumerate(pairs):
+            node = f"node {i // 2} =" if i % 2 == 0 else "      +"
+            column.append(f"{node:8} {name:12} of {inputs.get(source, f'node {source - 2}')}")
+    return "\n".join(f"  {a:34}  {b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue=""))
