@@ -97,7 +97,7 @@ def _text(value) -> str:
 
 
 def _configure(args, presets, out):
-    """(settings, images, which these are) that the options stand for; what they leave open is as in a resumed run."""
+    """(settings, images, which these are) that the options stand for; what they leave open is as in the run."""
     settings = presets[args.preset or "demo"]
     file = out / "config.json"
     if args.resume and not args.preset and file.is_file():
