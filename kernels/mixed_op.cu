@@ -1,7 +1,11 @@
 // The mixed operation on CUDA. mixed_op.h says what it computes; there are no torch headers here.
 //
-// How work is divided depends on the shape alone, and there are no atomics: sums are added up in a fixed order, in
-// float (or double) by a block, then over blocks in double. So all results are the same bits at every call, on any GPU.
+// How work is divided depends on the shape alone, and there are no atomics: sums are added up in a fixed order, by a
+// block in float (double for double), then over blocks in double. So all results are the same bits at every call, on
+// any GPU.
+//
+// Where the statistics of the batch, or their part in the gradients, come first, the candidates are read twice, and g
+// too: sums, then results. The least is once, and the cache makes it that if it holds them. All else is small.
 
 // torch compiles without the conversions of half and bfloat16, which this file needs.
 #undef __CUDA_NO_HALF_CONVERSIONS__
@@ -193,8 +197,8 @@ __host__ __device__ int columns(int64_t C) { return C < kColumns ? 1 : kColumns;
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Grid [splits, K, channels]. moments [splits][K][2][C]: the mean of a split's elements, and the sum of their squared
-// distances from it. Reads the candidates in `batch` once. They are summed up as they differ from the mean of the
-// block's first rows, which keeps the squares small.
+// distances from it. Reads each candidate in `batch` once, the least, and writes 16 bytes for a channel of a split. The
+// elements are added up less the mean of the block's first rows, which keeps the squares small.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Division d, double* moments) {
   using A = typename Accumulated<T>::type;
@@ -210,9 +214,9 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Div
     for (int i = 0; i < V; i++) sample[0][i % S] += element<A>(x, i);
   }
   gather(sample, firsts, d.x);
-  A samples = min(d.rows - split * d.y, static_cast<int64_t>(d.y)) * d.width;
+  A share = A(1) / (min(d.rows - split * d.y, static_cast<int64_t>(d.y)) * d.width);
 #pragma unroll
-  for (int s = 0; s < S; s++) pivot[s] = total(firsts, channels, threadIdx.x % d.x * S + s) / samples;
+  for (int s = 0; s < S; s++) pivot[s] = total(firsts, channels, threadIdx.x % d.x * S + s) * share;
   for (int64_t at[kLoads]; rows.next(at);) {
     Pack<T, V> x[kLoads];
 #pragma unroll
@@ -237,13 +241,13 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Div
     double n = d.count(split), mean = total(shared, 2 * channels, i) / n;
     double square = total(shared, 2 * channels, channels + i) - n * mean * mean;
     double* to = moments + (static_cast<int64_t>(split) * m.K + k) * 2 * m.C + c;
-    to[0] = total(firsts, channels, i) / samples + mean;
+    to[0] = total(firsts, channels, i) * share + mean;
     to[m.C] = square < 0 ? 0 : square;
   }
 }
 
-// Grid [K, columns of C]. Mean, invstd and variance of the candidates in `batch`; 0, 1 and 0 of the others. Reads the
-// moments twice, in double.
+// Grid [K, columns of C]. statistics: mean, invstd and variance of the candidates in `batch`; 0, 1 and 0 of the others.
+// Reads the moments twice, from the cache, and adds up in double.
 template <class A>
 __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Division d, const double* moments) {
   __shared__ double means[kWarps * kColumns], squares[kWarps * kColumns];
@@ -269,9 +273,9 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
   to[0] = mean, to[m.K * m.C] = known ? 1 / sqrt(variance + m.eps) : 1, to[2 * m.K * m.C] = variance;
 }
 
-// Grid [splits, 1, channels]. y = sum_k probabilities[k] * invstd_k * (x_k - mean_k), in float or double. Reads the
-// candidates once and writes y: the least there is. Blocks begin where those of the statistics have ended, with what
-// is in the cache.
+// Grid [splits, 1, channels]. y = sum_k probabilities[k] * invstd_k * (x_k - mean_k), added up in float or double.
+// Reads each candidate once and writes y, the least. Splits go backwards: what the statistics read last may still be
+// cached.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Division d, void* y) {
   using A = typename Accumulated<T>::type;
@@ -319,7 +323,8 @@ template <Layout L, int V>
 constexpr int kTogether = L == kPixels && V > 1 ? 4 : 8;
 
 // Grid [splits, groups of candidates, channels]. partial [splits][K+1][C]: sum of g * (x_k - mean_k) for the candidates
-// in `needed`, and in the last row sum of g, in float or double. Reads those candidates once, and g once for a group.
+// in `needed`, and in the last row sum of g, in float or double. Reads each of them once, the least, and g once for a
+// group; the groups of a split follow each other, so that the cache serves all but the first.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
     PdartsMixed m, Division d, const void* g, uint64_t needed, typename Accumulated<T>::type* partial) {
@@ -361,8 +366,8 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
 }
 
 // Grid [K, columns of C]. coefficients [3][K][C]: a, b and c in grad_x_k = a * g + b * (x_k - mean_k) + c; weighted
-// [K][C]: what a channel adds to grad_probabilities[k]. Reads the partial sums, those of g once for every candidate,
-// and adds them up in double.
+// [K][C]: what a channel adds to grad_probabilities[k]. Reads a candidate's partial sums once and those of g K times,
+// from the cache, and adds up in double.
 template <class A>
 __global__ void __launch_bounds__(kThreads) coefficients_kernel(
     PdartsMixed m, Division d, uint64_t needed, const A* partial, A* coefficients, double* weighted) {
@@ -389,7 +394,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(
   weighted[k * C + c] = all * invstd;
 }
 
-// Grid [K]. grad_probabilities[k]: the sum over channels of weighted [K][C], in double.
+// Grid [K]. grad_probabilities[k]: the sum of weighted [K][C] over channels, in double.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     probabilities_kernel(int64_t C, const double* weighted, A* grad_probabilities) {
@@ -404,9 +409,8 @@ struct Gradients {
   void* x[PDARTS_MAX_CANDIDATES];
 };
 
-// Grid [splits, 1, channels]. The gradients that are asked for, a * g + b * (x_k - mean_k) + c, in float or double.
-// Reads g and the candidates in `batch` once, and writes the gradients: the least there is. Blocks begin where those of
-// the sums have ended, with what is in the cache.
+// Grid [splits, 1, channels]. grad_x_k = a * g + b * (x_k - mean_k) + c where it is asked for, in float or double.
+// Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go backwards, as in forward.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
     PdartsMixed m, Division d, const void* g, const typename Accumulated<T>::type* coefficients, Gradients gradients) {
