@@ -82,11 +82,10 @@ __device__ __forceinline__ void store(void* p, int64_t i, const A (&values)[V]) 
 struct Division {
   int x, y;
   int64_t channels;        // 1 in a plain tensor
-  int64_t rows, plane;     // rows that threads of one x share; those of a plane
-  int64_t blocks;          // side by side, for all channels
-  int64_t splits;          // blocks that share rows
-  int64_t width;           // elements of a row that a channel has
-  int64_t pictures, rest;  // from a row of a thread to its next: whole planes, and rows
+  int64_t rows, plane;     // of a channel, or in channels-last of all pixels; and of a plane in [N,C,HW]
+  int64_t width;           // elements of a row that are of one channel
+  int64_t blocks, splits;  // blocks for all channels; and how many share the same rows
+  int64_t pictures, rest;  // from a thread's row to its next in [N,C,HW]: whole planes, and rows
 
   // The elements that a channel has in a split.
   __device__ int64_t count(int64_t split) const {
@@ -97,7 +96,8 @@ struct Division {
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// For a launch that has `others` blocks for every one of these, of threads that take about `each` rows (0: any number).
+// For a launch that does this `others` times over, and whose threads take `each` rows (0: any number) where they are
+// enough to fill the GPU.
 template <Layout L, int V>
 Division division_of(const PdartsMixed& m, int64_t others, int64_t each) {
   Division d;
@@ -152,13 +152,13 @@ struct Rows {
 
   // The values [C] of the channels of a row's elements: V channels', or one channel's.
   template <class A>
-  __device__ __forceinline__ Pack<A, V> values(const A* p) const {
+  __device__ __forceinline__ Pack<A, V> values(const A* from) const {
     Pack<A, V> all;
     if constexpr (L == kPixels) {
-      all = load<V, A>(p, c);
+      all = load<V, A>(from, c);
     } else {
 #pragma unroll
-      for (int l = 0; l < V; l++) all.v[l] = p[c];
+      for (int l = 0; l < V; l++) all.v[l] = from[c];
     }
     return all;
   }
