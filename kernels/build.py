@@ -116,16 +116,14 @@ def cuda_toolkit() -> pathlib.Path:
     """
     tried = {}
     for home in map(pathlib.Path, _toolkits()):
-        if not (home / "bin" / "nvcc").exists():
-            tried[home] = "no bin/nvcc"
-        elif not _cuda_headers(home):
-            tried[home] = "no include/cuda_runtime_api.h"
-        else:
+        lacks = [part for part in ("bin/nvcc", "include/cuda_runtime_api.h") if not (home / part).exists()]
+        if not lacks:
             break
+        tried[home] = f"{home} (no {lacks[0]})"
     else:
-        where = ", ".join(f"{home} ({lacks})" for home, lacks in tried.items())
         raise RuntimeError(
-            f"there is no CUDA toolkit; expected nvcc in PATH or the toolkit's folder in CUDA_HOME; tried {where}"
+            "there is no CUDA toolkit; expected nvcc in PATH or the toolkit's folder in CUDA_HOME; tried "
+            + ", ".join(tried.values())
         )
     release = re.search(r"release (\d+)(\.\d+)?", _asked(_nvcc(home), "--version"))
     if release and release[1] != torch.version.cuda.split(".")[0]:
@@ -148,13 +146,8 @@ def _toolkits():
         yield from (pathlib.Path(top.strip()).resolve() for top in re.findall(r"\bTOP=(.+)", said))
         yield pathlib.Path(nvcc).resolve().parents[1]
     for pattern in _TOOLKITS:
-        yield from sorted(glob.glob(pattern), reverse=True) or [pattern]
-
-
-def _cuda_headers(home):
-    """The folder of the toolkit's headers; conda's are those of a target."""
-    folders = home / "include", *sorted(home.glob("targets/*/include"))
-    return next((folder for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)
+        found = sorted(glob.glob(pattern), key=lambda home: [int(number) for number in re.findall(r"\d+", home)])
+        yield from found[::-1] or [pattern]
 
 
 def _nvcc(home):
@@ -300,19 +293,10 @@ def _build(cache, key, toolkit):
 
 
 def _cuda_settings(toolkit, scratch):
-    headers, libraries = _cuda_headers(toolkit), [toolkit / "lib64", toolkit / "lib"]
-    includes = []
-    if headers != toolkit / "include":
-        includes, libraries = [str(headers)], [*libraries, headers.parent / "lib"]
-    # pip's package has this library under its full name only, which the linker does not find.
-    full = [path for folder in libraries for path in folder.glob("libcudart.so*")]
-    if full and not any(path.suffix == ".so" for path in full):
-        os.symlink(full[0], os.path.join(scratch, "libcudart.so"))
-    return {
-        "extra_cuda_cflags": ["-O3", *_architectures()],
-        "extra_include_paths": includes,
-        "extra_ldflags": ["-shared", *(f"-L{folder}" for folder in (scratch, *libraries))],
-    }
+    runtime = list(toolkit.glob("lib*/libcudart.so*"))
+    if runtime and not any(path.suffix == ".so" for path in runtime):  # pip's: the linker looks for the short name
+        os.symlink(runtime[0], os.path.join(scratch, "libcudart.so"))
+    return {"extra_cuda_cflags": ["-O3", *_architectures()], "extra_ldflags": ["-shared", f"-L{scratch}"]}
 
 
 @contextlib.contextmanager
