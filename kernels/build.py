@@ -200,7 +200,7 @@ def _library(toolkit):
     from torch.utils import cpp_extension
 
     cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    cache = cache / "pdarts_kernels"
+    cache = cache.absolute() / "pdarts_kernels"
     key = _key(toolkit)
     library = _kept(cache, key)
     if library:
@@ -227,8 +227,14 @@ def _library(toolkit):
 def _key(toolkit):
     parts = [version(), torch.__version__, _processor(), _FLAGS, _asked(_compiler(), "--version")]
     if toolkit:
-        parts += [toolkit, _asked(_nvcc(toolkit), "--version")]
-        parts += [_architectures(), os.environ.get("TORCH_CUDA_ARCH_LIST")]
+        read = (
+            "TORCH_CUDA_ARCH_LIST",
+            "CC",
+            "NVCC_CCBIN",
+            "NVCC_PREPEND_FLAGS",
+            "NVCC_APPEND_FLAGS",
+        )  # by torch and nvcc
+        parts += [toolkit, _asked(_nvcc(toolkit), "--version"), _architectures(), *map(os.environ.get, read)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -255,10 +261,7 @@ def _failure(why, failed):
 
 
 def _locked(file):
-    """Waits for the lock on a file, which the death of its holder releases; False where there are no locks.
-
-    Without them several processes may build at once, which is safe.
-    """
+    """Waits for the lock on a file, which its holder's death releases; False where there are none, which is safe too."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):

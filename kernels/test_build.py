@@ -254,6 +254,8 @@ def test_the_key_holds_compilers_and_architectures(device, tmp_path, cxx, monkey
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     device.append((8, 0))
     assert changed()
+    monkeypatch.setenv("CC", "another-gcc")  # nvcc's
+    assert changed()
     script(cxx, "echo another compiler")
     assert changed()
     assert build._key(None) not in seen
