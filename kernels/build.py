@@ -261,7 +261,7 @@ def _failure(why, failed):
 
 
 def _locked(file):
-    """Waits for the lock on a file, which its holder's death releases; False where there are none, which is safe too."""
+    """Waits for the lock on a file, which its holder's death releases; False where there are none, which is safe."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except (OSError, AttributeError):
