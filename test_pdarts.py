@@ -2045,28 +2045,6 @@ def test_fused_operation_in_a_cuda_graph_and_on_another_stream():
 
 
 @beside
-def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(tmp_path):
-    code = """if True:
-        import warnings, torch, kernels
-        outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                assert torch.equal(kernels.mixed_sum(outputs, weights), kernels.mixed_sum_ref(outputs, weights))
-        print([str(w.message) for w in seen])
-        try:
-            kernels.use("on")
-        except RuntimeError as error:
-            print(error)"""
-    environment = os.environ | {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    environment["PDARTS_KERNELS"] = "auto"
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=True)
-    why = "there is no C++ compiler 'no-such-compiler'; expected one in PATH or named by CXX"
-    assert run.stdout.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
-
-
-@beside
 def test_the_module_works_without_its_kernels(tmp_path):
     shutil.copy(HERE / "pdarts.py", tmp_path)
     write_own_pictures(tmp_path)
@@ -2079,14 +2057,6 @@ def test_the_module_works_without_its_kernels(tmp_path):
     assert json.loads((tmp_path / "auto/config.json").read_text())["kernels"] == "plain"
     assert on.returncode == 2 and not (tmp_path / "on").exists()
     assert on.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")
-
-
-def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "_mode", "perhaps")  # from PDARTS_KERNELS
-    with pytest.raises(ValueError, match="PDARTS_KERNELS is 'perhaps'; expected one of"):
-        kernels.fused()
-    with pytest.raises(ValueError, match="the mode of the kernels is 'maybe'; expected one of"):
-        kernels.use("maybe")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

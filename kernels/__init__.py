@@ -18,30 +18,17 @@ The extension is compiled when it is first needed (by ninja and a C++ compiler, 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
-import hashlib
 import os
-import pathlib
-import platform
-import shutil
-import sys
-import tempfile
 import threading
 import warnings
 
 import torch
 import torch.nn.functional as F
 
+from . import build
+
 MODES = ("auto", "on", "off")
-# The slowest to compile first.
-_SOURCES = ("operators.cpp", "separable_cpu.cpp", "mixed_op_cpu.cpp", "pool_cpu.cpp")
-_CUDA_SOURCES = ("mixed_op.cu",)
-_HEADERS = ("mixed_op.h", "convolution.h", "depthwise.h", "pointwise.h", "simd.h")
-_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-# PDARTS_KERNELS_FLAGS: more of them, such as sanitizers
-_FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -345,13 +332,15 @@ def _register_fakes():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Building and loading
+# Which way the operations run
 # ----------------------------------------------------------------------------------------------------------------------
 
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
 _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
+_warned: set[str] = set()  # types of device
+_no_cuda = ""  # why the library serves no CUDA device
 
 
 def use(mode: str) -> str:
@@ -386,121 +375,30 @@ def fused(device: str | torch.device = "cpu") -> bool:
     if kind not in _failures:
         try:
             load(kind)
-            return True
         except (RuntimeError, OSError, ImportError) as error:
             _failures[kind] = str(error)
-            warnings.warn(f"plain torch instead of the fused kernels: {error}", RuntimeWarning, stacklevel=3)
-    return False
+        for failed in _failures.keys() - _warned:  # a build for CUDA that fails is told of when the CPU needs it too
+            _warned.add(failed)
+            where = " on CUDA" if failed == "cuda" else ""
+            why = f"plain torch instead of the fused kernels{where}: {_failures[failed]}"
+            warnings.warn(why, RuntimeWarning, stacklevel=3)
+    return kind in _served
 
 
 def load(kind: str = "cpu"):
     """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
+    global _no_cuda
     if kind not in ("cpu", "cuda"):
         raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu or cuda")
     with _lock:
-        if not hasattr(torch.ops.pdarts, "mixed"):  # a second copy of this folder uses the first one's
-            _load_library()
+        if not build.loaded():  # by another copy of this folder
+            _no_cuda, failed = build.load_library()
+            if failed:
+                _failures["cuda"] = _no_cuda
             _register_fakes()
         if not torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", kind.upper()):
             raise RuntimeError(_no_cuda or "the kernels were built for the CPU only, by another copy of them")
         _served.add(kind)
-
-
-_no_cuda = ""  # why the library serves no CUDA device
-
-
-def _load_library():
-    global _no_cuda
-    _no_cuda = _why_no_cuda()
-    if not _no_cuda:
-        try:
-            return torch.ops.load_library(_library(cuda=True))
-        except RuntimeError as error:
-            _no_cuda = str(error)
-    torch.ops.load_library(_library(cuda=False))
-
-
-def _why_no_cuda():
-    from torch.utils import cpp_extension
-
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    if cpp_extension.CUDA_HOME is None:
-        return "there is no CUDA compiler; expected nvcc in PATH or in the folder that CUDA_HOME names"
-    return ""
-
-
-def _library(cuda):
-    """The built library. One process builds, in a folder of its own, and moves it into the cache; the others wait."""
-    from torch.utils import cpp_extension
-
-    folder = pathlib.Path(__file__).resolve().parent
-    sources = _SOURCES + _CUDA_SOURCES * cuda
-    capabilities = sorted(
-        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else ()
-    )
-    key = hashlib.sha256(repr((torch.__version__, _processor(), _FLAGS, capabilities)).encode())
-    for name in sources + _HEADERS:
-        key.update((folder / name).read_bytes())
-    cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    cache = cache / "pdarts_kernels"
-    cache.mkdir(parents=True, exist_ok=True)
-    library = cache / f"{key.hexdigest()[:16]}.so"
-    with _file_lock(library.with_suffix(".lock")):
-        if not library.exists():
-            _build([str(folder / name) for name in sources], library, cuda)
-    return library
-
-
-def _processor():
-    """What a library that was compiled for this machine needs: the cache may be shared with machines of other kinds."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    return platform.machine(), features
-
-
-def _build(sources, library, cuda):
-    from torch.utils import cpp_extension
-
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"there is no C++ compiler {compiler!r}; expected one in PATH or named by CXX")
-    print("compiling the fused kernels, once on this machine ...", file=sys.stderr)
-    path = os.environ.get("PATH", "")
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        # ninja lies beside this Python even where its folder is not in PATH.
-        os.environ["PATH"] = os.pathsep.join([path, os.path.dirname(sys.executable)])
-        try:
-            cpp_extension.load(
-                name="pdarts_kernels",
-                sources=sources,
-                extra_cflags=_FLAGS + ["-DPDARTS_CUDA"] * cuda,
-                extra_cuda_cflags=["-O3"],
-                build_directory=scratch,
-                is_python_module=False,
-                with_cuda=cuda,
-            )
-        except (RuntimeError, OSError, ImportError) as error:
-            lines = str(error).splitlines() or [""]
-            why = next((line for line in lines if "error" in line[1:].lower()), lines[0])
-            raise RuntimeError(f"the fused kernels could not be built: {why.strip()}") from error
-        finally:
-            os.environ["PATH"] = path
-        os.replace(os.path.join(scratch, "pdarts_kernels.so"), library)
-
-
-@contextlib.contextmanager
-def _file_lock(path):
-    """Held by one process at a time, and released by its death, unlike a file that only exists."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: two processes may both build, which is safe
-            pass
-        yield
 
 
 from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)

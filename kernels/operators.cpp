@@ -20,6 +20,7 @@
 #endif
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "convolution.h"
@@ -667,6 +668,7 @@ Tensor pool_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY(pdarts, m) {
+  m.def("version() -> str", [] { return std::string(C10_STRINGIZE(PDARTS_VERSION)); });  // of the sources
   m.def(
       "mixed(Tensor[] outputs, Tensor probabilities, Tensor? statistics, bool[] batch, float eps) -> (Tensor, Tensor)");
   m.def(
