@@ -1,0 +1,239 @@
+"""Fused networks against plain ones. The networks are those of pdarts.py."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+
+pdarts = pytest.importorskip("pdarts")
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ALL = (pdarts.PRIMITIVES,) * 14
+FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _served():
+    before = kernels.use("on")
+    yield
+    kernels.use(before)
+
+
+def search_network(candidates=ALL, dtype=torch.float64, cells=3, **settings):
+    torch.manual_seed(0)
+    return pdarts.SearchNetwork(4, 10, cells, candidates, candidates, **settings).to(dtype)
+
+
+def fused(network, **settings):
+    return kernels.fuse(copy.deepcopy(network), **settings)
+
+
+def computed(network, x):
+    """Logits, gradients and running statistics of a training step, and logits in evaluation."""
+    torch.manual_seed(1)
+    logits = network.train()(x)
+    logits = logits if isinstance(logits, tuple) else (logits,)
+    loss = sum(F.cross_entropy(part, torch.arange(len(x), device=x.device)) for part in logits)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    with torch.no_grad():
+        return [*(part.detach() for part in logits), *gradients, *network.buffers(), network.eval()(x)]
+
+
+def assert_same(network, other, x, rtol=1e-9):
+    for mine, right in zip(computed(other, x), computed(network, x), strict=True):
+        torch.testing.assert_close(mine.contiguous(), right.contiguous(), rtol=rtol, atol=1e-11)
+
+
+def classes(network):
+    return {type(module).__name__ for module in network.modules()}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 13)])
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"recompute": False}], ids=str)
+def test_a_fused_search_network_computes_what_the_plain_one_does(device, size, settings, monkeypatch):
+    if settings:  # with torch's own convolutions
+        monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+    network = search_network(skip_dropout=0.3).to(device)
+    converted = fused(network, **settings)
+    assert {"FusedSearchCell", "FusedMixedOp", "FusedOperation", "FusedFactorizedReduce"} <= classes(converted)
+    assert_same(network, converted, torch.randn(6, 3, *size, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels-last"])
+def test_both_layouts_compute_the_same(device, layout, monkeypatch):
+    monkeypatch.setenv("PDARTS_LAYOUT", layout)
+    network = search_network().to(device)
+    converted, seen = fused(network), set()
+    for cell in converted.cells:
+        cell.register_forward_hook(lambda _, inputs, output: seen.add(output.is_contiguous()))
+    assert_same(network, converted, torch.randn(4, 3, 16, 16, dtype=torch.float64, device=device))
+    assert device != "cuda" or seen == {layout == "NCHW"}
+
+
+def test_a_wrong_layout_is_refused(monkeypatch):
+    monkeypatch.setenv("PDARTS_LAYOUT", "NHWC")
+    with pytest.raises(ValueError, match="PDARTS_LAYOUT is 'NHWC'; expected NCHW or channels-last"):
+        fused(search_network(FEW))
+
+
+def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
+    torch.manual_seed(0)
+    network = pdarts.Network(pdarts.GENOTYPES["PDARTS"], 4, 10, 3, auxiliary=True).double().to(device)
+    network.drop_path.fill_(0.3)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # gamma and beta count
+            nn.init.uniform_(norm.weight)
+            nn.init.uniform_(norm.bias)
+    converted = fused(network)
+    assert {"FusedOperation", "FusedAvgPool2d", "FusedMaxPool2d"} <= classes(converted)
+    assert_same(network, converted, torch.randn(4, 3, 32, 32, dtype=torch.float64, device=device))
+
+
+def test_fusion_keeps_the_state_dict_and_the_types_and_survives_a_copy():
+    network = search_network()
+    converted = fused(network)
+    assert list(converted.state_dict()) == list(network.state_dict())
+    assert isinstance(converted.cells[0], pdarts.SearchCell)
+    before, twice = converted.state_dict(), kernels.fuse(copy.deepcopy(converted))
+    twice.load_state_dict(before)
+    assert_same(network, twice, torch.randn(4, 3, 8, 8, dtype=torch.float64))
+
+
+def test_a_fused_network_keeps_less_than_half_for_backward():
+    network = search_network(dtype=torch.float32)
+    x = torch.randn(8, 3, 32, 32)
+
+    def kept(network):
+        sizes = {}
+
+        def pack(t):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result = network(x)  # alive, so that no memory is counted twice
+        del result
+        return sum(sizes.values())
+
+    assert kept(fused(network)) < kept(network) / 2
+
+
+def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
+    network = search_network(cells=5, dtype=torch.float32)
+    x = torch.randn(8, 3, 32, 32)
+    right = copy.deepcopy(network).double()(x.double()).detach()
+    mine, plain = ((n(x).detach().double() - right).norm() / right.norm() for n in (fused(network), network))
+    assert mine <= 2 * plain and plain < 1e-6
+
+
+# --- What is left alone -----------------------------------------------------------------------------------------------
+
+
+class Doubled(pdarts.MixedOp):
+    def forward(self, x, probabilities):
+        return 2 * super().forward(x, probabilities)
+
+
+class Alternating(pdarts.SearchCell):
+    def node(self, incoming):
+        return sum((-1) ** i * edge(x, p) for i, (x, (edge, p)) in enumerate(incoming))
+
+
+class Halved(pdarts.Operation):
+    def forward(self, x):
+        return self.op(x) / 2
+
+
+@pytest.mark.parametrize("name, changed", [("MixedOp", Doubled), ("SearchCell", Alternating), ("Operation", Halved)])
+def test_what_was_changed_is_left_alone(monkeypatch, name, changed):
+    original = search_network(FEW)
+    monkeypatch.setattr(pdarts, name, changed)
+    network = search_network(FEW)
+    converted = fused(network)
+    assert f"Fused{changed.__name__}" not in classes(converted)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_same(network, converted, x)
+    assert not torch.allclose(network.train()(x), original.train()(x))
+
+
+def test_layers_of_other_kinds_are_left_alone():
+    network = search_network(FEW)
+    for operation in [m for m in network.modules() if type(m) is pdarts.Operation]:
+        operation.op[0] = nn.ELU()
+    converted = fused(network)
+    assert "FusedOperation" not in classes(converted)
+    assert_same(network, converted, torch.randn(4, 3, 8, 8, dtype=torch.float64))
+
+
+def other_momentum(norm):
+    norm.momentum = 0.3
+
+
+def other_eps(norm):
+    norm.eps = 1e-2
+
+
+def cumulative(norm):
+    norm.momentum = None
+
+
+def untracked(norm):
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+
+
+@pytest.mark.parametrize("change", [other_momentum, other_eps, cumulative, untracked, lambda norm: norm.eval()])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_batch_norms_keep_their_own_settings(change, all_of_them):
+    network = search_network()
+    norms = [m for m in network.cells.modules() if isinstance(m, nn.BatchNorm2d)]
+    converted = fused(network)
+    for chosen in (network, converted):
+        norms = [m for m in chosen.cells.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms if all_of_them else norms[::3]:
+            change(norm)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    results = [n(x) for n in (converted, network)]  # not through `train`, which would undo `eval`
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    for mine, right in zip(converted.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
+
+
+def test_nodes_of_more_than_64_outputs_and_other_search_spaces_are_fused():
+    space = pdarts.SearchSpace(primitives=pdarts.PRIMITIVES[1:], nodes=9)  # the last node adds up 10 * 7 outputs
+    candidates = (space.primitives,) * len(space.edges)
+    torch.manual_seed(0)
+    network = pdarts.SearchNetwork(2, 10, 3, candidates, candidates, space=space).double()
+    assert_same(network, fused(network), torch.randn(3, 3, 8, 8, dtype=torch.float64))
+
+
+def test_where_the_kernels_do_not_serve_nothing_is_changed():
+    kernels.use("off")
+    network = search_network(FEW)
+    assert classes(fused(network)) == classes(network)
+
+
+def test_a_search_takes_fusion_as_an_argument():
+    x, y = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
+    short = {"cells": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "warmup": 1}
+    config = pdarts.SearchConfig(**short, channels=2, batch=6)
+    data, seen = pdarts.search_data(x, y, config), []
+
+    def prepare(network):
+        seen.append(kernels.fuse(network))
+        return seen[-1]
+
+    _, mine = pdarts.search(config, data, prepare=prepare)
+    _, plain = pdarts.search(config, data)
+    assert len(seen) == 2 and all("FusedSearchCell" in classes(network) for network in seen)
+    torch.testing.assert_close(mine[0].alphas_normal, plain[0].alphas_normal, rtol=0.05, atol=1e-4)
