@@ -1,8 +1,8 @@
 // The mixed operation on CUDA. mixed_op.h says what it computes; there are no torch headers here.
 //
-// How work is divided depends on the shape alone, and there are no atomics: sums are added up in a fixed order, by a
-// block in float (double for double), then over blocks in double. So all results are the same bits at every call, on
-// any GPU.
+// How work is divided depends on the shape (and on whether memory is aligned) alone, and there are no atomics: sums are
+// added up in a fixed order, by a block in float (double for double), then over blocks in double. So all results are
+// the same bits at every call, on any GPU.
 //
 // Where the statistics of the batch, or their part in the gradients, come first, the candidates are read twice, and g
 // too: sums, then results. The least is once, and the cache makes it that if it holds them. All else is small.
