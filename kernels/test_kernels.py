@@ -1,0 +1,468 @@
+"""The fused operators against their plain twins in torch: values, gradients, what is kept, messages; on CPU and CUDA.
+
+`-k cuda` selects what needs a GPU. More elements than 32 bits count, in 20 GB: PDARTS_LARGE=1."""
+
+import functools
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+torch.set_num_threads(1)  # the feature maps are small
+
+CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
+FRESH = (torch.zeros, torch.ones)  # running means and variances
+
+
+@pytest.fixture(autouse=True)
+def _fused():
+    before = kernels.use("on")
+    yield
+    kernels.use(before)
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """Of the tensors; the fused kernels serve it."""
+    assert kernels.fused(request.param)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return request.param
+
+@pytest.fixture(params=["cpu", "cpu apart", *DEVICES[1:]])
+def place(request, monkeypatch):
+    """A device for convolutions; apart: by torch's own, as on CUDA, which are computed again in the backward pass."""
+    kind, *apart = request.param.split()
+    assert kernels.fused(kind)
+    if apart:
+        monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return kind
+
+def leaves(device, count, shape=(2, 3, 4, 5), dtype=torch.float32, seed=0):
+    """Probabilities and outputs of `count` candidates."""
+    torch.manual_seed(seed)
+    tensors = [torch.rand(count, dtype=dtype), *(torch.randn(shape, dtype=dtype) for _ in range(count))]
+    return [t.to(device).requires_grad_() for t in tensors]
+
+def summed(probabilities, *outputs):
+    return kernels.mixed_sum(list(outputs), probabilities)
+
+def normed(probabilities, *outputs, function=kernels.mixed_norm_sum, none=1):
+    """mixed_norm_sum in training, with fresh running statistics; the first `none` outputs are not normalised."""
+    dtype = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
+    fresh = {"dtype": dtype, "device": probabilities.device}
+    running = [[None] * none + [f(outputs[0].shape[1], **fresh) for _ in outputs[none:]] for f in FRESH]
+    return function(list(outputs), probabilities, *running, True)
+
+def separable_leaves(dtype=torch.float64, device="cpu"):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=dtype) for shape in ((2, 4, 5, 6), (4, 1, 3, 3), (3, 4, 1, 1))]
+    return [t.to(device, memory_format=torch.channels_last).requires_grad_() for t in tensors]
+
+def with_threads(run):
+    """What `run` returns with one, two and three threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+def assert_passes_opcheck(*calls):
+    for op, arguments in calls:
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+# --- mixed_sum, mixed_norm_sum: eq. 1 ---------------------------------------------------------------------------------
+
+SHAPES = [((2, 3, 5, 7), 3), ((3, 16, 8, 8), 8), ((4, 36, 9, 9), 40), ((40, 36, 8, 8), 2), ((60, 20, 1, 33), 2),
+          ((2, 20, 1, 33), 1), ((3, 2, 150, 150), 2), ((2, 2100, 2, 3), 2), ((5, 70, 1, 1), 3)]
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape, count", SHAPES)
+@pytest.mark.parametrize("norm", [None, "training", "evaluation"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, norm, dtype, bound):
+    """norm: None for mixed_sum, else how mixed_norm_sum normalises."""
+    torch.manual_seed(0)
+    outputs = [torch.randn(shape, dtype=torch.float64).to(device, dtype, memory_format=memory) for _ in range(count)]
+    probabilities = torch.rand(count, dtype=torch.float64).to(device, dtype)
+    gradient = torch.randn(shape).double().to(device)
+
+    def run(function, dtype):
+        p, *ys = (t.detach().clone().to(dtype).requires_grad_() for t in [probabilities, *outputs])
+        arguments, running = [], []
+        if norm:  # the first candidate of three or more is an identity
+            identity = [count > 2 and k == 0 for k in range(count)]
+            running = [[None if i else f(shape[1], dtype=dtype, device=device) for i in identity] for f in FRESH]
+            arguments = [*running, norm == "training"]
+        y = function(ys, p, *arguments)
+        assert y.is_contiguous(memory_format=memory)
+        gradients = torch.autograd.grad(y, [p, *ys], gradient.to(dtype))
+        return [y, *gradients, *(t for statistics in running for t in statistics if t is not None)]
+
+    fused, plain = ((kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else
+                    (kernels.mixed_sum, kernels.mixed_sum_ref))
+    for i, (mine, right) in enumerate(zip(run(fused, dtype), run(plain, torch.float64), strict=True)):
+        # A gradient of a probability is a sum in which much cancels.
+        assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
+
+def test_second_derivative_of_the_fused_sum_is_refused(device):
+    probabilities, y = leaves(device, 1)
+    (gradient,) = torch.autograd.grad(summed(probabilities, y).sum(), probabilities, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+IMAGE = torch.rand(1, 2, 3, 3)
+
+@pytest.mark.parametrize("outputs, probabilities, message", [
+    ([], torch.rand(0), "outputs has 0 tensors; expected 1 to 64"),
+    ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
+    ([IMAGE] * 2, torch.rand(3), "probabilities has shape .3.; expected .2."),
+    ([IMAGE, torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
+    ([IMAGE] * 65, torch.rand(65), "outputs has 65 tensors; expected 1 to 64"),
+    ([IMAGE.int()], torch.rand(1), "outputs.0. is Int; expected float32, float64"),
+    ([IMAGE, IMAGE.double()], torch.rand(2), "outputs.1. is Double; expected"),
+    ([IMAGE], torch.rand(1).double(), "probabilities is Double; expected float32 or Float"),
+])
+def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, message):
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mixed_sum([y.to(device) for y in outputs], probabilities.to(device))
+
+@pytest.mark.parametrize("means, variances, message", [
+    ([torch.zeros(2)], [torch.ones(2)], "running_means has 1 and running_vars 1 entries; expected 2"),
+    ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
+    ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
+    ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
+])
+def test_fused_norm_names_what_does_not_fit(device, means, variances, message):
+    running = ([t if t is None else t.to(device) for t in statistics] for statistics in (means, variances))
+    with pytest.raises(RuntimeError, match=message):
+        kernels.mixed_norm_sum([torch.rand(2, 2, 3, 3).to(device)] * 2, torch.rand(2).to(device), *running, True)
+
+def test_fused_norm_refuses_a_single_value_per_channel(device):
+    with pytest.raises(RuntimeError, match="expected more than one value per channel"):
+        normed(*leaves(device, 2, (1, 3, 1, 1)))
+
+@pytest.mark.parametrize("function", [summed, normed])
+def test_fused_gradients_are_numerical_derivatives(device, function):
+    assert torch.autograd.gradcheck(function, leaves(device, 3, dtype=torch.float64))
+
+@pytest.mark.parametrize("function", [summed, normed])
+def test_fused_mixed_operation_compiles_without_graph_breaks(device, function):
+    inputs = leaves(device, 3)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function))
+    assert all(map(torch.equal, mine, right))
+
+def test_fused_mixed_operators_pass_opcheck(device):
+    ops, (probabilities, *outputs) = torch.ops.pdarts, leaves(device, 3)
+    detached, statistics, batch = [y.detach() for y in outputs], torch.rand(3, 3, 3, device=device), [False, True, True]
+    running = [[f(3, device=device), f(3, device=device)] for f in FRESH]
+    assert_passes_opcheck(
+        (ops.mixed, (outputs, probabilities, None, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, probabilities, statistics, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, probabilities, None, batch, 1e-5)),
+        (ops.update_running, (*running, statistics, batch, 10, 0.1)),
+        (ops.mixed_backward,
+         (detached[0], detached, probabilities.detach(), statistics, batch, [True] * 3, True)))
+
+def test_fused_mixed_operation_gives_the_same_bits_with_any_number_of_threads(device):
+    inputs = leaves(device, 3, (32, 16, 32, 32))
+
+    def run():
+        y = normed(*inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    first, *others = with_threads(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_16_bit_result_is_the_rounded_float32_result(device, dtype):
+    probabilities, *outputs = (t.detach() for t in leaves(device, 5, (3, 16, 8, 8)))
+    outputs = [y.to(dtype) for y in outputs]
+    exact = normed(probabilities, *(y.float() for y in outputs)).to(dtype)
+    units = normed(probabilities, *outputs).view(torch.int16).int() - exact.view(torch.int16).int()
+    assert units.abs().max() <= 1
+
+def test_fused_mixed_operation_keeps_only_what_its_gradients_need(device):
+    probabilities, *outputs = leaves(device, 3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        summed(probabilities.detach(), *outputs)
+        assert [t.dim() for t in kept] == [1]  # the probabilities
+        kept.clear()
+        normed(probabilities, *outputs)
+    assert sorted(t.dim() for t in kept) == [1, 3, 4, 4, 4]  # probabilities, statistics, outputs
+
+def test_fused_norm_is_no_worse_than_torch_where_the_mean_is_large(device):
+    probabilities, *outputs = (t.detach() for t in leaves(device, 3, (32, 16, 16, 16)))
+    outputs = [y + 1000 for y in outputs]
+    plain = kernels.mixed_norm_sum_ref
+    right = normed(probabilities.double(), *(y.double() for y in outputs), function=plain, none=0)
+    mine, torchs = (normed(probabilities, *outputs, function=f, none=0) for f in (kernels.mixed_norm_sum, plain))
+    assert (mine - right).norm() <= (torchs - right).norm()
+
+def test_fused_mixed_operation_takes_an_empty_batch_and_expanded_gradients(device):
+    empty = leaves(device, 2, (0, 3, 4, 4))
+    y = normed(*empty)
+    assert y.shape == (0, 3, 4, 4) and not any(g.any() for g in torch.autograd.grad(y.sum(), empty))
+    inputs = leaves(device, 2, dtype=torch.float64)
+    mine = torch.autograd.grad(kernels.mixed_sum(inputs[1:], inputs[0]).sum(), inputs)
+    right = torch.autograd.grad(kernels.mixed_sum_ref(inputs[1:], inputs[0]).sum(), inputs)
+    assert all(map(torch.allclose, mine, right))
+
+def test_fused_mixed_operation_takes_slices_and_outputs_in_different_memory_formats(device):
+    probabilities, *outputs = (t.detach() for t in leaves(device, 4, (4, 6, 8, 8), torch.float64))
+    strange = [outputs[0].to(memory_format=torch.channels_last), outputs[1][:, :, ::2].repeat_interleave(2, 2)]
+    strange += [outputs[2].transpose(2, 3), outputs[3][:1].expand(4, -1, -1, -1)]
+    for order in (strange, strange[::-1], [y[1:3, 1:, ::3, 1:] for y in strange]):
+        inputs = [probabilities.clone().requires_grad_(), *(y.detach().requires_grad_() for y in order)]
+        mine, right = (normed(*inputs, function=f) for f in (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref))
+        gradient = torch.randn_like(right).transpose(2, 3).contiguous().transpose(2, 3)
+        gradients = [torch.autograd.grad(y, inputs, gradient) for y in (mine, right)]
+        assert torch.allclose(mine, right) and all(map(torch.allclose, *gradients))
+
+def test_fused_mixed_operation_leaves_alone_what_needs_no_gradient(device):
+    tensors = leaves(device, 4, dtype=torch.float64)
+    every = torch.autograd.grad(normed(*tensors).square().sum(), tensors)
+    for needed in ([1], [0], [2, 4], [0, 3]):
+        inputs = [t.detach().requires_grad_(i in needed) for i, t in enumerate(tensors)]
+        some = torch.autograd.grad(normed(*inputs).square().sum(), [inputs[i] for i in needed])
+        assert all(torch.allclose(mine, every[i], rtol=1e-12) for mine, i in zip(some, needed, strict=True))
+
+def test_fused_sum_under_autocast_takes_the_widest_type_of_its_outputs(device):
+    probabilities, *outputs = (t.detach() for t in leaves(device, 3))
+    mixed = [outputs[0].bfloat16(), outputs[1].bfloat16(), outputs[2]]
+    with torch.autocast(device, torch.bfloat16):
+        y = summed(probabilities, *mixed)
+        assert summed(probabilities[:2], *mixed[:2]).dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert torch.allclose(y, kernels.mixed_sum_ref([x.float() for x in mixed], probabilities), atol=1e-6)
+
+@pytest.mark.skipif("PDARTS_LARGE" not in os.environ, reason="needs 20 GB: set PDARTS_LARGE=1")
+def test_fused_mixed_operation_takes_more_elements_than_32_bits_count(device):
+    shape = (2, 2, 1 << 15, (1 << 14) + 1)  # 2^31 + 2^17 elements
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    x[-1, -1, -1] = 1
+    running = [[f(2, device=device)] for f in FRESH]
+    probabilities = torch.full((1,), 2.0, device=device, requires_grad=True)
+    y = kernels.mixed_sum([x], probabilities)
+    assert y[-1, -1, -1].eq(2).all() and y.count_nonzero() == shape[-1]
+    (gradient,) = torch.autograd.grad(y, probabilities, x)
+    assert gradient.item() == shape[-1]
+    del y
+    y = kernels.mixed_norm_sum([x], probabilities.detach(), *running, True)
+    assert y[-1, -1, -1].gt(100).all() and y[:, 0].eq(0).all()
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_a_cuda_graph_and_another_stream_give_the_bits_of_an_eager_step():
+    def step(probabilities, *outputs):
+        running = [[f(16, device="cuda") for _ in outputs] for f in FRESH]
+        y = kernels.mixed_norm_sum(list(outputs), probabilities, *running, True)
+        gradients = torch.autograd.grad(y.square().sum(), [probabilities, *outputs])
+        return [y.detach(), *gradients, *running[0], *running[1]]  # no grad_fn outlives the step
+
+    batches = [leaves("cuda", 3, (8, 16, 8, 8), seed=seed) for seed in range(3)]
+    right = [step(*batch) for batch in batches]
+    inputs = [t.detach().clone().requires_grad_() for t in batches[0]]  # what the graph reads
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            there = step(*inputs)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, there, right[0]))
+    del there
+    with torch.cuda.graph(graph):
+        captured = step(*inputs)
+    for i in (1, 2, 0, 1):
+        with torch.no_grad():
+            for old, new in zip(inputs, batches[i], strict=True):
+                old.copy_(new)
+        graph.replay()
+        assert all(map(torch.equal, captured, right[i])), f"replay of batch {i}"
+
+
+# --- separable --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("channels, width", [(1, 5), (3, 16), (16, 16), (20, 3), (64, 8)])
+@pytest.mark.parametrize(
+    "size, stride, dilation", [(0, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 2), (5, 2, 1), (5, 1, 2), (7, 1, 1)])
+@pytest.mark.parametrize("norm", [None, "training", "evaluation"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_separable_convolution_equals_plain_torch(
+        place, channels, width, size, stride, dilation, norm, dtype, bound):
+    """size 0: without the depthwise convolution; norm: how the input is normalised first."""
+    torch.manual_seed(0)
+    shapes = [(2, channels, 9, width), (6, channels, 1, 1), *[(channels, 1, size, size)] * (size > 0)]
+    inputs = [torch.randn(shape).to(place, dtype) for shape in shapes]
+    settings = [stride, dilation * (size // 2), dilation]
+
+    def run(function, dtype):
+        x, pointwise, *depthwise = leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        between = ((-1, 1), (0.5, 2)) if norm else ()
+        running = [torch.linspace(*ends, channels, dtype=torch.float64).to(place, dtype) for ends in between]
+        y = function(x, *depthwise or [None], pointwise, *settings, *running, training=norm == "training", momentum=0.3)
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(place, dtype)
+        return [y, *torch.autograd.grad(y, leaves, gradient), *running]
+
+    if dtype == torch.float32 and not kernels._on_cpu(inputs[0]):
+        bound *= 10  # torch's own convolutions
+    rights = run(kernels.separable_ref, torch.float64)
+    for mine, right in zip(run(kernels.separable, dtype), rights, strict=True):
+        assert mine.shape == right.shape and (mine.double() - right).norm() <= 5 * bound * right.norm()
+
+def test_fused_separable_convolution_keeps_its_input_and_weights_only(place):
+    inputs, kept = separable_leaves(device=place), {}
+    running = [f(4, dtype=torch.float64, device=place) for f in FRESH]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        kernels.separable(*inputs, 1, 1, 1, *running, training=True)
+    assert all(kept.pop(t.data_ptr()) == t.numel() for t in inputs)
+    assert sum(kept.values()) <= 3 * 4  # statistics
+
+def test_convolutions_that_are_computed_again_compute_only_what_the_gradients_asked_for_need(device, monkeypatch):
+    monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+    x, depthwise, pointwise = separable_leaves(device=device)
+    y = kernels.separable(x, depthwise.detach(), pointwise.detach(), padding=1)
+    monkeypatch.setattr(F, "conv2d", lambda *_, **__: pytest.fail("an alpha step computed for a weight's gradient"))
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+def test_separable_convolutions_under_autocast_compute_in_the_shorter_type(device):
+    inputs = separable_leaves(torch.float32, device)
+    running = [f(4, device=device) for f in FRESH]
+    results = []
+    for function in kernels.separable, kernels.separable_ref:
+        with torch.autocast(device, torch.bfloat16):
+            y = function(*inputs, 1, 1, 1, *(t.clone() for t in running), training=True)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
+    for mine, right in zip(*results, strict=True):
+        assert (mine.float() - right.float()).norm() <= 2e-2 * right.float().norm()
+
+def test_fused_separable_convolution_passes_gradcheck_opcheck_and_compiles():
+    x, depthwise, pointwise = inputs = separable_leaves()
+    function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
+    mean, var = (f(4, dtype=torch.float64) for f in FRESH)
+    assert torch.autograd.gradcheck(function, inputs)
+    for training in False, True:  # momentum 0: every call finds the same running statistics
+        after_norm = functools.partial(function, running_mean=mean, running_var=var, training=training, momentum=0.0)
+        assert torch.autograd.gradcheck(after_norm, inputs)
+    ops, detached, statistics = torch.ops.pdarts, [t.detach() for t in inputs], torch.rand(3, 1, 4).double() + 0.5
+    gradient = torch.randn(2, 3, 5, 6).double()
+    assert_passes_opcheck(
+        (ops.separable, (*inputs, None, False, 0.0, 2, 2, 2)),
+        (ops.separable, (*inputs, None, True, 1e-5, 2, 2, 2)),
+        (ops.separable, (*inputs, statistics, False, 1e-5, 2, 2, 2)),
+        (ops.separable, (x, None, pointwise, None, False, 0.0, 1, 0, 1)),
+        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, True, True])),
+        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, False, False])),
+        (ops.separable_backward, (gradient, *detached, statistics, True, 1, 1, 1, [True, False, True])))
+    for f in function, after_norm:
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, f))
+        assert all(map(torch.equal, mine, right))
+    (gradient,) = torch.autograd.grad(function(*inputs).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+def test_fused_separable_convolution_gives_the_same_bits_with_any_number_of_threads():
+    torch.manual_seed(0)
+    inputs = [torch.randn(s).requires_grad_() for s in ((16, 16, 32, 32), (16, 1, 5, 5), (16, 16, 1, 1))]
+
+    def run():
+        mean, var = (f(16) for f in FRESH)
+        y = kernels.separable(*inputs, padding=2, running_mean=mean, running_var=var, training=True)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs), mean, var]
+
+    first, *others = with_threads(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+@pytest.mark.parametrize("x, depthwise, pointwise, message", [
+    ((2, 4, 5), (4, 1, 3, 3), (3, 4, 1, 1), "x has shape .2, 4, 5.; expected .N,C,H,W."),
+    ((2, 4, 5, 5), (3, 1, 3, 3), (3, 4, 1, 1), "depthwise is a Float .3, 1, 3, 3.; expected a Float .4,1,k,k."),
+    ((2, 4, 5, 5), (4, 1, 3, 3), (3, 5, 1, 1), "pointwise is a Float .3, 5, 1, 1.; expected a Float .channels,4,1,1."),
+    ((2, 4, 2, 5), (4, 1, 3, 3), (3, 4, 1, 1), "expected it not to be smaller than the kernel"),
+])
+def test_fused_separable_convolution_names_what_does_not_fit(x, depthwise, pointwise, message):
+    with pytest.raises(RuntimeError, match=message):
+        kernels.separable(torch.rand(x), torch.rand(depthwise), torch.rand(pointwise))
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_fused_convolution_and_pooling_name_what_they_do_not_take():
+    x, depthwise, pointwise = (t.detach() for t in separable_leaves(torch.float32))
+    separable, ops = kernels.separable, torch.ops.pdarts
+    for settings in ({"stride": 2**32 + 1}, {"dilation": 257}, {"padding": -1}):
+        with pytest.raises(RuntimeError, match="expected at least 1, 0, 1 and 1, and at most 256"):
+            separable(x, depthwise, pointwise, **settings)
+    with pytest.raises(RuntimeError, match="one of running_mean and running_var is None; expected both or none"):
+        separable(x, depthwise, pointwise, running_mean=torch.zeros(4))
+    with pytest.raises(RuntimeError, match="grad has shape .1, 1, 1, 1.; expected .2, 4, 5, 6."):
+        ops.pool_backward(torch.zeros(1, 1, 1, 1), None, None, [2, 4, 5, 6], 1)
+    with pytest.raises(RuntimeError, match="grad has shape .1, 3, 1, 1.; expected .2, 3, 5, 6."):
+        ops.separable_backward(x[:1, :3, :1, :1], x, depthwise, pointwise, None, False, 1, 1, 1, [True] * 3)
+    with pytest.raises(RuntimeError, match="x and y are Float .2, 4, 5, 6. and Float .1, 4, 5, 6.; expected Float"):
+        ops.pool_backward(x, x, x[:1], [2, 4, 5, 6], 1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        calls = (lambda: separable(dual, depthwise, pointwise)), (lambda: kernels.pool(dual, "avg"))
+        for call in (*calls, lambda: summed(torch.ones(1), dual)):
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                call()
+
+
+# --- pool -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (3, 16, 8, 8), (1, 1, 1, 1), (2, 20, 1, 33), (2, 8, 2, 1), (0, 3, 4, 4)])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_pool_equals_plain_torch(device, shape, kind, stride, dtype):
+    torch.manual_seed(0)
+    # Of equal elements the first has the gradient: few values make many of them.
+    x = (torch.randint(-2, 3, shape) if kind == "max" else torch.randn(shape)).to(device, dtype).requires_grad_()
+    mine, right = (f(x, kind, stride) for f in (kernels.pool, kernels.pool_ref))
+    gradient = torch.randn(right.shape).to(device, dtype)
+    assert torch.equal(mine, right) or kind == "avg"  # which adds up in another order
+    torch.testing.assert_close(mine, right)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, gradient)[0] for y in (mine, right)))
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_fused_pool_of_infinite_elements_and_of_what_is_not_a_number_is_that_of_plain_torch(kind):
+    values = torch.tensor([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan])
+    x = values[torch.randint(6, (2, 16, 9, 9), generator=torch.Generator().manual_seed(0))]
+    x[0] = -math.inf
+    torch.testing.assert_close(kernels.pool(x, kind), kernels.pool_ref(x, kind), equal_nan=True)
+
+def test_fused_pool_passes_gradcheck_opcheck_and_compiles():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
+    for kind in "max", "avg":
+        function = functools.partial(kernels.pool, kind=kind, stride=2)
+        assert torch.autograd.gradcheck(function, x)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, function)))
+        given = [x.detach(), kernels.pool(x, kind, 2).detach()] if kind == "max" else [None, None]
+        assert_passes_opcheck(
+            (torch.ops.pdarts.pool, (x, kind == "max", 1)),
+            (torch.ops.pdarts.pool_backward, (torch.randn(2, 3, 3, 3).double(), *given, [2, 3, 5, 6], 2)))
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated twice"):
+            gradient.sum().backward()
+
+@pytest.mark.parametrize("shape, kind, stride, error, message", [
+    ((4, 4), "max", 1, RuntimeError, "x has shape .4, 4.; expected .N,C,H,W."),
+    ((1, 1, 4, 4), "max", 0, RuntimeError, "stride is 0; expected at least one pixel and 1 to 256"),
+    ((1, 1, 4, 4), "max", 2**32, RuntimeError, "1 to 256"),
+    ((1, 1, 4, 4), "min", 1, ValueError, "the kind of pooling is 'min'; expected max or avg"),
+])
+def test_fused_pool_names_what_does_not_fit(shape, kind, stride, error, message):
+    with pytest.raises(error, match=message):
+        kernels.pool(torch.rand(shape), kind, stride)
