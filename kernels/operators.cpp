@@ -124,6 +124,7 @@ struct Call : PdartsMixed {
   Tensor accumulators(at::IntArrayRef sizes) const { return at::empty(sizes, like.options().dtype(accumulated(like))); }
 
   void forward(void* y) {
+    if (!C) return;  // statistics without elements have no address
 #ifdef PDARTS_CUDA
     if (like.is_cuda()) {
       auto stream = c10::cuda::getCurrentCUDAStream();
@@ -220,6 +221,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_backward(
     if (needs[k]) grads.push_back(call.empty()), grad_x[k] = grads.back().data_ptr();
   }
   Tensor grad_probabilities = call.accumulators({needs_probabilities ? call.K : 0});
+  if (!call.C) return {std::move(grads), grad_probabilities.zero_().to(probabilities.scalar_type())};
   call.backward(g, grad_x.data(), needs_probabilities ? grad_probabilities.data_ptr() : nullptr);
   return {std::move(grads), grad_probabilities.to(probabilities.scalar_type())};
 }
