@@ -322,7 +322,7 @@ class OurStep:
     def __init__(self, stage, config, images, labels, mode, graphs=False):
         torch.manual_seed(0)
         self.mode, self.images, self.labels = mode, images, labels
-        candidates = (pdarts.PRIMITIVES[-config.candidates[stage] :],) * len(pdarts.EDGES)
+        candidates = (pdarts.PRIMITIVES[-config.candidates[stage] :],) * len(pdarts.SPACE.edges)
         self.network = pdarts.SearchNetwork(config.channels, 10, config.cells[stage], candidates, candidates)
         self.network.to(images)  # device and type
         self.parameters = self.network.weights()
@@ -362,7 +362,7 @@ class OfficialStep:
         torch.manual_seed(0)
         self.images, self.labels = images, labels
         first = len(pdarts.PRIMITIVES) - config.candidates[stage]
-        switches = [[i >= first for i in range(len(pdarts.PRIMITIVES))] for _ in pdarts.EDGES]
+        switches = [[i >= first for i in range(len(pdarts.PRIMITIVES))] for _ in pdarts.SPACE.edges]
         self.network = official.Network(
             config.channels,
             10,

@@ -31,7 +31,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +46,8 @@ class InputError(ValueError):
 # --- Hyper-parameters -------------------------------------------------------------------------------------------------
 
 def setting(default, help, low=None, high=None, choices=None):
-    """A hyper-parameter: default, meaning with its source, inclusive bounds. The command line is made from them."""
+    """A hyper-parameter: default, meaning with its source, inclusive bounds, which harness/settings.py enforces."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
@@ -79,8 +78,6 @@ class SearchConfig:
                              "their numbers of stages; expected one value per stage in each")
         if any(b > a for a, b in itertools.pairwise(self.keep)):
             raise InputError(f"keep is {self.keep}; expected no stage to keep more than the one before it has")
-        if self.keep[-1] < 3:  # with none and skip_connect gone, one candidate must be left for the refinement
-            raise InputError(f"keep ends with {self.keep[-1]}; expected at least 3 in the last stage")
         if self.warmup >= self.epochs:
             raise InputError(f"warmup is {self.warmup} of {self.epochs} epochs; expected fewer, or alphas do not learn")
 
@@ -105,7 +102,6 @@ class EvaluateConfig:
     flip: bool = setting(True, "random horizontal flip (official)")
     dtype: str = setting("float32", "type of the feature maps (autocast)", choices=("float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random", 0, 2**63 - 1)
-
 
 CIFAR10, CIFAR100 = SearchConfig(), SearchConfig(skip_dropout=(0.1, 0.2, 0.3))
 
@@ -168,14 +164,11 @@ def skip_connect(channels, stride, affine):
     return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
 
 class Primitive(NamedTuple):
-    """An operation of a search space.
-
-    build: (channels C, stride, affine) -> a module [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]; affine: whether
+    """build: (channels C, stride, affine) -> a module [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]; affine: whether
     its batch norms have gamma and beta. norm: the search network adds a batch norm after it. colour: in drawings."""
     build: Callable[[int, int, bool], nn.Module]
     colour: str
     norm: bool = False
-
 
 OPERATIONS = {
     "none": Primitive(lambda c, stride, affine: Zero(stride), "#888888"),
@@ -196,22 +189,25 @@ def cell_edges(nodes: int) -> tuple[tuple[int, int], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """What is searched: the candidates of an edge, in this order, and the nodes of a cell. 4 nodes have 14 edges."""
+    """What is searched: the candidates of an edge, names in OPERATIONS in this order, and the nodes of a cell.
+    `none`, which is never chosen, and `skip_connect`, an nn.Identity at stride 1, have a role in the method."""
     primitives: tuple[str, ...] = PRIMITIVES
     nodes: int = 4
-    operations: Mapping[str, Primitive] = dataclasses.field(default_factory=lambda: OPERATIONS, repr=False)
+
+    def __post_init__(self):
+        if unknown := [name for name in self.primitives if name not in OPERATIONS]:
+            raise InputError(f"the search space has unknown primitives {unknown}; expected some of {list(OPERATIONS)}")
 
     @property
     def edges(self):
-        return cell_edges(self.nodes)
+        return cell_edges(self.nodes)  # 14 for 4 nodes
 
 SPACE = SearchSpace()
-EDGES = SPACE.edges
 
 # --- The mixed operation, the cell and the search network (paper, sec. 3.1) -------------------------------------------
 
-def drop(x, rate, shape):
-    """Zeroes parts of x with probability `rate` (a tensor, which a captured step reads anew) and rescales the rest."""
+def inverted_dropout(x, rate, shape):
+    """Zeroes parts of x with probability `rate` (a tensor) and rescales the rest."""
     if rate.is_cpu and rate == 0:  # a GPU would have to be waited for
         return x
     keep = torch.rand(shape, device=x.device) >= rate
@@ -225,26 +221,26 @@ class SkipDropout(nn.Module):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
     def forward(self, x):
-        return drop(x, self.rate, x.shape) if self.training else x
+        return inverted_dropout(x, self.rate, x.shape) if self.training else x
 
 class MixedOp(nn.Module):
     """An edge during the search: all its candidates at once, weighted by softmax(alpha).
     x [N,C,H,W], probabilities [K] -> [N,C,ceil(H/stride),ceil(W/stride)]."""
 
-    def __init__(self, candidates: tuple[str, ...], channels: int, stride: int, space: SearchSpace = SPACE):
+    def __init__(self, candidates: tuple[str, ...], channels: int, stride: int):
         super().__init__()
-        # `none`, where it is the first candidate, adds exactly zero: only its place in the softmax matters.
-        self.first = int(candidates[0] == "none" and len(candidates) > 1)
+        # `none`, if it is the first candidate, adds exactly zero: only its place in the softmax matters.
+        self.skip_none = int(candidates[0] == "none" and len(candidates) > 1)
         self.ops = nn.ModuleList()
-        for name in candidates[self.first :]:
-            op = space.operations[name].build(channels, stride, False)
-            if space.operations[name].norm:
+        for name in candidates[self.skip_none :]:
+            op = OPERATIONS[name].build(channels, stride, False)
+            if OPERATIONS[name].norm:
                 op = Operation(op, nn.BatchNorm2d(channels, affine=False))
             self.ops.append(SkipDropout() if isinstance(op, nn.Identity) else op)
 
     def forward(self, x, probabilities):
         # Eq. 1
-        return sum(p * op(x) for p, op in zip(probabilities[self.first :], self.ops))
+        return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
 
 class SearchCell(nn.Module):
     """A cell of the search network: [N,C_0,H_0,W_0], [N,C_1,H,W] -> [N,4*C,H/stride,W/stride], stride 2 to reduce."""
@@ -252,18 +248,18 @@ class SearchCell(nn.Module):
     def __init__(self, candidates, channels_0, channels_1, channels, reduction, reduction_before, space=SPACE):
         super().__init__()
         self.reduction, self.nodes = reduction, space.nodes
-        halve = FactorizedReduce if reduction_before else relu_conv_bn  # input 0 is twice as large as input 1 then
-        self.preprocess0 = halve(channels_0, channels, affine=False)
+        preprocess = FactorizedReduce if reduction_before else relu_conv_bn  # input 0 is twice as large as input 1 then
+        self.preprocess0 = preprocess(channels_0, channels, affine=False)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=False)
         self.edges = nn.ModuleList(
-            MixedOp(names, channels, 2 if reduction and source < 2 else 1, space)
+            MixedOp(names, channels, 2 if reduction and source < 2 else 1)
             for names, (_, source) in zip(candidates, space.edges, strict=True))
 
     def forward(self, s0, s1, probabilities):  # [14, K]
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edges = iter(zip(self.edges, probabilities))
         for _ in range(self.nodes):
-            states.append(self.node(list(zip(states, edges))))  # takes as many edges as there are states
+            states.append(self.node(list(zip(states, edges))))  # an edge from every state
         return torch.cat(states[2:], dim=1)
 
     def node(self, incoming):
@@ -272,8 +268,7 @@ class SearchCell(nn.Module):
 
 class SearchNetwork(nn.Module):
     """The supernet of one stage: every edge holds all of its candidates.
-
-    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, halve the size.
+    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, preprocess the size.
     normal, reduce: the candidates of both kinds of cell, for each edge K names in the order of the search space.
     alphas_normal, alphas_reduce: parameters [edges, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
     forward: [N,in_channels,H,W] -> logits [N,num_classes]."""
@@ -282,7 +277,7 @@ class SearchNetwork(nn.Module):
                  stem_stride=1, space=SPACE):
         super().__init__()
         reductions = reduction_cells(cells)
-        for names in {*check_candidates(normal), *check_candidates(reduce)}:
+        for names in (*check_candidates(normal, len(space.edges)), *check_candidates(reduce, len(space.edges))):
             if names != tuple(name for name in space.primitives if name in names):
                 raise InputError(f"candidates {names}; expected one or more of {space.primitives}, in this order")
         self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stem_stride))
@@ -327,40 +322,37 @@ def conv_bn(in_channels, out_channels, stride):
     conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
     return conv, nn.BatchNorm2d(out_channels)
 
-def check_candidates(candidates):
+def check_candidates(candidates, edges: int | None = None):
     """The candidates of every edge of a cell, as tuples."""
     candidates = tuple(map(tuple, candidates))
-    lengths, edges = [len(names) for names in candidates], [len(cell_edges(n)) for n in range(1, len(candidates))]
-    if len(set(lengths)) != 1 or 0 in lengths or len(candidates) not in edges:
-        raise InputError(f"candidates have lengths {lengths}; expected equal ones, 14 for a cell of 4 nodes")
+    lengths, cells = [len(names) for names in candidates], [len(cell_edges(n)) for n in range(1, len(candidates))]
+    if len(set(lengths)) != 1 or 0 in lengths or len(candidates) not in ([edges] if edges else cells):
+        raise InputError(f"candidates have lengths {lengths}; expected equal ones, {edges or 14} of them")
     return candidates
 
 # --- From stage to stage: search space approximation (paper, sec. 3.2) and the skip dropout (sec. 3.3) ----------------
 
 def shrink(candidates, alphas, keep: int):
     """Search space approximation: the `keep` candidates of every edge with the largest softmax(alpha).
-
     candidates: 14 tuples of K names; alphas: [14, K]. Returns 14 tuples of `keep` names, order kept. Of two equal
     candidates the one that comes first is dropped. `none` competes like any other."""
     candidates = check_candidates(candidates)
     if not 1 <= keep <= len(candidates[0]):
         raise InputError(f"keep is {keep}; expected 1 to {len(candidates[0])}, the candidates that there are")
     shrunk = []
-    for names, p in zip(candidates, softmax(candidates, alphas)):
+    for names, p in zip(candidates, edge_probabilities(candidates, alphas)):
         ranked = sorted(range(len(names)), key=lambda k: (p[k], k))
         shrunk.append(tuple(names[k] for k in sorted(ranked[-keep:])))
     return tuple(shrunk)
 
 def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, warmup: int = 10) -> float:
-    """Dropout rate after skip-connects in `epoch` (from 0) of a stage that starts with `initial`.
-
-    It falls linearly while only weights learn, then starts again from `initial` and decays exponentially.
-    Deviation: the paper only says that it decays; this is the official code's schedule."""
+    """Dropout rate after skip-connects in `epoch` (from 0) of a stage that begins with `initial`: it falls linearly in
+    the warm-up, then from there exponentially (official; the paper only says that it decays)."""
     if epoch < warmup:
         return initial * (epochs - 1 - epoch) / epochs
     return initial * math.exp(-0.2 * (epoch - warmup))
 
-def softmax(candidates, alphas) -> list[list[float]]:
+def edge_probabilities(candidates, alphas) -> list[list[float]]:
     """softmax(alphas) as nested lists [14][K], checked against the candidates."""
     alphas, expected = torch.as_tensor(alphas).detach(), [len(candidates), len(candidates[0])]
     if list(alphas.shape) != expected:
@@ -374,7 +366,6 @@ def softmax(candidates, alphas) -> list[list[float]]:
 
 class Genotype(NamedTuple):
     """The discrete cells. normal, reduce: (operation, input) pairs, two for each node; *_concat: states in the output.
-
     State 0 is the output of the cell before the last, 1 of the last, 2 and up are the cell's own nodes."""
     normal: list[tuple[str, int]]
     normal_concat: list[int]
@@ -383,21 +374,21 @@ class Genotype(NamedTuple):
 
 def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None = 2) -> Genotype:
     """The cells that candidates (14 tuples of K names) and alphas ([14, K]) stand for.
-
     Every edge takes its strongest candidate other than `none`; every node keeps its two strongest edges. The normal
     cell keeps at most `max_skips` (M) skip-connects; None: no limit. InputError if an edge allows nothing else."""
     normal, reduce = check_candidates(normal), check_candidates(reduce)
-    probabilities = softmax(normal, alphas_normal)
+    probabilities = edge_probabilities(normal, alphas_normal)
     normal_cell = strongest(normal, probabilities)
     while max_skips is not None and sum(name == "skip_connect" for name, *_ in normal_cell) > max_skips:
         # Architecture refinement: without the weakest kept skip-connect, candidates *and* edges are chosen again.
         # Another edge may come in and bring its own skip-connect, hence the loop.
-        p, edge = min((p, edge) for name, _, edge, p in normal_cell if name == "skip_connect")
-        if p < 0:
-            raise InputError(f"edge {edge} has no candidate but skip_connect; no normal cell has max_skips={max_skips}")
-        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # less than any other
+        skips = [(p, edge) for name, _, edge, p in normal_cell if name == "skip_connect" and p >= 0]
+        if not skips:
+            raise InputError(f"the kept edges have no candidate but skip_connect; expected max_skips over {max_skips}")
+        _, edge = min(skips)
+        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # less than one that rounds to 0
         normal_cell = strongest(normal, probabilities)
-    reduce_cell = strongest(reduce, softmax(reduce, alphas_reduce))
+    reduce_cell = strongest(reduce, edge_probabilities(reduce, alphas_reduce))
     pairs = [[(name, source) for name, source, *_ in cell] for cell in (normal_cell, reduce_cell)]
     concat = [list(range(2, 2 + len(cell) // 2)) for cell in pairs]
     return Genotype(pairs[0], concat[0], pairs[1], concat[1])
@@ -421,7 +412,7 @@ def strongest(candidates, probabilities):
 
 # --- The architect: one architecture step (DARTS, sec. 2.3) -----------------------------------------------------------
 
-def unchanged(x):
+def identity(x):
     return x
 
 def require_gradients(of, not_of=()):
@@ -430,14 +421,14 @@ def require_gradients(of, not_of=()):
         for p in parameters:
             p.requires_grad_(required)
 
-def descend(optimizer, parameters, gradients, clip: float):
+def clipped_step(optimizer, parameters, gradients, clip: float):
     """One step of the optimizer along the gradients, clipped to the norm `clip`."""
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
-def classify(network, images, labels, dtype: str = "float32", auxiliary_weight: float = 0.0):
+def loss_and_logits(network, images, labels, dtype: str = "float32", auxiliary_weight: float = 0.0):
     """(mean cross-entropy, logits) of a batch; feature maps have `dtype`, weights, statistics and losses float32."""
     with torch.autocast(images.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         logits = network(images)
@@ -449,28 +440,31 @@ def classify(network, images, labels, dtype: str = "float32", auxiliary_weight: 
 
 class Architect:
     """Updates the alphas of a SearchNetwork to lower the loss on images that the weights do not learn from, by Adam.
-
     The betas are DARTS's. First order: the gradient at the present weights. average: gradients -> their means over
     several processes. weight_optimizer: for architects that look a step ahead, such as DARTS's second order."""
 
     def __init__(self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, dtype="float32",
-                 average=unchanged, weight_optimizer=None):
+                 average=identity, weight_optimizer=None):
         self.network, self.clip, self.dtype, self.average = network, clip, dtype, average
         self.weights, self.alphas, self.weight_optimizer = network.weights(), network.alphas(), weight_optimizer
-        on_cuda = self.alphas[0].is_cuda  # where a step may be captured, Adam's count of steps lies on the device
-        self.optimizer = torch.optim.Adam(self.alphas, lr, betas, weight_decay=weight_decay, capturable=on_cuda)
+        capturable = self.alphas[0].is_cuda  # the count of steps then is a tensor
+        self.optimizer = torch.optim.Adam(self.alphas, lr, betas, weight_decay=weight_decay, capturable=capturable)
 
     def step(self, images, labels, train_images=None, train_labels=None):
         """One update from a batch of the validation split; returns its loss and logits before the update.
         train_*: the batch of the train split whose step comes next, which the first order ignores."""
         loss, logits, gradients = self.gradients(images, labels, train_images, train_labels)
-        descend(self.optimizer, self.alphas, gradients, self.clip)
+        clipped_step(self.optimizer, self.alphas, gradients, self.clip)
         return loss.detach(), logits.detach()
 
     def gradients(self, images, labels, train_images, train_labels):
         require_gradients(self.alphas, not_of=self.weights)
-        loss, logits = classify(self.network, images, labels, self.dtype)
+        loss, logits = self.loss(images, labels)
         return loss, logits, self.average(torch.autograd.grad(loss, self.alphas))
+
+    def loss(self, images, labels):
+        """(loss, logits) that the alphas descend; the place to add a regulariser."""
+        return loss_and_logits(self.network, images, labels, self.dtype)
 
 # --- The search (paper, sec. 3.2) -------------------------------------------------------------------------------------
 
@@ -479,9 +473,9 @@ class Step(NamedTuple):
     step before it, if there was one."""
     loss: torch.Tensor
     correct: torch.Tensor
-    size: int
     alpha_loss: torch.Tensor | None = None
     alpha_correct: torch.Tensor | None = None
+    size: int = 0
     alpha_size: int = 0
 
 class Epoch(NamedTuple):
@@ -507,14 +501,15 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 def sgd(weights, config) -> torch.optim.SGD:
-    """The weights' optimizer. Its learning rate is a tensor on the device, which a captured step reads anew."""
-    device = weights[0].device
-    lr, fused = torch.tensor(config.lr, device=device), device.type in ("cpu", "cuda")
+    """The weights' optimizer; its learning rate is a tensor."""
+    lr, fused = torch.tensor(config.lr, device=weights[0].device), weights[0].device.type in ("cpu", "cuda")
     return torch.optim.SGD(weights, lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 def load_optimizer(optimizer, state):
     """What an optimizer has gathered; its settings stay, and so does the tensor that holds the learning rate."""
+    lr = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    optimizer.param_groups[0]["lr"] = lr  # torch has put a copy there
 
 def seed_of(*counters: int) -> int:
     """The seed of what is random in this stage, epoch, step, ...: a run goes on from these counters alone."""
@@ -523,17 +518,23 @@ def seed_of(*counters: int) -> int:
 class Search:
     """The progressive search as an iterable: stage after stage a deeper network with fewer candidates.
 
-    Yields a Step after each step, an Epoch after the last step of an epoch, a Stage after the last epoch of a stage;
-    between any two, `state_dict()` is all that is needed to go on. Sets torch's random state anew before every step.
+    Yields a Step after each step, an Epoch after the last step of an epoch, a Stage after the last epoch of a stage.
+    Between any two, `state_dict()`, of live tensors, is all that is needed to go on: it is loaded into a Search of the
+    same arguments, before the loop. Seeds torch anew for every step, once its batch is there.
 
-    data: with batches on `device`. prepare: network -> network, such as kernels.fuse. average: gradients -> their means
-    over several processes, of which `rank` is this one's number. wrap_step: step -> a faster function of the same
-    tensors, such as a captured CUDA graph. architect: `Architect`, or a class of the same use."""
+    prepare: network -> network, such as kernels.fuse. average: gradients -> their means over several processes, None
+    for None, of which `rank` is this one's number. wrap_step: step -> a faster function of the same tensors, such as a
+    captured CUDA graph: all else that changes between steps is a tensor that changes in place."""
 
-    def __init__(self, config: SearchConfig, data: Data, device="cpu", space: SearchSpace = SPACE, prepare=unchanged,
-                 average=unchanged, wrap_step=unchanged, rank: int = 0, architect=Architect):
+    def __init__(self, config: SearchConfig, data: Data, device="cpu", space: SearchSpace = SPACE, prepare=identity,
+                 average=identity, wrap_step=identity, rank: int = 0, architect=Architect):
         if config.keep[0] != len(space.primitives):
             raise InputError(f"keep starts with {config.keep[0]}; expected {len(space.primitives)}, all primitives")
+        least = 1 + len({"none", "skip_connect"} & set(space.primitives))
+        if config.keep[-1] < least:  # with these two gone, one candidate must be left for the refinement
+            raise InputError(f"keep ends with {config.keep[-1]}; expected at least {least} in the last stage")
+        if data.val is None:
+            raise InputError("data.val is None; expected the validation split, from which the alphas learn")
         self.config, self.data, self.device, self.space, self.rank = config, data, torch.device(device), space, rank
         self.prepare, self.average, self.wrap_step, self.make_architect = prepare, average, wrap_step, architect
         self.stages: list[Stage] = []
@@ -549,12 +550,12 @@ class Search:
                 lr = cosine(config.lr, self.epoch, config.epochs)
                 rate = skip_dropout_rate(config.skip_dropout[stage], self.epoch, config.epochs, config.warmup)
                 self.optimizer.param_groups[0]["lr"].fill_(lr)
-                self.network.set_skip_dropout(rate)
-                for batch in self.batches(seed_of(config.seed, stage, self.epoch)):
+                self.network.train().set_skip_dropout(rate)
+                for batch, alpha_batch in self.batches(seed_of(config.seed, stage, self.epoch)):
                     torch.manual_seed(seed_of(config.seed, stage, self.epoch, self.batch, self.rank))  # of dropout
-                    results, sizes = self.step(*batch), [len(labels) for labels in batch[1::2]]
+                    results = self.step(*batch, *alpha_batch)
                     self.batch += 1  # before the yield: whoever saves the state now goes on after this step
-                    yield Step(*results[:2], sizes[0], *results[2:], *sizes[1:])
+                    yield Step(*results, size=len(batch[1]), alpha_size=len(alpha_batch[1]) if alpha_batch else 0)
                 self.epoch, self.batch = self.epoch + 1, 0
                 yield Epoch(stage, self.epoch - 1, lr, rate)
             alphas = [alpha.detach().cpu() for alpha in self.network.alphas()]
@@ -582,11 +583,10 @@ class Search:
         self.step = self.wrap_step(self.alternate)
 
     def batches(self, seed: int):
-        """The epoch's batches that are left, in epochs that learn alphas each with one of the validation split."""
-        train = self.data.train.epoch(seed, self.batch)
-        if self.epoch < self.config.warmup:
-            return train
-        return ((*batch, *alpha_batch) for batch, alpha_batch in zip(train, endless(self.data.val, seed, self.batch)))
+        """(train batch, validation batch) of the steps that are left of the epoch; the latter is () in the warm-up."""
+        warming_up = self.epoch < self.config.warmup
+        val = itertools.repeat(()) if warming_up else endless(self.data.val, seed, self.batch)
+        return zip(self.data.train.epoch(seed, self.batch), val)
 
     def alternate(self, images, labels, *alpha_batch):
         """An architecture step, if there is a batch for it, and then one of the weights.
@@ -596,9 +596,9 @@ class Search:
             loss, logits = self.architect.step(*alpha_batch, images, labels)
             results = [loss, (logits.argmax(1) == alpha_batch[1]).sum()]
         require_gradients(self.weights, not_of=self.network.alphas())
-        loss, logits = classify(self.network, images, labels, self.config.dtype)
+        loss, logits = loss_and_logits(self.network, images, labels, self.config.dtype)
         gradients = self.average(torch.autograd.grad(loss, self.weights))
-        descend(self.optimizer, self.weights, gradients, self.config.clip)
+        clipped_step(self.optimizer, self.weights, gradients, self.config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
 
     def state_dict(self) -> dict:
@@ -639,8 +639,8 @@ class Cell(nn.Module):
 
     def __init__(self, pairs, concat, channels_0, channels_1, channels, reduction, reduction_before):
         super().__init__()
-        halve = FactorizedReduce if reduction_before else relu_conv_bn
-        self.preprocess0 = halve(channels_0, channels, affine=True)
+        preprocess = FactorizedReduce if reduction_before else relu_conv_bn
+        self.preprocess0 = preprocess(channels_0, channels, affine=True)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
         self.concat, self.sources = concat, [source for _, source in pairs]
         for i, (name, source) in enumerate(pairs):
@@ -660,7 +660,7 @@ class Cell(nn.Module):
     def edge(self, op, x, drop_path):
         if isinstance(op, nn.Identity) or not self.training:
             return op(x)
-        return drop(op(x), drop_path, (len(x), 1, 1, 1))  # whole samples
+        return inverted_dropout(op(x), drop_path, (len(x), 1, 1, 1))  # whole samples
 
 class PoolTo2x2(nn.Module):
     """Average pooling to 2x2 with overlap: at 8x8 and 7x7 exactly the official heads' 5x5 windows, stride 3 and 2."""
@@ -686,7 +686,6 @@ class AuxiliaryHead(nn.Module):
 
 class Network(nn.Module):
     """The network of a genotype, with the official networks' state_dict keys and shapes.
-
     stem: "cifar" (one 3x3 convolution) or "imagenet" (three of stride 2). forward: [N,in_channels,H,W] -> logits
     [N,num_classes]; in training a pair of logits and auxiliary logits (None unless `auxiliary`).
     drop_path: the rate, a tensor, at which operations other than identities lose a sample."""
@@ -756,11 +755,10 @@ GENOTYPES = {
 # --- The evaluation (paper, sec. 4): the network of a genotype, trained from scratch ----------------------------------
 
 class Evaluation:
-    """The training as an iterable, which yields a Step after each step and an Epoch after the last one of an epoch.
-    data: with `train` alone; the other arguments, state_dict() and torch's random state as in `Search`."""
+    """The training as an iterable of Steps and Epochs; arguments, state_dict() and random state as in `Search`."""
 
-    def __init__(self, genotype: Genotype, config: EvaluateConfig, data: Data, device="cpu", prepare=unchanged,
-                 average=unchanged, wrap_step=unchanged, rank: int = 0):
+    def __init__(self, genotype: Genotype, config: EvaluateConfig, data: Data, device="cpu", prepare=identity,
+                 average=identity, wrap_step=identity, rank: int = 0):
         self.config, self.data, self.average, self.rank = config, data, average, rank
         torch.manual_seed(seed_of(config.seed))
         network = Network(genotype, config.channels, data.num_classes, config.cells, config.auxiliary, config.stem,
@@ -781,16 +779,16 @@ class Evaluation:
                 torch.manual_seed(seed_of(config.seed, self.epoch, self.batch, self.rank))  # of drop-path
                 results = self.step(images, labels)
                 self.batch += 1
-                yield Step(*results, len(labels))
+                yield Step(*results, size=len(labels))
             self.epoch, self.batch = self.epoch + 1, 0
             yield Epoch(0, self.epoch - 1, lr, rate)
 
     def train(self, images, labels):
         """A step of the weights; returns loss and number of correct predictions."""
-        loss, logits = classify(self.network, images, labels, self.config.dtype, self.config.auxiliary_weight)
+        loss, logits = loss_and_logits(self.network, images, labels, self.config.dtype, self.config.auxiliary_weight)
         # Unused: what a genotype leaves out of its output.
         gradients = self.average(torch.autograd.grad(loss, self.weights, allow_unused=True))
-        descend(self.optimizer, self.weights, gradients, self.config.clip)
+        clipped_step(self.optimizer, self.weights, gradients, self.config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum()]
 
     def state_dict(self) -> dict:
@@ -817,7 +815,7 @@ def correct_predictions(network, batches, dtype: str = "float32") -> tuple[int, 
     was_training = network.training
     network.eval()
     for images, labels in batches:
-        correct += (classify(network, images, labels, dtype)[1].argmax(1) == labels).sum()
+        correct += (loss_and_logits(network, images, labels, dtype)[1].argmax(1) == labels).sum()
         total += len(labels)
     network.train(was_training)
     return int(correct), total
@@ -826,23 +824,24 @@ def correct_predictions(network, batches, dtype: str = "float32") -> tuple[int, 
 
 class Data(NamedTuple):
     """What a Search or an Evaluation learns from: `train` for the weights and, in a Search, `val` for the alphas.
-
     Both are loaders: they have a length and `epoch(seed, start)`, which yields the batches of an epoch from batch
-    `start` on, the same ones for the same seed: images [N,in_channels,H,W] float32 and labels [N] int64."""
+    `start` on: images [N,in_channels,H,W] float32, labels [N] int64, on the device; N >= 2. They depend on `seed` alone,
+    not on torch's global random state."""
     train: Any
     num_classes: int
     in_channels: int = 3
     val: Any = None
 
 def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None) -> Data:
-    """The first half of the images, which come in random order, trains the weights, the second the alphas."""
+    """The first half of the images, in random order, trains the weights, the second the alphas."""
     half, num_classes = len(y) // 2, num_classes or int(y.max()) + 1
+    if mean is None or std is None:
+        std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
     train, val = Loader(x[:half], y[:half], config, mean, std), Loader(x[half:], y[half:], config, mean, std)
     return Data(train, num_classes, x.shape[1], val)
 
 class Loader:
     """Batches in a new random order every epoch, each image cropped, flipped and cut out at random (see the config).
-
     x: images, uint8 [N,C,H,W]; y: classes, int64 [N], on one device; mean, std: of x/255, [C], by default those of x.
     Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it."""
 
@@ -891,7 +890,6 @@ class Loader:
             inside = ((dy >= 0) & (dy < cutout))[:, :, None] & ((dx >= 0) & (dx < cutout))[:, None, :]
             x = x.masked_fill(inside[:, None], 0.0)
         return x
-
 
 if __name__ == "__main__":
     from harness.cli import main  # which imports this file again, as `pdarts`

@@ -135,8 +135,8 @@ def _search(args, out):
     settings, images, which = _configure(args, SEARCH_PRESETS, out)
     started = time.monotonic()
     _say(
-        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells and "
-        f"{settings.epochs} epochs; results in {out}"
+        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells, "
+        f"{settings.epochs} epochs each; results in {out}"
     )
     result = search(settings, images, None if args.resume else out, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")

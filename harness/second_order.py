@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pdarts import Architect, InputError, classify, require_gradients
+from pdarts import Architect, InputError, loss_and_logits, require_gradients
 
 
 class SecondOrder(Architect):
@@ -37,7 +37,7 @@ class SecondOrder(Architect):
                     w.copy_(point)
 
         try:
-            loss, _ = classify(self.network, train_images, train_labels, self.dtype)
+            loss, _ = loss_and_logits(self.network, train_images, train_labels, self.dtype)
             gradients = self.average(torch.autograd.grad(loss, weights))
             unrolled = []
             for w, w_start, gradient in zip(weights, start, gradients):
@@ -47,7 +47,7 @@ class SecondOrder(Architect):
                     step = step + group["momentum"] * momentum
                 unrolled.append(w_start - group["lr"] * step)
             move_to(unrolled)
-            loss, logits = classify(self.network, images, labels, self.dtype)
+            loss, logits = self.loss(images, labels)
             gradients = self.average(torch.autograd.grad(loss, [*weights, *alphas]))
             gradients, direct = gradients[:-2], gradients[-2:]
 
@@ -58,7 +58,7 @@ class SecondOrder(Architect):
                 move_to([w + sign * eps * g for w, g in zip(start, gradients)])
                 # The same dropout on both sides, or its noise would drown the difference.
                 with torch.random.fork_rng(range(torch.cuda.device_count())):
-                    train_loss, _ = classify(self.network, train_images, train_labels, self.dtype)
+                    train_loss, _ = loss_and_logits(self.network, train_images, train_labels, self.dtype)
                 sides.append(self.average(torch.autograd.grad(train_loss, alphas)))
         finally:
             move_to(start)

@@ -74,7 +74,7 @@ class _Recognised:
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
     def mixed_op(self, x, probabilities):
-        return sum(p * op(x) for p, op in zip(probabilities[self.first :], self.ops))
+        return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
 
     def node(self, incoming):
         return sum(edge(x, p) for x, (edge, p) in incoming)
@@ -223,7 +223,7 @@ class _Diagonals(torch.autograd.Function):
 
 class _FusedMixedOp:
     def forward(self, x, probabilities):
-        return _mixed(*self.terms(x), probabilities[self.first :])
+        return _mixed(*self.terms(x), probabilities[self.skip_none :])
 
     def terms(self, x):
         """The outputs of the candidates before their last norms, and these norms, None where there is none."""
@@ -245,7 +245,7 @@ class _FusedCell:
             terms = edge.terms(x)
             outputs += terms[0]
             norms += terms[1]
-            probabilities.append(p[edge.first :])
+            probabilities.append(p[edge.skip_none :])
         return _mixed(outputs, norms, torch.cat(probabilities))
 
 
