@@ -268,7 +268,7 @@ class SearchCell(nn.Module):
 
 class SearchNetwork(nn.Module):
     """The supernet of one stage: every edge holds all of its candidates.
-    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, preprocess the size.
+    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, halve H and W.
     normal, reduce: the candidates of both kinds of cell, for each edge K names in the order of the search space.
     alphas_normal, alphas_reduce: parameters [edges, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
     forward: [N,in_channels,H,W] -> logits [N,num_classes]."""
@@ -825,7 +825,7 @@ def correct_predictions(network, batches, dtype: str = "float32") -> tuple[int, 
 class Data(NamedTuple):
     """What a Search or an Evaluation learns from: `train` for the weights and, in a Search, `val` for the alphas.
     Both are loaders: they have a length and `epoch(seed, start)`, which yields the batches of an epoch from batch
-    `start` on: images [N,in_channels,H,W] float32, labels [N] int64, on the device; N >= 2. They depend on `seed` alone,
+    `start` on: images [N,in_channels,H,W] float32, labels [N] int64, on the device; N >= 2. They depend on the seed and
     not on torch's global random state."""
     train: Any
     num_classes: int
