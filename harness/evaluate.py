@@ -54,7 +54,6 @@ def evaluate(
             network = network.to(run.device)
             load_weights(network, weights, run.device)
         else:
-            run.folder.write("genotype.json", genotype._asdict())
             network = _train(genotype, config, run, graphs, recompute, show)
         return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(network))
 
@@ -70,7 +69,8 @@ def _train(genotype, config, run, graphs, recompute, show):
         rank=processes()[0],
         **ways_to_compute(run.device, run.fused, graphs, recompute),
     )
-    state = run.restore(training)
+    state = run.begin(training)
+    run.folder.write("genotype.json", genotype._asdict())
     progress, meters = Progress([config.epochs * len(run.images.y_train)], show), None
     progress.resume(training.epoch * len(run.images.y_train))
     for event in training:

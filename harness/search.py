@@ -58,7 +58,7 @@ def search(
             architect=SecondOrder if config.unrolled else Architect,
             **ways_to_compute(run.device, run.fused, graphs and not config.unrolled, recompute),
         )
-        state = run.restore(searching)
+        state = run.begin(searching)
         progress, meters = Progress(work, show), None
         if state:
             accuracies = state["test_accuracies"]
