@@ -216,47 +216,35 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
 # --- runs that survive ------------------------------------------------------------------------------------------------
 
 
-class Kill(BaseException):
-    """Ends a run at an instant, as SIGKILL would."""
+def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(monkeypatch, tmp_path, few_weights):
+    config, few = dataclasses.replace(TWO_STAGES, epochs=1, warmup=0), random_images((8, 8), 2, 8)
+    whole, replace, instants = tmp_path / "whole", os.replace, itertools.count()
 
-
-def killed_at(instant, run):
-    """Whether `run` got to its `instant`-th rename of a file, where it was killed: the file is written, not renamed."""
-    replace, renames = os.replace, itertools.count(1)
-
-    def counted(*arguments):
-        if next(renames) == instant:
-            patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # who is killed does not clean up
-            raise Kill
+    def copying(*arguments):
+        shutil.copytree(whole, tmp_path / str(next(instants)))  # as it lies there if the process is killed now
         replace(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", counted)
-        try:
-            run()
-        except Kill:
-            return True
-    return False
-
-
-def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(tmp_path):
-    config, few = dataclasses.replace(TWO_STAGES, epochs=1, warmup=0), random_images((8, 8), 2, 8)
-    search(config, few, tmp_path / "whole")
-    for instant in itertools.count(1):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copying)
+        search(config, few, whole)
+    number = next(instants)
+    assert number == 1 + (3 + 3) + (4 + 3) + 3  # config.json, two epochs and stages, and the result
+    for instant in range(number):
         folder = tmp_path / str(instant)
-        if not killed_at(instant, lambda: search(config, few, folder)):
-            break
-        assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # what the killed process leaves
+        assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # written, but not yet renamed
         begun = (folder / "config.json").exists()
         search(config, few, **({"resume": folder} if begun else {"out": folder}))
-        assert_same_run(tmp_path / "whole", folder)
-    assert instant == 1 + (1 + 3 + 3) + (4 + 3) + 3  # config.json, two epochs and stages, and the result
+        assert_same_run(whole, folder)
+        assert not list(folder.rglob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(unbroken, images, steps, tmp_path, number):
+# After how many of the 8 steps: also after the last one of an epoch and of the search.
+@pytest.mark.parametrize("number, instants", [(signal.SIGINT, (0, 0, 1, 2, 0)), (signal.SIGTERM, (3,))])
+def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
+    unbroken, images, steps, tmp_path, number, instants
+):
     handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
-    for skipped in 0, 0, 1, 2, 0, 99:  # of 8 steps; also after the last step of an epoch and of the search
+    for skipped in (*instants, 99):
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), number)]
         try:
             search(TWO_STAGES, images, **folder)
@@ -266,7 +254,7 @@ def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(unbroken, im
             assert str(stopped) == f"stopped by {number.name}"
         assert signal.getsignal(number) == handler
         folder = {"resume": tmp_path / "run"}
-    assert stops == 5
+    assert stops == len(instants)
     assert_same_run(unbroken, tmp_path / "run")
 
 
