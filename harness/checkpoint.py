@@ -27,8 +27,11 @@ class Folder:
         self.path = None if path is None else pathlib.Path(path)
         if resume and not (self.path / "config.json").is_file():
             raise InputError(f"{self.path} holds no run; expected the folder of one, or --out for a new one")
-        if self.path and not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path and not resume and self.path.exists() and (not self.path.is_dir() or self._files()):
             raise InputError(f"{self.path} already holds something; expected a new or empty folder")
+
+    def _files(self):
+        return {path.name for path in self.path.iterdir()} - {".config.json.tmp"}  # a run was killed before it began
 
     def write(self, name: str, content):
         """Bytes, text, or anything else as JSON (state dictionaries by `save`)."""

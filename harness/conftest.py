@@ -1,17 +1,134 @@
 """What all tests of the harness share."""
 
+import concurrent.futures
+import dataclasses
 import os
+import pathlib
 import resource
 import signal
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import kernels
+import pdarts
 from harness.fuzz import FUZZ
+from harness.images import Images
+from harness.search import search
+from harness.settings import SearchSettings
 
 torch.set_num_threads(1)  # the feature maps are small
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
+
+ROOT = pathlib.Path(pdarts.__file__).parent
+TINY = SearchSettings(
+    dataset="shapes",
+    cells=(3, 3, 3),
+    skip_dropout=(0.1, 0.2, 0.3),
+    channels=2,
+    epochs=2,
+    warmup=1,
+    batch=4,
+)
+ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(8,), skip_dropout=(0.3,))
+TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))
+
+
+def random_images(shape=(10, 12, 3), classes=5, n=16) -> Images:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (n, *shape), np.uint8), np.arange(n) % classes
+    return Images.from_arrays(x, y, x, y)
+
+
+def write_images(folder, n=24):
+    """own.npz of `n` training images."""
+    x, y = np.random.default_rng(0).integers(0, 255, (n, 8, 8), np.uint8), np.arange(n) % 3
+    np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    """Runs Python to its end, without the kernels."""
+    environment = os.environ | {"PDARTS_KERNELS": "off"} | environment
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal, bit for bit, but for times."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"times"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Both folders hold the same weights, alphas, optimizers, logs and cells."""
+    for name in {p.name for folder in (a, b) for p in folder.glob("*.pt")} - {"checkpoint-before.pt"}:
+        assert_same(*(torch.load(folder / name, weights_only=True) for folder in (a, b)), name)
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.suffix in (".json", ".jsonl", ".svg"))
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.suffix in (".json", ".jsonl", ".svg"))
+    for file in files:
+        assert file.name in ("config.json", "times.jsonl") or (a / file).read_bytes() == (b / file).read_bytes()
+
+
+@pytest.fixture(scope="session")
+def images():
+    return random_images()
+
+
+@pytest.fixture(scope="session")
+def unbroken(images, tmp_path_factory):
+    """The folder of a search of two stages that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    mode = kernels._mode
+    search(TWO_STAGES, images, folder)
+    kernels._mode = mode
+    return folder
+
+
+@pytest.fixture
+def few_weights(monkeypatch):
+    """Pools in the place of convolutions: fast, where it does not matter what a network computes."""
+    for name in pdarts.PRIMITIVES:
+        if "conv" in name:
+            monkeypatch.setitem(pdarts.OPERATIONS, name, pdarts.OPERATIONS["avg_pool_3x3"])
+
+
+@pytest.fixture(autouse=True)
+def _same_mode_of_the_kernels():
+    before = kernels._mode
+    yield
+    kernels._mode = before
+
+
+def beside(test):
+    """A test that waits for processes that it starts: it runs beside the others, from the beginning of the session."""
+
+    def wait(beside_the_others):
+        beside_the_others[test.__name__].result()
+
+    wait.beside, wait.__doc__ = test, test.__doc__
+    return wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside_the_others(request, tmp_path_factory):
+    functions = [getattr(item, "function", None) for item in request.session.items]
+    tests = [function.beside for function in functions if hasattr(function, "beside")]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 
 @pytest.fixture

@@ -54,7 +54,6 @@ def evaluate(
             network = network.to(run.device)
             load_weights(network, weights, run.device)
         else:
-            run.folder.write("genotype.json", genotype._asdict())
             network = _train(genotype, config, run, graphs, recompute, show)
         return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(network))
 
@@ -70,15 +69,17 @@ def _train(genotype, config, run, graphs, recompute, show):
         rank=processes()[0],
         **ways_to_compute(run.device, run.fused, graphs, recompute),
     )
-    state = run.restore(training)
+    state = run.begin(training)
+    run.folder.write("genotype.json", genotype._asdict())
     progress, meters = Progress([config.epochs * len(run.images.y_train)], show), None
     progress.resume(training.epoch * len(run.images.y_train))
     for event in training:
-        label = f"epoch {training.epoch:3d}/{config.epochs - 1}"
+        epoch = training.epoch if isinstance(event, Step) else event.epoch
+        label = f"epoch {epoch:3d}/{config.epochs - 1}"
+        if meters is None:  # an epoch begins, or goes on, maybe after its last step
+            meters = run.meters({"training loss": f"epoch {epoch}"}, state)
+            state, clock = None, Clock()
         if isinstance(event, Step):
-            if meters is None:
-                meters = run.meters({"training loss": f"epoch {training.epoch}"}, state)
-                state, clock = None, Clock()
             meters[0].update(event.loss, event.correct, event.size)
             seen = event.size * processes()[1]
             text = f"{label}  step {training.batch}/{len(data.train)}"
@@ -94,7 +95,7 @@ def _train(genotype, config, run, graphs, recompute, show):
             run.times.append({"epoch": event.epoch, "seconds": round(seconds, 3)})
             run.folder.save("weights.pt", training.network.state_dict())
             run.save(training)
-            text = f"epoch {event.epoch:3d}/{config.epochs - 1}  loss {loss:.3f}  acc {accuracy:6.1%}"
+            text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
             progress.line(f"{text}  test acc {test_accuracy:6.1%}  {seconds:.1f} s")
             meters = None
     return training.network

@@ -72,8 +72,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, about | settings | identity)
         self.log, self.times, self.signal = [], [], 0
         self.state = None if resume is None else self.checkpoints.load(resume)
-        if not self.state:
-            self.folder.write("config.json", _describe(config, images, self.device) | identity)
+        self.description = _describe(config, images, self.device) | identity
         self.images = images.to(self.device)
 
     def shared(self, data: pdarts.Data) -> pdarts.Data:
@@ -109,12 +108,14 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def restore(self, training) -> dict | None:
-        """Puts back what was saved, if anything was, and returns it."""
+    def begin(self, training) -> dict | None:
+        """The run is not refused any more: puts back what was saved, if anything was, and returns it."""
         state, self.state = self.state, None
         if state:
             training.load_state_dict(state["training"])
             self.log, self.times = state["log"], state["times"]
+        else:
+            self.folder.write("config.json", self.description)
         return state
 
     def meters(self, names: dict[str, str], state: dict | None) -> list[Meter]:

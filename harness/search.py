@@ -58,7 +58,7 @@ def search(
             architect=SecondOrder if config.unrolled else Architect,
             **ways_to_compute(run.device, run.fused, graphs and not config.unrolled, recompute),
         )
-        state = run.restore(searching)
+        state = run.begin(searching)
         progress, meters = Progress(work, show), None
         if state:
             accuracies = state["test_accuracies"]
@@ -66,22 +66,27 @@ def search(
             stage = min(len(searching.stages), len(work) - 1)
             progress.resume(sum(work[:stage]) + half * config.cells[stage] * config.keep[stage] * epochs)
         for event in searching:
+            if isinstance(event, Stage):
+                under, genotype = f"stages/{len(searching.stages)}/", event.genotype(config.max_skips)
+                run.folder.write(f"{under}genotype.json", genotype._asdict())
+                run.folder.draw(genotype, under)
+                continue
+            stage, epoch = len(searching.stages), event.epoch if isinstance(event, Epoch) else searching.epoch
+            label = f"stage {stage + 1}/{len(work)}  epoch {epoch:2d}/{config.epochs - 1}"
+            if meters is None:  # an epoch begins, or goes on, maybe after its last step
+                where = f"stage {stage + 1}, epoch {epoch}"
+                meters = run.meters({"training loss": where, "alpha loss": where}, state)
+                state, clock = None, Clock()
             if isinstance(event, Step):
-                stage, epoch = len(searching.stages), searching.epoch
-                if meters is None:
-                    where = f"stage {stage + 1}, epoch {epoch}"
-                    meters = run.meters({"training loss": where, "alpha loss": where}, state)
-                    state, clock = None, Clock()
                 meters[0].update(event.loss, event.correct, event.size)
                 if event.alpha_loss is not None:
                     meters[1].update(event.alpha_loss, event.alpha_correct, event.alpha_size)
                 seen = event.size * processes()[1]
                 amount = config.cells[stage] * config.keep[stage] * seen * (1 if event.alpha_loss is None else 2)
-                label = f"stage {stage + 1}/{len(work)}  epoch {epoch:2d}/{config.epochs - 1}"
                 text = f"{label}  step {searching.batch}/{len(data.train)}"
                 progress.step(stage, text, amount, meters[0], clock.rate(seen))
                 run.stop_if_asked(searching, meters, test_accuracies=accuracies)
-            elif isinstance(event, Epoch):
+            else:
                 (loss, accuracy), (alpha_loss, alpha_accuracy) = (meter.result() for meter in meters)
                 share_buffers(searching.network)
                 last, test_accuracy = event.epoch == config.epochs - 1, None
@@ -114,10 +119,6 @@ def search(
                 text += f"  test acc {test_accuracy:6.1%}" if last else ""
                 progress.line(f"{text}  {seconds:.1f} s")
                 meters = None
-            else:
-                under, genotype = f"stages/{len(searching.stages)}/", event.genotype(config.max_skips)
-                run.folder.write(f"{under}genotype.json", genotype._asdict())
-                run.folder.draw(genotype, under)
     last = searching.stages[-1]
     genotype = last.genotype(config.max_skips)
     run.folder.draw(genotype)

@@ -1,0 +1,404 @@
+"""Tests of searches and evaluations as runs: what they write, and that they go on, bit for bit, wherever they ended."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+import pdarts
+from harness.cells import check_genotype, read_genotype
+from harness.conftest import (
+    ONE_STAGE,
+    ROOT,
+    TINY,
+    TWO_STAGES,
+    assert_same_run,
+    beside,
+    python,
+    random_images,
+    write_images,
+)
+from harness.evaluate import evaluate
+from harness.run import Stopped
+from harness.search import search
+from harness.settings import EvaluateSettings
+from pdarts import GENOTYPES, Evaluation, Genotype, InputError, Search, SkipDropout
+
+CELL = GENOTYPES["PDARTS"]
+TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=3, batch=6, cutout=4)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list of functions; the next step of a run calls and removes the first of them."""
+    following = []
+
+    def spied(method):
+        def step(*arguments):
+            results = method(*arguments)
+            (following.pop(0) if following else lambda: None)()
+            return results
+
+        return step
+
+    monkeypatch.setattr(Search, "alternate", spied(Search.alternate))
+    monkeypatch.setattr(Evaluation, "train", spied(Evaluation.train))
+    return following
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    return folder, search(TINY, images, folder)
+
+
+def test_log_holds_every_epoch_with_its_rates_and_both_softmax_matrices(searched):
+    folder, result = searched
+    log, times = records(folder / "log.jsonl"), records(folder / "times.jsonl")
+    assert [(r["stage"], r["epoch"]) for r in log] == [(s, e) for s in (1, 2, 3) for e in (0, 1)]
+    assert [(r["stage"], r["epoch"]) for r in times] == [(r["stage"], r["epoch"]) for r in log]
+    assert all(r["seconds"] > 0 for r in times)
+    for r in log:
+        assert r["lr"] == pytest.approx(pdarts.cosine(0.025, r["epoch"], 2))
+        initial = TINY.skip_dropout[r["stage"] - 1]
+        assert r["skip_dropout"] == pytest.approx(pdarts.skip_dropout_rate(initial, r["epoch"], 2, 1))
+        assert math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1
+        assert (r["alpha_loss"] is None) == (r["alpha_accuracy"] is None) == (r["epoch"] == 0)
+        assert (r["test_accuracy"] is None) == (r["epoch"] == 0)  # that of the stage's network, after its last epoch
+        for kind in "normal", "reduce":
+            matrix = np.array(r[f"softmax_alphas_{kind}"])
+            assert matrix.shape == (14, (8, 5, 3)[r["stage"] - 1]) and np.allclose(matrix.sum(1), 1)
+    assert log[-1]["softmax_alphas_normal"] == result.stages[2].alphas_normal.softmax(1).tolist()
+    assert [r["test_accuracy"] for r in log if r["epoch"] == 1] == result.test_accuracies
+
+
+def test_a_search_writes_the_cells_of_every_stage_and_every_limit(searched):
+    folder, result = searched
+    written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    cell = ["genotype.json", "normal.svg", "reduce.svg"]
+    expected = ["checkpoint-before.pt", "checkpoint.pt", "config.json", "log.jsonl", "times.jsonl", *cell]
+    assert written == sorted(expected + [f"stages/{stage}/{name}" for stage in (1, 2, 3) for name in cell])
+    content = json.loads((folder / "genotype.json").read_text())
+    assert read_genotype(str(folder / "genotype.json")) == result.genotype == result.stages[2].genotype(2)
+    assert content["max_skips"] == 2 and sorted(content["by_max_skips"]) == [str(m) for m in range(9)]
+    for limit, of_limit in [*content["by_max_skips"].items(), (None, content["unrestricted"])]:
+        expected = result.stages[2].genotype(None if limit is None else int(limit))
+        assert check_genotype(Genotype(**of_limit)) == expected
+        assert limit is None or sum(name == "skip_connect" for name, _ in expected.normal) <= int(limit)
+    for number, stage in enumerate(result.stages, 1):
+        assert read_genotype(str(folder / f"stages/{number}/genotype.json")) == stage.genotype(2)
+        assert len(stage.normal[0]) == (8, 5, 3)[number - 1]
+
+
+def test_config_json_holds_what_is_needed_to_run_again(searched, images):
+    content = json.loads((searched[0] / "config.json").read_text())
+    assert content["settings"] == json.loads(json.dumps(dataclasses.asdict(TINY)))
+    assert content["pdarts.py"] == hashlib.sha256((ROOT / "pdarts.py").read_bytes()).hexdigest()
+    assert content["kernels"] in ("fused", "plain")
+    assert (content["processes"], content["threads"]) == (1, torch.get_num_threads())
+    assert (content["data"], content["path"]) == (images.name, None)
+    assert content["device"] == "cpu" or content["device"].startswith("cuda")
+    assert content["versions"].keys() == {"python", "torch", "numpy"} and content["command"] == sys.argv
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(images, tmp_path, mode):
+    result = evaluate(CELL, TRAINING, images, tmp_path / "run", kernels=mode)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(
+        "checkpoint-before.pt checkpoint.pt config.json genotype.json log.jsonl times.jsonl weights.pt".split()
+    )
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["kernels"] == {"on": "fused", "off": "plain"}[mode]
+    assert config["genotype"] == json.loads((tmp_path / "run/genotype.json").read_text())
+    log = records(tmp_path / "run/log.jsonl")
+    assert [r["epoch"] for r in log] == [r["epoch"] for r in records(tmp_path / "run/times.jsonl")] == [0, 1, 2]
+    assert [r["lr"] for r in log] == pytest.approx([pdarts.cosine(0.025, e, 3) for e in range(3)])
+    assert [r["drop_path"] for r in log] == pytest.approx([0, 0.1, 0.2])
+    assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
+    assert result.test_error == 1 - log[-1]["test_accuracy"]
+    assert (result.parameters, result.multiply_adds) == pdarts.count(pdarts.Network(CELL, 2, 5, 3), (10, 12))
+    tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels="off")
+    assert tested.test_error == pytest.approx(result.test_error)
+
+
+def test_runs_show_a_line_for_every_epoch(images, capsys):
+    search(ONE_STAGE, images, show=True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("stage 1/1  epoch  0/1  loss ") and "alphas" not in first and "test" not in first
+    assert second.startswith("stage 1/1  epoch  1/1  loss ") and "  alphas: loss " in second and "  test acc " in second
+    evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, show=True)
+    assert capsys.readouterr().out.startswith("epoch   0/0  loss ")
+
+
+def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(steps, monkeypatch):
+    config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
+    own = random_images(n=40)
+    for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
+        monkeypatch.setattr("harness.images.shapes", lambda: own)
+        steps[:] = [lambda: seen.append(1)] * 99
+        search(config, given)
+        assert len(seen) == number
+        seen.clear()
+
+
+def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images):
+    torch.manual_seed(1)
+    first = search(ONE_STAGE, images)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = search(ONE_STAGE, images)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is untouched
+    other = search(dataclasses.replace(ONE_STAGE, seed=1), images)
+    assert first.genotype == second.genotype and first.test_accuracies == second.test_accuracies
+    assert all(map(torch.equal, first.stages[0][2:], second.stages[0][2:]))
+    assert not torch.equal(first.stages[0].alphas_normal, other.stages[0].alphas_normal)
+
+
+# --- what a run refuses -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(images):
+    with pytest.raises(InputError, match=r"training loss became (nan|inf) in stage 1, epoch \d, step \d"):
+        search(dataclasses.replace(TINY, lr=1e30, clip=1e30), images)
+    with pytest.raises(InputError, match=r"training loss became (nan|inf) in epoch \d, step \d"):
+        evaluate(CELL, dataclasses.replace(TRAINING, lr=1e30, clip=1e30), images)
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_is_written(images, tmp_path):
+    order = images.y_train.sort().indices
+    by_class = dataclasses.replace(images, x_train=images.x_train[order], y_train=images.y_train[order])
+    for config, given, message in (
+        (TINY, by_class, "in the first half of y_train and .* in the second; expected them shuffled, not sorted"),
+        (dataclasses.replace(TINY, keep=(7, 5, 3)), images, "keep starts with 7; expected 8, all primitives"),
+    ):
+        with pytest.raises(InputError, match=message):
+            search(config, given, tmp_path / "run", kernels="off")
+        assert not (tmp_path / "run").exists()
+
+
+def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    for folder in tmp_path, tmp_path / "mistyped":
+        with pytest.raises(InputError, match="holds no run; expected the folder of one, or --out for a new one"):
+            search(TWO_STAGES, images, resume=folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="already holds something; expected a new or empty folder"):
+        search(TWO_STAGES, images, unbroken)
+    with pytest.raises(InputError, match="expected one of them"):
+        search(TWO_STAGES, images, tmp_path / "out", resume=unbroken)
+    with pytest.raises(InputError, match="of another run: data is"):
+        search(TWO_STAGES, dataclasses.replace(images, x_test=images.x_test.flip(0)), resume=unbroken)
+    with pytest.raises(InputError, match="of another run: kind is 'search' there and 'evaluate' here"):
+        evaluate(CELL, TRAINING, images, resume=unbroken)
+
+
+# --- runs that survive ------------------------------------------------------------------------------------------------
+
+
+def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(monkeypatch, tmp_path, few_weights):
+    config, few = dataclasses.replace(TWO_STAGES, epochs=1, warmup=0), random_images((8, 8), 2, 8)
+    whole, replace, instants = tmp_path / "whole", os.replace, itertools.count()
+
+    def copying(*arguments):
+        shutil.copytree(whole, tmp_path / str(next(instants)))  # as it lies there if the process is killed now
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copying)
+        search(config, few, whole)
+    number = next(instants)
+    assert number == 1 + (3 + 3) + (4 + 3) + 3  # config.json, two epochs and stages, and the result
+    for instant in range(number):
+        folder = tmp_path / str(instant)
+        assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # written, but not yet renamed
+        begun = (folder / "config.json").exists()
+        search(config, few, **({"resume": folder} if begun else {"out": folder}))
+        assert_same_run(whole, folder)
+        assert not list(folder.rglob(".*"))
+
+
+# After how many of the 8 steps: also after the last one of an epoch and of the search.
+@pytest.mark.parametrize("number, instants", [(signal.SIGINT, (0, 0, 1, 2, 0)), (signal.SIGTERM, (3,))])
+def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
+    unbroken, images, steps, tmp_path, number, instants
+):
+    handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
+    for skipped in (*instants, 99):
+        steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), number)]
+        try:
+            search(TWO_STAGES, images, **folder)
+        except Stopped as stopped:
+            stops += 1
+            assert (stopped.signal_number, stopped.saved) == (number, True)
+            assert str(stopped) == f"stopped by {number.name}"
+        assert signal.getsignal(number) == handler
+        folder = {"resume": tmp_path / "run"}
+    assert stops == len(instants)
+    assert_same_run(unbroken, tmp_path / "run")
+
+
+def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(images, steps):
+    steps[:] = [lambda: os.kill(os.getpid(), signal.SIGINT)]
+    with pytest.raises(Stopped, match="stopped by SIGINT; nothing is saved, because it has no folder") as stopped:
+        search(ONE_STAGE, images)
+    assert not stopped.value.saved
+
+
+SECOND_SIGNAL = """
+import signal, time
+import pdarts
+from harness.conftest import ONE_STAGE, random_images
+from harness.search import search
+
+def hangs(*_):
+    print("hangs", flush=True)
+    while signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(100)
+
+pdarts.Search.alternate = hangs
+search(ONE_STAGE, random_images())
+"""
+
+
+@beside
+def test_a_second_signal_ends_the_process_at_once(_):
+    command, environment = [sys.executable, "-c", SECOND_SIGNAL], os.environ | {"PDARTS_KERNELS": "off"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in "hangs\n", "asked\n":
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+
+
+def test_a_run_in_another_thread_gets_no_signals_and_works(images):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(search(ONE_STAGE, images)))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+def test_an_evaluation_goes_on_wherever_it_stopped(images, steps, tmp_path):
+    evaluate(CELL, TRAINING, images, tmp_path / "whole")
+    folder, stops = {"out": tmp_path / "stopped"}, 0
+    for skipped in 1, 0, 1, 99:  # steps; an epoch has 3
+        steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), signal.SIGTERM)]
+        try:
+            evaluate(CELL, TRAINING, images, **folder)
+        except Stopped:
+            stops += 1
+        folder = {"resume": tmp_path / "stopped"}
+    assert stops == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+# More kills, which take longer: PDARTS_KILLS=20
+@beside
+def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
+    kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
+    # The more kills, the longer the search: one that is killed right away makes no progress.
+    write_images(tmp_path, 16 * kills)
+    arguments = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --batch 8 --warmup 1 --kernels off --data own.npz"
+    command = [ROOT / "pdarts.py", "search", *arguments.split(), "--epochs", 1 + kills]
+    started = time.monotonic()
+    assert python(*command, "--out", "whole", cwd=tmp_path).returncode == 0
+    duration, number = time.monotonic() - started, 0
+
+    def begun():  # or to be begun
+        folder = tmp_path / "killed"
+        if folder.exists() and not (folder / "config.json").exists():
+            shutil.rmtree(folder)
+        return ["--resume" if folder.exists() else "--out", "killed"]
+
+    while number < kills:
+        arguments = [sys.executable, *map(str, command), *begun()]
+        with subprocess.Popen(
+            arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            try:
+                text, _ = process.communicate(timeout=rng.uniform(0.3, 1) * min(duration, 10))
+                assert process.returncode == 0, text
+                shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
+            except subprocess.TimeoutExpired:
+                process.kill()
+                number += 1
+    result = python(*command, *begun(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# --- how a run computes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch, mode):
+    config, types = dataclasses.replace(ONE_STAGE, dtype="bfloat16"), collections.defaultdict(set)
+
+    def see(cell, arguments, output):
+        types["maps"].update(x.dtype for x in (*arguments[:2], output))
+        types["probabilities"].add(arguments[2].dtype)
+
+    def begin(self):
+        begin_stage(self)
+        for cell in self.network.cells:
+            cell.register_forward_hook(see)
+        types["stored"].update(t.dtype for t in self.network.state_dict().values() if t.is_floating_point())
+
+    begin_stage = Search.begin_stage
+    monkeypatch.setattr(Search, "begin_stage", begin)
+    result = search(config, images, kernels=mode)
+    assert types == {"maps": {torch.bfloat16}, "probabilities": {torch.float32}, "stored": {torch.float32}}
+    assert result.stages[0].alphas_normal.dtype == torch.float32
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
+def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, before):
+    def mode():
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    modes = []
+    steps[:] = [lambda: modes.append(mode())] * 99
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        search(dataclasses.replace(ONE_STAGE, deterministic=True), images)
+        assert set(modes) == {(True, False)} and mode() == before
+        modes.clear()
+        search(ONE_STAGE, images)
+        assert set(modes) == {before} and mode() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch):
+    seen, fuse = [], kernels.fuse
+    monkeypatch.setattr(kernels, "fuse", lambda network, **options: seen.append((network, options)) or fuse(network))
+    search(ONE_STAGE, images, kernels="off")
+    assert not seen
+    search(ONE_STAGE, images, kernels="on", recompute=True)
+    evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
+    assert [options for _, options in seen] == [{"recompute": True}, {"recompute": None}]
+    skips = [module for module in seen[0][0].modules() if isinstance(module, SkipDropout)]
+    assert skips and all(float(skip.rate) > 0 for skip in skips)  # set in the fused network
