@@ -384,7 +384,7 @@ def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None =
         # Another edge may come in and bring its own skip-connect, hence the loop.
         skips = [(p, edge) for name, _, edge, p in normal_cell if name == "skip_connect" and p >= 0]
         if not skips:
-            raise InputError(f"the kept edges have no candidate but skip_connect; expected max_skips over {max_skips}")
+            raise InputError(f"edges have no candidate but skip_connect; no normal cell has max_skips={max_skips}")
         _, edge = min(skips)
         probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # less than one that rounds to 0
         normal_cell = strongest(normal, probabilities)

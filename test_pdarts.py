@@ -22,11 +22,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import pdarts
-from pdarts import EDGES, GENOTYPES, OPERATIONS, PRIMITIVES, Genotype, InputError, Loader, Network, derive, shrink
+from pdarts import GENOTYPES, OPERATIONS, PRIMITIVES, Genotype, InputError, Loader, Network, derive, shrink
 
 torch.set_num_threads(1)  # the feature maps are small
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start
@@ -177,8 +176,8 @@ def test_count_gives_the_published_cost_of_the_pdarts_cell_and_takes_any_image()
 # --- the search space -------------------------------------------------------------------------------------------------
 
 def test_a_cell_has_14_edges_numbered_node_by_node():
-    assert EDGES == tuple((node, source) for node in range(4) for source in range(node + 2))
-    assert len(EDGES) == 14 and pdarts.cell_edges(2) == EDGES[:5]
+    assert pdarts.SPACE.edges == tuple((node, source) for node in range(4) for source in range(node + 2))
+    assert len(pdarts.SPACE.edges) == 14 and pdarts.cell_edges(2) == pdarts.SPACE.edges[:5]
 
 def test_the_paper_s_settings_are_the_defaults():
     config, evaluation = pdarts.CIFAR10, pdarts.EvaluateConfig()
@@ -257,7 +256,7 @@ def test_norms_are_affine_and_pools_are_bare_in_evaluation_only():
 def test_skip_dropout_acts_on_stride_one_skips_only_and_can_be_set():
     network = pdarts.SearchNetwork(2, 10, 3, FEW, FEW, skip_dropout=0.25)
     for cell in network.cells:
-        for edge, (_, source) in zip(cell.edges, EDGES):
+        for edge, (_, source) in zip(cell.edges, pdarts.SPACE.edges):
             rates = [op.rate.item() for op in edge.ops if isinstance(op, pdarts.SkipDropout)]
             assert rates == ([] if cell.reduction and source < 2 else [0.25])
     rates = [m.rate for m in network.modules() if isinstance(m, pdarts.SkipDropout)]
@@ -282,9 +281,9 @@ def test_search_network_takes_any_size_number_of_channels_and_stride_of_the_stem
 def conv_1x1(channels, stride, affine):
     return nn.Sequential(nn.Conv2d(channels, channels, 1, stride), nn.BatchNorm2d(channels, affine=affine))
 
-def test_another_search_space_works_beside_the_default_in_one_process():
-    own = pdarts.SearchSpace(("skip_connect", "conv_1x1", "none"), nodes=3,
-                             operations=OPERATIONS | {"conv_1x1": pdarts.Primitive(conv_1x1, "#000000")})
+def test_another_search_space_works_beside_the_default_in_one_process(monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1, "#000000"))
+    own = pdarts.SearchSpace(("skip_connect", "conv_1x1", "none"), nodes=3)
     config = dataclasses.replace(TINY, cells=(3,), keep=(3,), skip_dropout=(0.1,))
     searches = [(own, config), (pdarts.SPACE, dataclasses.replace(config, keep=(8,)))]
     running, other = (small_search(config, space=space) for space, config in searches)
@@ -295,7 +294,7 @@ def test_another_search_space_works_beside_the_default_in_one_process():
     assert len(genotype.normal) == len(genotype.reduce) == 6 and genotype.normal_concat == [2, 3, 4]
     assert {name for name, _ in genotype.normal + genotype.reduce} <= {"skip_connect", "conv_1x1"}
     assert other.stages[0].normal == ALL
-    assert "conv_1x1" not in OPERATIONS and pdarts.SearchSpace().primitives == PRIMITIVES
+    assert pdarts.SearchSpace().primitives == PRIMITIVES
 
 def test_an_operation_is_added_by_one_entry_in_the_registry(monkeypatch):
     monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1, "#000000"))
@@ -344,14 +343,19 @@ def test_refinement_finds_candidates_whose_probability_rounds_to_zero():
     cell = derive(candidates, candidates, torch.tensor([[200.0, 0.0, 0.0]] * 14), torch.zeros(14, 3), max_skips=0)
     assert {name for name, _ in cell.normal} == {"avg_pool_3x3"}
 
+def test_refinement_goes_on_where_the_weakest_skip_is_all_that_its_edge_has():
+    candidates = (("none", "skip_connect"), ("skip_connect", "sep_conv_3x3"))
+    alphas = torch.tensor([[0.7, 0.3], [0.6, 0.4]]).log()
+    assert derive(candidates, candidates, alphas, alphas, 1).normal == [("skip_connect", 0), ("sep_conv_3x3", 1)]
+
 SKIPS = (("none", "skip_connect"),) * 14
 IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
 
 @pytest.mark.parametrize("call, message", [
     (lambda: shrink(ALL, ZEROS, 9), "keep is 9; expected 1 to 8"),
     (lambda: shrink(ALL, torch.zeros(14, 5), 3), r"alphas have shape \[14, 5\]; expected \[14, 8\]"),
-    (lambda: shrink(ALL[:3], torch.zeros(3, 8), 3), "candidates have lengths .8, 8, 8.; expected equal ones, 14 for"),
-    (lambda: shrink((*ALL[:13], ("none",)), ZEROS, 3), "8, 1.; expected equal ones, 14 for a cell of 4 nodes"),
+    (lambda: shrink(ALL[:3], torch.zeros(3, 8), 3), "candidates have lengths .8, 8, 8.; expected equal ones, 14 of them"),
+    (lambda: shrink((*ALL[:13], ("none",)), ZEROS, 3), "8, 1.; expected equal ones, 14 of them"),
     (lambda: shrink(((),) * 14, torch.zeros(14, 0), 1), "0.; expected equal ones"),
     (lambda: shrink(ALL, ZEROS * math.nan, 3), "alphas hold numbers that are not finite; expected finite ones"),
     (lambda: derive((("none",),) * 14, ALL, torch.zeros(14, 1), ZEROS), "edge 0 has no candidate but none"),
@@ -360,7 +364,10 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
     (lambda: pdarts.SearchNetwork(2, 10, 3, ALL, (("sep_conv_9x9",),) * 14), "candidates .'sep_conv_9x9',.; expected"),
     (lambda: pdarts.Search(SMALL, None), "keep starts with 4; expected 8, all primitives"),
     (lambda: pdarts.SearchConfig(keep=(8, 3, 5)), "keep is .8, 3, 5.; expected no stage to keep more"),
-    (lambda: pdarts.SearchConfig(keep=(8, 5, 2)), "keep ends with 2; expected at least 3 in the last stage"),
+    (lambda: pdarts.Search(pdarts.SearchConfig(keep=(8, 5, 2)), None), "keep ends with 2; expected at least 3"),
+    (lambda: pdarts.Search(pdarts.SearchConfig(), pdarts.Data([], 4)), "data.val is None; expected the validation split"),
+    (lambda: pdarts.SearchSpace(("none", "conv_9x9")), r"unknown primitives \['conv_9x9'\]; expected some of"),
+    (lambda: pdarts.SearchNetwork(2, 10, 3, ALL, ALL, space=pdarts.SearchSpace(nodes=3)), "expected equal ones, 9 of them"),
     (lambda: pdarts.SearchConfig(cells=(5, 11)), "cells .5, 11., .* expected one value per stage"),
     (lambda: pdarts.SearchConfig((), (), ()), "expected one value per stage"),
     (lambda: pdarts.SearchConfig(epochs=2, warmup=2), "warmup is 2 of 2 epochs; expected fewer"),
@@ -547,10 +554,13 @@ def test_two_ranks_that_average_their_gradients_do_the_steps_of_one_process():
         met.wait()
         return mean
 
+    def frozen(network):  # in evaluation mode: batch norm's statistics of the parts of a batch differ
+        network.double().eval().train = lambda: network
+        return network
+
     def begun(part, **options):
         data = pdarts.Data(OwnLoader(x[:8], y[:8], 4, part), 4, val=OwnLoader(x[8:], y[8:], 4, part))
-        # Batch norm's statistics are frozen: those of the parts of a batch differ.
-        search = small_search(config, data, prepare=lambda network: network.double().eval(), **options)
+        search = small_search(config, data, prepare=frozen, **options)
         search.begin_stage()  # here, one after the other: torch's random state is shared
         return search
 
@@ -575,58 +585,12 @@ def test_every_step_of_every_rank_drops_other_elements():
         list(small_search(rank=rank, wrap_step=seen))
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2  # ranks, stages, epochs, steps
 
-class Recorder(TorchDispatchMode):
-    """Records what torch computes, with its tensors, below autograd and Python: what a CUDA graph keeps of a step."""
-
-    def __init__(self, inputs):
-        super().__init__()
-        self.inputs, self.operations = [t.clone() for t in inputs], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self, inputs):
-        torch._foreach_copy_(self.inputs, inputs)
-        for function, args, kwargs, result in self.operations:
-            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
-                    old.copy_(new)
-
-def replayed(step):
-    """The first step with batches of these shapes is eager, the second is recorded, and then only repeated."""
-    recorded = {}
-
-    def run(*batch):
-        shapes = tuple(t.shape for t in batch)
-        if shapes not in recorded:
-            recorded[shapes] = None
-            return step(*batch)
-        if recorded[shapes]:
-            recorded[shapes].replay(batch)
-        else:
-            with Recorder(batch) as recorded[shapes]:
-                recorded[shapes].results = step(*recorded[shapes].inputs)
-        return [t.clone() for t in recorded[shapes].results]
-
-    return run
-
-def descending(network, lr, **options):
-    """An architect by SGD: Adam, on the CPU, counts its steps in Python."""
-    architect = pdarts.Architect(network, lr, **options)
-    architect.optimizer = torch.optim.SGD(network.alphas(), lr)
-    return architect
-
-def test_a_replayed_step_sees_every_batch_learning_rate_and_dropout_rate():
-    config = dataclasses.replace(SMALL, epochs=4, warmup=2, alpha_lr=1.0)
-    searches = [small_search(config, architect=descending, wrap_step=wrap) for wrap in (pdarts.unchanged, replayed)]
-    assert_same(*map(list, searches))
-    evaluations = [small_evaluation(wrap_step=wrap) for wrap in (pdarts.unchanged, replayed)]
-    for evaluation in evaluations:
-        evaluation.epoch = 1  # epoch 0 has no drop-path, which is left out on the CPU
-    assert_same(*map(list, evaluations))
+def test_loading_keeps_the_tensor_of_the_learning_rate_which_a_captured_step_reads():
+    for training in small_search(), small_evaluation():
+        next(iter(training))
+        lr = training.optimizer.param_groups[0]["lr"]
+        pdarts.load_optimizer(training.optimizer, saved_and_loaded(training.state_dict()["weights"]))
+        assert training.optimizer.param_groups[0]["lr"] is lr and lr.item() > 0
 
 def test_bfloat16_changes_the_feature_maps_only():
     def watch(network):
@@ -682,7 +646,7 @@ def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():
 
 def test_drop_path_drops_whole_samples_rescales_and_spares_identities_and_evaluation():
     torch.manual_seed(0)
-    per_sample = pdarts.drop(torch.ones(1000, 2, 3, 3), torch.tensor(0.3), (1000, 1, 1, 1)).flatten(1)
+    per_sample = pdarts.inverted_dropout(torch.ones(1000, 2, 3, 3), torch.tensor(0.3), (1000, 1, 1, 1)).flatten(1)
     assert (per_sample == per_sample[:, :1]).all()
     assert per_sample.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert per_sample[:, 0].count_nonzero() == pytest.approx(700, abs=50)
@@ -730,7 +694,7 @@ def test_an_evaluation_averages_and_clips_and_takes_cells_that_leave_nodes_out()
 
 def test_the_auxiliary_loss_counts_by_its_weight():
     images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    loss, logits = pdarts.classify(lambda x: (x, 2 * x), images, labels, auxiliary_weight=0.4)
+    loss, logits = pdarts.loss_and_logits(lambda x: (x, 2 * x), images, labels, auxiliary_weight=0.4)
     assert torch.equal(logits, images)
     assert torch.allclose(loss, F.cross_entropy(images, labels) + 0.4 * F.cross_entropy(2 * images, labels))
 

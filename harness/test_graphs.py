@@ -108,8 +108,8 @@ class OnGPU(torch.Tensor):
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Drops without looking at the rate, and Adam with its count of steps in a tensor."""
-    drop, adam = pdarts.drop, torch.optim.Adam
-    monkeypatch.setattr(pdarts, "drop", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
+    drop, adam = pdarts.inverted_dropout, torch.optim.Adam
+    monkeypatch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **options: adam(*a, **options | {"capturable": True}))
     monkeypatch.setattr(importlib.import_module("torch.optim.adam"), "_get_capturable_supported_devices", lambda *_: ["cpu"])
     monkeypatch.setattr(Captured, "made", [])
@@ -144,7 +144,7 @@ def same(results, others):
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_a_captured_search_ends_with_the_bits_of_a_plain_one(mode):
     kernels.use(mode)
-    prepare = kernels.fuse if mode == "on" else pdarts.unchanged
+    prepare = kernels.fuse if mode == "on" else pdarts.identity
     plain = searched(prepare=prepare)
     assert same(searched(prepare=prepare, wrap_step=Captured), plain)
     (step,) = Captured.made
@@ -189,8 +189,8 @@ def number_as_learning_rate(patch):
 
 
 def number_as_rate(patch):
-    drop = pdarts.drop
-    patch.setattr(pdarts, "drop", lambda x, rate, shape: drop(x, torch.tensor(float(rate.numpy())), shape))
+    drop = pdarts.inverted_dropout
+    patch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, torch.tensor(float(rate.numpy())), shape))
 
 
 @pytest.mark.parametrize("frozen", [number_as_learning_rate, number_as_rate])
