@@ -1,0 +1,199 @@
+"""Tests of checkpoints and weights: what is damaged, hostile or of another run is refused, and nothing gets lost."""
+
+import io
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from harness.checkpoint import Checkpoints, Folder, load_weights
+from harness.conftest import TWO_STAGES, assert_same, assert_same_run
+from harness.fuzz import STRANGE, Exploit, accepted, case, cases, damaged
+from harness.search import search
+from pdarts import Genotype, InputError, Network
+
+
+def saved(state, **options):
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def loaded(content):
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+DAMAGE = {
+    "cut off": (lambda c: c[: len(c) // 2], r"cannot read .*checkpoint.pt \(.*\); expected an undamaged checkpoint; "),
+    "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it goes on: --resume .*before"),
+    "nothing": (lambda c: b"", "expected an undamaged checkpoint"),
+    "no checkpoint": (lambda c: saved({"weights": 1}), "cannot read"),
+    "later format": (lambda c: saved(loaded(c) | {"format": 3}), "has format 3; expected 2: another version wrote it"),
+    "code": (lambda c: saved({"format": Exploit("ran")}), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_kept_and_the_one_before_it_goes_on(
+    unbroken, images, tmp_path, damage, message
+):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    checkpoint = folder / "checkpoint.pt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=message):
+        search(TWO_STAGES, images, resume=folder)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    if damage is DAMAGE["cut off"][0]:
+        search(TWO_STAGES, images, resume=folder / "checkpoint-before.pt")
+        assert_same_run(unbroken, folder)
+
+
+def checkpoints(folder):
+    """Those of the run in `folder`."""
+    identity = torch.load(folder / "checkpoint.pt", weights_only=True)["identity"]
+    return Checkpoints(Folder(folder, resume=True), identity)
+
+
+@pytest.mark.parametrize("name, value", [("seed", 1), ("kind", "evaluate"), ("data", "others"), ("kernels", "other")])
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(unbroken, name, value):
+    here = checkpoints(unbroken)
+    there, here.identity = here.identity[name], here.identity | {name: value}
+    message = f"is of another run: {name} is {there!r} there and {value!r} here; expected the same settings and data"
+    with pytest.raises(InputError, match=message):
+        here.load(unbroken)
+
+
+def test_a_folder_without_a_checkpoint_begins_anew(unbroken, tmp_path):
+    shutil.copy(unbroken / "config.json", tmp_path)
+    assert Checkpoints(Folder(tmp_path, resume=True), {}).load(tmp_path) is None
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_needs_as_many_processes(unbroken, tmp_path):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True) | {"batch": 1, "meters": [[], []]}
+    (folder / "checkpoint.pt").write_bytes(saved(state))
+    message = "was written by 2 processes in the middle of an epoch, here are 1; expected as many"
+    with pytest.raises(InputError, match=message):
+        checkpoints(folder).load(folder)
+
+
+def test_random_checkpoints_are_what_was_saved_or_are_refused(unbroken, tmp_path, limits):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    here, checkpoint, taken = checkpoints(folder), folder / "checkpoint.pt", 0
+    content, right = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
+    for number, rng in cases(60):
+        with case(number):
+            checkpoint.write_bytes(damaged(content, rng))
+            state = accepted(here.load, checkpoint)
+            if state is not None:
+                assert_same(state, right)
+                taken += 1
+    assert taken < 30
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
+def test_a_full_disk_keeps_the_last_checkpoint(unbroken, tmp_path, monkeypatch, error):
+    folder = shutil.copytree(unbroken, tmp_path / "run")
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=error.strerror):
+        checkpoints(folder).save({"epoch": 1})
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_a_folder_must_be_new_or_empty_or_left_before_the_run_began(tmp_path):
+    for name, fits in ("", True), (".config.json.tmp", True), ("config.json", False), (".bashrc", False):
+        folder = tmp_path / f"folder{name}"
+        folder.mkdir()
+        if name:
+            (folder / name).touch()
+        assert (accepted(Folder, folder) is not None) == fits
+    assert accepted(Folder, tmp_path / "new") and accepted(Folder, None)
+    assert not accepted(Folder, tmp_path / "folderconfig.json/config.json")
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+SMALL = Genotype([("none", 0)] * 2, [2], [("none", 1)] * 2, [2])
+
+
+def test_weights_are_loaded_with_and_without_an_auxiliary_head(tmp_path):
+    path = tmp_path / "weights.pt"
+    for in_file in False, True:
+        torch.manual_seed(0)
+        weights = Network(SMALL, 1, 3, 3, auxiliary=in_file).state_dict()
+        torch.save(weights, path)
+        for in_network in False, True:
+            network = Network(SMALL, 1, 3, 3, auxiliary=in_network)
+            load_weights(network, path, torch.device("cpu"))
+            assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+            assert (network.auxiliary_head is not None) == (in_file and in_network)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: list(state.values()), "it holds a list"),
+        (lambda state: state | {"stem.0.weight": state["stem.0.weight"].cfloat()}, "stem.0.weight is complex"),
+        (lambda state: {"classifier.bias": state["classifier.bias"]}, "Missing key"),
+        (lambda state: state | {"more": torch.ones(1)}, "Unexpected key"),
+        (lambda state: state | {"classifier.bias": torch.ones(4)}, "size mismatch for classifier.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_the_reason(tmp_path, change, message):
+    network = Network(SMALL, 1, 3, 3)
+    torch.save(change(network.state_dict()), tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=f"cannot use the weights .*{message}.*; expected a state_dict of this network"):
+        load_weights(network, tmp_path / "weights.pt", torch.device("cpu"))
+
+
+def test_random_weights_are_those_of_the_network_or_are_refused(tmp_path, limits):
+    network = Network(SMALL, 1, 3, 3)
+    right, path, taken = {key: value.clone() for key, value in network.state_dict().items()}, tmp_path / "weights", 0
+
+    def check(content, exact=True):
+        nonlocal taken
+        path.write_bytes(content)
+        for value in network.state_dict().values():
+            value.fill_(7)
+        if accepted(lambda: load_weights(network, path, torch.device("cpu")) or True):
+            taken += 1
+            assert not exact or all(map(torch.equal, network.state_dict().values(), right.values()))
+        assert list(tmp_path.iterdir()) == [path]
+
+    check(pickle.dumps(right))
+    files = saved(right), saved(right, _use_new_zipfile_serialization=False)  # the second without sums
+    for content in files:
+        check(content)
+    assert taken == 2
+    for number, rng in cases(200):
+        with case(number):
+            content = files[number % 2]
+            cut = rng.choice((0, len(content) * 9 // 10))
+            check(content[:cut] + damaged(content[cut:], rng), exact=number % 2 == 0)
+    strange = [
+        Exploit(tmp_path / "exploited"),
+        torch.zeros(()),
+        torch.zeros(2, 0),
+        torch.zeros(3).to_sparse(),
+        *STRANGE,
+    ]
+    for number, rng in cases(100):
+        key = rng.choice(list(right))
+        like = rng.choice((right[key].double, right[key].to_sparse, right[key].cfloat, right[key][None].clone))
+        state = right | {key: like() if number % 2 else rng.choice(strange)}
+        if rng.random() < 0.2:
+            state[rng.choice(STRANGE[:-4])] = state.pop(rng.choice(list(state)))
+        with case(number, key):
+            check(saved(state))
