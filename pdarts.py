@@ -832,11 +832,15 @@ class Data(NamedTuple):
     in_channels: int = 3
     val: Any = None
 
+def statistics(x):
+    """Mean and deviation of the channels of x/255; of a constant channel at least one level."""
+    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
+    return mean, std.clamp_min(1 / 255)
+
 def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None) -> Data:
     """The first half of the images, in random order, trains the weights, the second the alphas."""
     half, num_classes = len(y) // 2, num_classes or int(y.max()) + 1
-    if mean is None or std is None:
-        std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
+    mean, std = statistics(x) if mean is None else (mean, std)
     train, val = Loader(x[:half], y[:half], config, mean, std), Loader(x[half:], y[half:], config, mean, std)
     return Data(train, num_classes, x.shape[1], val)
 
@@ -849,8 +853,7 @@ class Loader:
         if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
             raise InputError(f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; expected uint8 "
                              "[N,C,H,W] and int64 [N], 2 images or more")
-        if mean is None or std is None:
-            std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
+        mean, std = statistics(x) if mean is None else (mean, std)
         self.x, self.y, self.config = x, y, config
         self.mean, self.std = (torch.as_tensor(t, device=x.device).view(-1, 1, 1) for t in (mean, std))
 
