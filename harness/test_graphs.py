@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import itertools
-import functools
 import warnings
 
 import pytest
@@ -111,7 +110,8 @@ def as_on_a_gpu(monkeypatch):
     drop, adam = pdarts.drop, torch.optim.Adam
     monkeypatch.setattr(pdarts, "drop", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **options: adam(*a, **options | {"capturable": True}))
-    monkeypatch.setattr(importlib.import_module("torch.optim.adam"), "_get_capturable_supported_devices", lambda *_: ["cpu"])
+    module = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_: ["cpu"])
     monkeypatch.setattr(Captured, "made", [])
 
 
