@@ -67,13 +67,11 @@ def test_without_kernels_plain_torch_serves_and_without_the_harness_a_message_na
     shutil.copy(ROOT / "pdarts.py", folder)
     alone = python("pdarts.py", "search", cwd=folder)
     assert alone.returncode != 0 and "No module named 'harness'" in alone.stderr.splitlines()[-1]
-    method = "import pdarts; print(pdarts.GENOTYPES['PDARTS'].normal[0])"
-    assert python("-c", method, cwd=folder).stdout == "('skip_connect', 0)\n"
     shutil.copytree(ROOT / "harness", folder / "harness", ignore=shutil.ignore_patterns("test_*", "conftest.py"))
     write_images(folder)
     command = ["pdarts.py", "search", *ONE_STAGE, *ONE_EPOCH, "--kernels"]
-    auto, on = (python(*command, mode, "--out", mode, cwd=folder) for mode in ("auto", "on"))
-    assert auto.returncode == 0, auto.stderr
+    auto, on = (python(*command, mode, "--out", mode, cwd=folder, PDARTS_KERNELS="auto") for mode in ("auto", "on"))
+    assert auto.returncode == 0 and auto.stderr == "", auto.stderr
     assert json.loads((folder / "auto/config.json").read_text())["kernels"] == "plain"
     assert on.returncode == 2 and not (folder / "on").exists()
     assert on.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")
@@ -106,7 +104,7 @@ BAD = {
     "no epoch for alphas": (["search", "--epochs", 2, "--warmup", 2], "warmup is 2 of 2 epochs; expected fewer"),
     "infinite rate": (["search", "--lr", "inf"], "lr is inf; expected a finite number"),
     "no rate": (["search", "--lr", "nan"], "lr is nan; expected a finite number"),
-    "number too large": (["search", "--weight-decay", 1e39], "weight_decay is 1e+39; expected a finite number, at most"),
+    "number too large": (["search", "--weight-decay", 1e39], "weight_decay is 1e+39; expected a finite number"),
     "huge seed": (["search", "--seed", 2**64], "seed is 18446744073709551616; expected at least 0 and at most"),
     "no number": (["search", "--epochs", "many"], "invalid int value: 'many'"),
     "dropout of 1.5": (["search", "--skip-dropout", 0, 0.4, 1.5], "expected at least 0 and at most 0.99"),
