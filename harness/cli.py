@@ -105,6 +105,7 @@ def _configure(args, presets, out):
             saved = json.loads(file.read_text(encoding="utf-8"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
             settings, args.data = type(settings)(**values), args.data or saved["path"]
+            args.kernels = args.kernels or {"fused": "on", "plain": "off"}[saved["kernels"]]
             if not isinstance(args.data, str | None):
                 raise ValueError(f"path is {short(args.data)}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -135,8 +136,8 @@ def _search(args, out):
     settings, images, which = _configure(args, SEARCH_PRESETS, out)
     started = time.monotonic()
     _say(
-        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells, "
-        f"{settings.epochs} epochs each; results in {out}"
+        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells "
+        f"and {settings.epochs} epochs; results in {out}"
     )
     result = search(settings, images, None if args.resume else out, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")

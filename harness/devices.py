@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old names, which are refused
             device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # meta tensors hold no number
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
     except Exception as error:  # whatever one of torch's backends leads to

@@ -154,7 +154,8 @@ def test_weights_are_loaded_with_and_without_an_auxiliary_head(tmp_path):
 def test_weights_that_do_not_fit_are_refused_with_the_reason(tmp_path, change, message):
     network = Network(SMALL, 1, 3, 3)
     torch.save(change(network.state_dict()), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=f"cannot use the weights .*{message}.*; expected a state_dict of this"):
+    message = f"cannot use the weights .*{message}.*; expected a state_dict of this network"
+    with pytest.raises(InputError, match=message):
         load_weights(network, tmp_path / "weights.pt", torch.device("cpu"))
 
 

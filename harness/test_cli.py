@@ -1,0 +1,360 @@
+"""Tests of the command line: what it runs, what it refuses in one line, and how it says to go on."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import warnings
+
+import pytest
+import torch
+
+import kernels
+import pdarts
+from harness import cli
+from harness.cells import read_genotype
+from harness.conftest import ROOT, beside, python, random_images, write_images
+from harness.devices import pick_device
+from harness.evaluate import EvaluateResult
+from harness.fuzz import case, cases, changed
+from harness.search import SearchResult
+from harness.settings import EvaluateSettings, SearchSettings
+from harness.test_cifar import write_cifar
+from pdarts import GENOTYPES
+
+SMALL = "--cells 3 3 3 --channels 2 --epochs 1 --warmup 0 --batch 8 --images 16".split()
+ONE_STAGE = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --batch 8 --kernels off --data own.npz".split()
+ONE_EPOCH = ["--epochs", "1", "--warmup", "0"]
+
+
+# --- whole commands ---------------------------------------------------------------------------------------------------
+
+
+@beside
+def test_search_evaluate_draw_and_test_again_from_the_repository(folder):
+    """On CIFAR-10's layout."""
+    write_cifar(folder / "images", "cifar10", binary=True)
+
+    def run(*arguments):
+        result = python("pdarts.py", *arguments)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        return result.stdout
+
+    text = run("search", "--data", folder / "images", "--out", folder / "found", *SMALL)
+    assert "preset demo: searching on 16 of 50 images of cifar10, 3 stages of 3 3 3 cells and 1 epochs" in text
+    assert "stage 3/3" in text and "node 3" in text
+    following = shlex.split(re.search(r"next: +python pdarts.py (.*)", text)[1])
+    cell = f"{folder}/found/genotype.json"
+    assert following == ["evaluate", cell, "--preset", "demo", "--data", f"{folder}/images"]
+    size = ["--cells", "3", "--channels", "2"]
+    text = run(*following, *size, "--epochs", 1, "--batch", 16, "--out", folder / "evaluated")
+    assert "preset demo: training on 50 images of cifar10, 3 cells, 2 channels, 1 epochs" in text
+    error = re.search(r"test error: +(\S+%)", text)[1]
+    tested = run(*following, *size, "--weights", folder / "evaluated/weights.pt")
+    assert f"test error:    {error}" in tested and "written" not in tested
+    drawn = run("draw", cell, "-o", folder / "cell-")
+    assert drawn.split() == [f"{folder}/cell-normal.svg", f"{folder}/cell-reduce.svg"]
+    assert (folder / "cell-normal.svg").read_text() == (folder / "found/normal.svg").read_text()
+
+
+@beside
+def test_without_kernels_plain_torch_serves_and_without_the_harness_a_message_names_it(folder):
+    shutil.copy(ROOT / "pdarts.py", folder)
+    alone = python("pdarts.py", "search", cwd=folder)
+    assert alone.returncode != 0 and "No module named 'harness'" in alone.stderr.splitlines()[-1]
+    shutil.copytree(ROOT / "harness", folder / "harness", ignore=shutil.ignore_patterns("test_*", "conftest.py"))
+    write_images(folder)
+    command = ["pdarts.py", "search", *ONE_STAGE, *ONE_EPOCH, "--kernels"]
+    auto, on = (python(*command, mode, "--out", mode, cwd=folder, PDARTS_KERNELS="auto") for mode in ("auto", "on"))
+    assert auto.returncode == 0 and auto.stderr == "", auto.stderr
+    assert json.loads((folder / "auto/config.json").read_text())["kernels"] == "plain"
+    assert on.returncode == 2 and not (folder / "on").exists()
+    assert on.stderr.startswith("pdarts.py: error: kernels is 'on', but no folder kernels lies beside pdarts.py;")
+    assert on.stderr.count("\n") == 1
+
+
+def test_help_names_every_setting_with_its_source(capsys):
+    for command, kind in ("search", SearchSettings), ("evaluate", EvaluateSettings):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert end.value.code == 0
+        for field in dataclasses.fields(kind):
+            assert field.name == "dataset" or f"--{field.name.replace('_', '-')}" in text
+            assert field.name == "dataset" or field.metadata["help"] in text
+        assert f"(paper, {command.replace('evaluate', 'evaluation')})" in text
+    assert "[6; 600]" in text  # epochs of the demo and of CIFAR-10
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+BAD = {
+    "no command": ([], "required: command"),
+    "unknown preset": (["search", "--preset", "mnist"], "invalid choice: 'mnist'"),
+    "unknown option": (["search", "--learning-rate", 1], "unrecognized arguments"),
+    "short option": (["search", "--epoch", 1], "unrecognized arguments: --epoch"),
+    "no value": (["search", "--cells=--"], "expected a value, got --"),
+    "negative epochs": (["search", "--epochs", -1], "epochs is -1; expected at least 1"),
+    "no epoch for alphas": (["search", "--epochs", 2, "--warmup", 2], "warmup is 2 of 2 epochs; expected fewer"),
+    "infinite rate": (["search", "--lr", "inf"], "lr is inf; expected a finite number"),
+    "no rate": (["search", "--lr", "nan"], "lr is nan; expected a finite number"),
+    "number too large": (["search", "--weight-decay", 1e39], "weight_decay is 1e+39; expected a finite number"),
+    "huge seed": (["search", "--seed", 2**64], "seed is 18446744073709551616; expected at least 0 and at most"),
+    "no number": (["search", "--epochs", "many"], "invalid int value: 'many'"),
+    "dropout of 1.5": (["search", "--skip-dropout", 0, 0.4, 1.5], "expected at least 0 and at most 0.99"),
+    "more candidates": (["search", "--keep", 8, 9, 3], "keep is (8, 9, 3); expected no stage to keep more"),
+    "too few candidates": (["search", "--keep", 8, 5, 2], "keep ends with 2; expected at least 3 in the last stage"),
+    "not all candidates": (["search", "--keep", 7, 5, 3], "keep starts with 7; expected 8, all primitives"),
+    "two stages": (["search", "--cells", 5, 11], "differ in their numbers of stages; expected one value per stage"),
+    "too few cells": (["search", "--cells", 2, 3, 4], "cells is 2; expected at least 3"),
+    "too few images": (["search", "--images", 3], "images is 3; expected at least 4, or 0 for all"),
+    "nothing to download": (["search", "--download"], "nothing to download for shapes; expected --preset cifar10 or"),
+    "no data": (["search", "--data", "missing"], "no file or folder missing"),
+    "empty folder": (["search", "--data", "empty"], "no data in empty"),
+    "no CIFAR": (["search", "--preset", "cifar10", "--data", "empty"], "no cifar10 in empty; expected a folder"),
+    "variable not set": (["search", "--data", ""], "argument --data: expected a path, got nothing"),
+    "unknown device": (["search", "--device", "abacus"], "device 'abacus' cannot be used"),
+    "no device for work": (["search", "--device", "meta"], "device 'meta' cannot be used"),
+    "used folder": (["search", "--out", "used"], "used already holds something"),
+    "file as folder": (["search", "--out", "used/file"], "used/file already holds something"),
+    "mistyped run": (["search", "--resume", "ruin"], "ruin holds no run; expected the folder of one, or --out for a"),
+    "no run": (["search", "--resume", "used"], "used holds no run"),
+    "new and old": (["search", "--out", "new", "--resume", "used"], "out is 'new' and resume is 'used'; expected one"),
+    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file or one of PDARTS"),
+    "nothing to evaluate": (["evaluate"], "the following arguments are required: genotype"),
+    "no JSON": (["draw", "used/file"], "not valid JSON"),
+    "no genotype": (["draw", "list.json"], "is not a genotype; expected an object with normal"),
+    "unknown operation": (["evaluate", "operation.json"], "normal[3] has unknown operation 'sep_conv_4x4'"),
+    "future node": (["evaluate", "future.json"], "reduce[0] has input 2; node 0 can take 0 to 1"),
+    "wrong concat": (["draw", "concat.json"], "normal_concat is [9]; expected states from 2 to 5"),
+    "half a node": (["draw", "half.json"], "two for each node"),
+    "no pair": (["draw", "pair.json"], "normal[0] is 'skip_connect'; expected an (operation, input) pair"),
+    "no weights": (["evaluate", "PDARTS", "--weights", "missing"], "no weights missing"),
+    "weights and out": (["evaluate", "PDARTS", "--weights", "used/file", "--out", "new"], "--weights only tests"),
+    "wrong weights": (["evaluate", "PDARTS", "--weights", "used/file"], "cannot use the weights used/file"),
+    "no folder": (["draw", "PDARTS", "-o", "missing/cell"], "no folder missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "used").mkdir()
+    (folder / "used/file").write_text("something")
+    cell = json.loads(json.dumps(GENOTYPES["PDARTS"]._asdict()))
+
+    def write(name, field, change):
+        (folder / name).write_text(json.dumps(cell | {field: change(cell[field])}))
+
+    (folder / "list.json").write_text("[]")
+    write("operation.json", "normal", lambda pairs: [*pairs[:3], ["sep_conv_4x4", 0], *pairs[4:]])
+    write("future.json", "reduce", lambda pairs: [["skip_connect", 2], *pairs[1:]])
+    write("concat.json", "normal_concat", lambda _: [9])
+    write("half.json", "normal", lambda pairs: pairs[:-1])
+    write("pair.json", "normal", lambda pairs: ["skip_connect", *pairs[1:]])
+    return folder
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Small images in the place of the generated shapes, and no waiting for kernels."""
+    own = random_images((8, 8, 3), 3, 12)
+    monkeypatch.setattr("harness.images.shapes", lambda: own)
+    kernels.use("off")
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(
+    bad_files, generated, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(bad_files)
+    before = sorted(bad_files.rglob("*"))
+    assert cli.main([str(a) for a in arguments]) == 2
+    _, stderr = capsys.readouterr()
+    assert message in stderr and stderr.startswith("pdarts.py: error: ") and stderr.count("\n") == 1
+    assert sorted(bad_files.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
+def test_a_full_disk_ends_in_one_line(tmp_path, generated, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["search", *SMALL]) == 2
+    assert re.fullmatch(rf"pdarts.py: error: .*{error.strerror}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [("auto", "out of memory; "), ("perhaps", "the kernels cannot be used: PDARTS_KERNELS is 'perhaps'")],
+)
+def test_too_little_memory_and_a_wrong_environment_get_one_line(
+    tmp_path, generated, monkeypatch, capsys, mode, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pdarts, "count", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(kernels, "_mode", "off" if mode == "auto" else mode)
+    assert cli.main(["evaluate", "PDARTS", "--cells", "3", "--channels", "2"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"pdarts.py: error: {message}") and stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+VALUES = """0 1 2 3 4 5 8 16 100 -1 -0 +3 007 1_0 1e3 0.5 1.5 1e-9 1e30 1e31 1e999 nan inf -inf NaN 0x10 1,2 ½ ٣
+9223372036854775807 9223372036854775808 -9223372036854775809 true None auto cpu cpu:7 cuda:99 meta mkldnn xla demo
+cifar10 PDARTS here here/file here/cell.json here/missing/x %s %(prog)s {} - -- --cells -9 @here/file \udcff \U0001f600
+\u2028 $HOME * ~ .""".split()
+VALUES += ["", " ", "a b", "two\nlines", "9" * 30, "9" * 5000, "x" * 5000]
+
+
+def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, generated, monkeypatch, capsys, limits):
+    here, calls, taken = tmp_path / "here", [], 0
+    here.mkdir()
+    (here / "file").write_text("something")
+    (here / "cell.json").write_text(json.dumps(GENOTYPES["PDARTS"]._asdict()))
+    monkeypatch.chdir(tmp_path)
+
+    def stub(result):
+        def call(*arguments, device, **_):
+            pick_device(device)
+            calls.extend(arguments)
+            return result
+
+        return call
+
+    monkeypatch.setattr(cli, "search", stub(SearchResult(GENOTYPES["PDARTS"], [], [])))
+    monkeypatch.setattr(cli, "evaluate", stub(EvaluateResult(None, 1, 1, 0.5)))
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
+    before = set(tmp_path.rglob("*"))
+    for number, rng in cases(700):
+        kind = rng.choice((SearchSettings, EvaluateSettings))
+        settings = {f.name: f for f in dataclasses.fields(kind) if f.name != "dataset"}
+        genotype, given = rng.choice(["PDARTS", "here/cell.json", rng.choice(VALUES)]), {}
+        arguments = ["search"] if kind is SearchSettings else ["evaluate", genotype]
+        if rng.random() < 0.1:
+            arguments, settings = ["draw", genotype], {"output": None}
+        elif rng.random() < 0.3:
+            settings = dict.fromkeys(["preset", "data", "out", "device", "kernels", "weights", "download", "new\n"])
+        for name in rng.sample(list(settings), k=min(rng.choice((1, 1, 2, 4)), len(settings))):
+            values = rng.choices(VALUES, k=rng.choice((1, 1, 1, 1, 1, 0, 2, 3)))
+            if rng.random() < 0.5:  # more likely ones
+                values = rng.choice((["1"], ["2"], ["3"], ["0.5"], ["8", "5", "3"], ["3", "4", "5"], ["cpu"], []))
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [f"{flag}={values[0]}", *values[1:]] if values and rng.random() < 0.5 else [flag, *values]
+            given[name] = values
+        calls.clear()
+        with case(number, [a[:40] for a in arguments]), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            status = cli.main(arguments)
+            stdout, stderr = capsys.readouterr()
+            written = set(tmp_path.rglob("*")) - before
+            if status:
+                assert status == 2 and stderr.startswith("pdarts.py: error: ") and stderr.count("\n") == 1
+                assert not calls and not written
+            elif arguments[0] == "draw":
+                assert len(written) == 2 and stdout.count("\n") == 2
+            else:
+                taken += 1
+                assert stderr == "" and not written
+                config = next(a for a in calls if isinstance(a, kind))
+                for name, values in given.items():
+                    if name in settings and settings[name] is not None and values:
+                        value = getattr(config, name)
+                        numbers = value if isinstance(value, tuple) else (value,)
+                        assert numbers == tuple(type(n)(text) for n, text in zip(numbers, values, strict=True))
+                        low, high = (settings[name].metadata[bound] for bound in ("low", "high"))
+                        assert all((low is None or n >= low) and (high is None or n <= high) for n in numbers)
+                        assert all(map(math.isfinite, numbers))
+                    elif name in ("data", "out", "weights"):
+                        assert values and values[0]
+            for path in written:
+                path.unlink()
+    assert taken > 30
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with own images."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path)
+    return tmp_path
+
+
+def stopped(monkeypatch, arguments):
+    """The status of a command that is asked to stop in its first step."""
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.run.largest", lambda _: signal.SIGTERM)
+        return cli.main(arguments)
+
+
+def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
+    arguments = ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "a run"]
+    monkeypatch.setattr(sys, "argv", ["pdarts.py"])
+    assert stopped(monkeypatch, arguments) == 143
+    error = capsys.readouterr().err
+    assert error.startswith("pdarts.py: stopped by SIGTERM; to go on: python pdarts.py ") and error.count("\n") == 1
+    command = shlex.split(error.split("to go on: ")[1])[2:]
+    assert command == [*arguments[:-2], "--resume", "a run"]
+    kernels.use("auto")  # as in a new process
+    assert cli.main(["search", "--resume", "a run"]) == 0  # settings, data and kernels are in the folder
+    genotype = read_genotype("a run/genotype.json")
+    assert cli.main(["search", "--resume", "a run/checkpoint.pt"]) == 0  # it has ended: the same again
+    assert read_genotype("a run/genotype.json") == genotype
+    capsys.readouterr()
+    assert cli.main([*command, "--lr", "1"]) == 2
+    assert "lr is 0.05 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
+
+
+def test_an_evaluation_goes_on_with_the_cell_settings_and_data_in_its_folder(here, monkeypatch, capsys):
+    size = "--cells 3 --channels 2 --epochs 2 --batch 8 --kernels off --data own.npz".split()
+    assert stopped(monkeypatch, ["evaluate", "PDARTS", *size, "--out", "run"]) == 143
+    assert cli.main(["evaluate", "--resume", "run"]) == 0
+    output = capsys.readouterr().out
+    assert "training on 24 images of own.npz, 3 cells, 2 channels, 2 epochs; results in run" in output
+    assert "written:       run/weights.pt" in output
+
+
+def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypatch, capsys):
+    arguments = ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert stopped(monkeypatch, arguments) == 143  # nothing had begun
+    checkpoint = (here / "run/checkpoint.pt").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert cli.main(arguments) == 2
+    assert "run already holds something" in capsys.readouterr().err
+    assert (here / "run/checkpoint.pt").read_bytes() == checkpoint
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.main(arguments) == 0
+    assert (here / "run/checkpoint-before.pt").read_bytes() == checkpoint  # it went on
+    (here / "used").mkdir()
+    (here / "used/file").touch()
+    assert cli.main([*arguments[:-1], "used"]) == 2
+
+
+def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(tmp_path, generated, monkeypatch, capsys, limits):
+    folder, seen, taken = tmp_path / "run", [], 0
+    assert stopped(monkeypatch, ["search", *SMALL, "--out", str(folder)]) == 143
+    saved = json.loads((folder / "config.json").read_text())
+    result = SearchResult(GENOTYPES["PDARTS"], [], [])
+    monkeypatch.setattr(cli, "search", lambda config, *_, **__: seen.append(config) or result)
+    capsys.readouterr()
+    for number, rng in cases(100):
+        with case(number):
+            (folder / "config.json").write_text(json.dumps(changed(saved, rng)))
+            status = cli.main(["search", "--resume", str(folder)])
+            stderr = capsys.readouterr().err
+            taken += status == 0
+            assert status == 0 and not stderr or status == 2 and re.fullmatch("pdarts.py: error: .*\n", stderr)
+    assert len(seen) == taken > 5 and all(isinstance(config, SearchSettings) for config in seen)
