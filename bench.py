@@ -5,28 +5,35 @@
     python bench.py step [--official DIR] # a step of the weights and one of the alphas, in each stage
     python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
     python bench.py losses [--data DIR]   # the losses of training with and without the kernels, side by side
+    python bench.py gpu --out DIR         # all of that and more on a GPU, in half an hour: see harness/gpu_report.py
 
-The mixed operation: the tensors are those of the paper's search, the maps of the three parts of a network at batch 96,
-with the 8, 5 and 3 candidates of the three stages. Every row is one operation, fused, and how many times longer other
-ways take:
+The mixed operation: the tensors are those of the paper's search, the feature maps of the three parts of a network at
+batch 96, with the 8, 5 and 3 candidates of the three stages. Every row is one operation, fused, and how many times
+longer other ways take:
 
     eager     the plain torch version, kernels.mixed_sum_ref or kernels.mixed_norm_sum_ref
     compile   torch.compile of it (its compile time is reported apart)
-    einsum    the outputs stacked into one tensor, then torch.einsum with the weights
+    einsum    the outputs stacked into one tensor, then torch.einsum with the probabilities
     limit     every input read and every result written once, at the bandwidth of a large copy, measured in this run
 
 All sides run in turn, each with inputs that need gradients; the figure is the median, +- half the distance of the
 quartiles. On a GPU every side is captured as a CUDA graph that visits several sets of inputs, so that neither launches
 nor the L2 cache decide. The result of each call is allocated anew, as in use.
 
-The step: forward, backward and optimizer on one batch of generated pictures, without dropout; of three calls in
-turn the third counts: two find the memory as the other sides left it
+The step: forward, backward and optimizer on one batch of generated images, without skip dropout (though on a GPU ours
+and plain draw its random numbers, as in use), once loss and gradients are found right. On the CPU all sides take
+turns, and of three calls the third counts: two find the memory as the other sides left it. On a GPU one side after the
+other is alone in memory.
 
-    ours      with the kernels; on a GPU also replayed as a CUDA graph
+    ours      with the kernels
+    graph     ours, replayed as a CUDA graph
     plain     the same network in plain torch
-    official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, on a CPU too
+    official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, always in float32
 
-The losses: a step of the weights and one of the alphas in turn, on the same pictures (of CIFAR-10 in DIR, or generated
+The first stage has all candidates; stages 2 and 3, in all sides, have those that the official code keeps in the first
+search of testdata/derive.json.
+
+The losses: a step of the weights and one of the alphas in turn, on the same images (of CIFAR-10 in DIR, or generated
 ones), from the same start, without dropout, by their relative distance from plain torch in float64. "Last bit" is plain
 torch too, from weights of which the last bits were changed: how far rounding alone carries a network away from itself.
 The exit status is 1 if the kernels' losses in float64 are not the same to 4 digits.
@@ -35,23 +42,36 @@ The exit status is 1 if the kernels' losses in float64 are not the same to 4 dig
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import math
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import kernels
 import pdarts
+from harness.devices import pick_device, pick_kernels
+from harness.files import reason
+from harness.graphs import CapturedStep
+from harness.images import load, shapes
+from harness.search import search as search_run
+from harness.settings import SEARCH_PRESETS
+from pdarts import InputError
+
+HERE = pathlib.Path(__file__).resolve().parent
 
 SHAPES = ((96, 16, 32, 32), (96, 32, 16, 16), (96, 64, 8, 8))
 CANDIDATES = (8, 5, 3)
@@ -68,7 +88,7 @@ class Case:
 
         self.name, self.shape, self.count = name, shape, count
         self.outputs = [randn().requires_grad_() for _ in range(count)]
-        self.weights = torch.rand(count, device=device, dtype=dtype).softmax(0).requires_grad_()
+        self.probabilities = torch.rand(count, device=device, dtype=dtype).softmax(0).requires_grad_()
         self.gradient = randn()
         self.running = []
         if name == "mixed_norm_sum":
@@ -90,8 +110,8 @@ class Case:
         return time.perf_counter() - start
 
     def run(self, side, backward):
-        y = self.sides[side](self.outputs, self.weights, *self.running)
-        return [y, *torch.autograd.grad(y, [self.weights, *self.outputs], self.gradient)] if backward else y
+        y = self.sides[side](self.outputs, self.probabilities, *self.running)
+        return [y, *torch.autograd.grad(y, [self.probabilities, *self.outputs], self.gradient)] if backward else y
 
     def least_bytes(self, backward):
         """What must move at least: inputs and result, and the same once more with their gradients."""
@@ -120,13 +140,13 @@ def kept_bytes(forward):
     return sum(kept.values())
 
 
-def stack_einsum(outputs, weights, *running):
+def stack_einsum(outputs, probabilities, *running):
     if running:
-        ones = torch.ones_like(weights)
+        ones = torch.ones_like(probabilities)
         outputs = [
             kernels.mixed_norm_sum_ref([y], o[None], [m], [v], True) for y, o, m, v in zip(outputs, ones, *running[:2])
         ]
-    return torch.einsum("k,knchw->nchw", weights, torch.stack(outputs))
+    return torch.einsum("k,knchw->nchw", probabilities, torch.stack(outputs))
 
 
 def verify(device, dtype, channels_last):
@@ -137,9 +157,8 @@ def verify(device, dtype, channels_last):
             case = Case(name, (8, *shape[1:]), max(CANDIDATES), device, dtype, channels_last)
             right = Case(name, (8, *shape[1:]), max(CANDIDATES), device, torch.float64, channels_last)
             with torch.no_grad():
-                for mine, theirs in zip(
-                    [case.weights, case.gradient, *case.outputs], [right.weights, right.gradient, *right.outputs]
-                ):
+                inputs = [[c.probabilities, c.gradient, *c.outputs] for c in (case, right)]
+                for mine, theirs in zip(*inputs):
                     theirs.copy_(mine)
             errors = [
                 float(((mine.double() - theirs).norm() / theirs.norm()).detach())
@@ -217,12 +236,40 @@ def copy_bandwidth(device):
     return 2 * a.nbytes / statistics.median(times)
 
 
+def operation_rows(device, dtype, channels_last, batch, compiled, seconds, bandwidth):
+    """The rows of the table, each a dict, as they are measured."""
+    for name in OPERATIONS:
+        for shape in [(batch, *shape[1:]) for shape in SHAPES]:
+            for count in CANDIDATES:
+                sets = 1
+                if device.type == "cuda":  # until the L2 cache holds but a small part
+                    sets = max(2, math.ceil(3e8 / (2 * count * 4 * math.prod(shape))))
+                cases = [Case(name, shape, count, device, dtype, channels_last) for _ in range(sets)]
+                compiling, problem = None, None
+                if compiled:
+                    try:
+                        compiling = cases[0].compile()
+                    except Exception as error:  # of a compiler: no reason to measure nothing else
+                        problem = reason(error)
+                        del cases[0].sides["compile"]
+                    for case in cases:
+                        case.sides = cases[0].sides
+                for backward in (False, True):
+                    calls = {
+                        side: [functools.partial(case.run, side, backward) for case in cases] for side in cases[0].sides
+                    }
+                    if device.type == "cuda":
+                        times = measure_cuda(calls, seconds)
+                    else:
+                        times = measure({side: call[0] for side, call in calls.items()}, seconds)
+                    compilation = {"compile_seconds": None if backward else compiling, "compile_problem": problem}
+                    yield row(cases[0], backward, times, bandwidth) | compilation
+
+
 def operations(args):
-    """The rows of the table, each a dict."""
-    device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype)
-    kernels.use("on")
-    kernels.fused(device)
+    """Prints the table and returns its rows."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    pick_kernels("on", device)
     print(*header(device), f"{args.dtype}, {'channels-last' if args.channels_last else 'NCHW'}", sep="\n")
     for name, error in verify(device, dtype, args.channels_last).items():
         print(f"verified: {name} and its gradients, largest relative error {error:.1e}")
@@ -233,36 +280,21 @@ def operations(args):
         end="",
     )
     print(f"{'einsum':>8}{'limit':>7}   kept MB, eager")
-    rows, compiling = [], 0.0
-    for name in OPERATIONS:
-        for shape in SHAPES:
-            for count in CANDIDATES:
-                sets = 1
-                if device.type == "cuda":  # until the L2 cache holds but a small part
-                    sets = max(2, math.ceil(3e8 / (2 * count * 4 * math.prod(shape))))
-                cases = [Case(name, shape, count, device, dtype, args.channels_last) for _ in range(sets)]
-                if args.compile:
-                    compiling += cases[0].compile()
-                    for case in cases:
-                        case.sides = cases[0].sides
-                for backward in (False, True):
-                    calls = {
-                        side: [functools.partial(case.run, side, backward) for case in cases] for side in cases[0].sides
-                    }
-                    if device.type == "cuda":
-                        times = measure_cuda(calls, args.seconds)
-                    else:
-                        times = measure({side: call[0] for side, call in calls.items()}, args.seconds)
-                    rows.append(row(cases[0], backward, times, bandwidth))
-                    print(line(rows[-1]), flush=True)
+    rows = []
+    for r in operation_rows(device, dtype, args.channels_last, 96, args.compile, args.seconds, bandwidth):
+        rows.append(r)
+        print(line(r), flush=True)
+    compiling = sum(r["compile_seconds"] or 0.0 for r in rows)
     if args.compile:
         print(f"\ntorch.compile took {compiling:.0f} s to compile, not in the figures (its cache may have helped)")
+    for problem in sorted({r["compile_problem"] for r in rows} - {None}):
+        print(f"torch.compile failed: {problem}")
     print("\ntimes faster than (geometric mean of the sizes)")
     for name in OPERATIONS:
         for direction in ("forward", "fwd+bwd"):
             mine = [r for r in rows if r["operation"] == name and r["pass"] == direction]
             means = {
-                side: statistics.geometric_mean(r["ms"][side] / r["ms"]["fused"] for r in mine)
+                side: statistics.geometric_mean(r["ms"][side] / r["ms"]["fused"] for r in mine if side in r["ms"])
                 for side in mine[0]["ms"]
                 if side != "fused"
             }
@@ -305,20 +337,29 @@ def line(r):
 
 
 def batches(count, batch, device, folder=None):
-    """`count` batches of (pictures, labels), of CIFAR-10 in `folder` or generated."""
+    """`count` batches of (images, labels), of CIFAR-10 in `folder` or generated."""
     n = count * batch
-    data = pdarts.load("cifar10", folder) if folder else pdarts.shapes(max(n, 100), 1)
+    data = load("cifar10", folder) if folder else shapes(max(n, 100), 1)
     if len(data.x_train) < n:
-        raise pdarts.InputError(
-            f"{data.name} has {len(data.x_train)} pictures; expected {n} or more for {count} batches"
-        )
-    images, labels = data.normalise(data.x_train[:n]), data.y_train[:n]
-    return list(zip(images.to(device).split(batch), labels.to(device).split(batch)))
+        raise InputError(f"{data.name} has {len(data.x_train)} images; expected {n} or more for {count} batches")
+    x, y = data.x_train[:n].to(device), data.y_train[:n].to(device)
+    images = pdarts.Loader(x, y, pdarts.CIFAR10, data.mean, data.std).normalise(x)
+    return list(zip(images.split(batch), y.split(batch)))
+
+
+@functools.cache
+def candidates(stage):
+    """Of the edges of normal and reduction cells in a stage (from 1): see the head of this file."""
+    if stage == 1:
+        return ((pdarts.PRIMITIVES,) * len(pdarts.SPACE.edges),) * 2
+    golden = json.loads((HERE / "testdata" / "derive.json").read_text())[0]["kept"][stage - 2]
+    return tuple(tuple(tuple(pdarts.PRIMITIVES[int(k)] for k in edge) for edge in cell.split()) for cell in golden)
 
 
 class OurStep:
-    """A stage's network, as a search trains it: `run("weights")` and `run("alphas")` are a step each."""
+    """A stage (from 1) as a search trains it: `run` makes a step of the weights, of the alphas, or of both."""
 
+<<<<<<< HEAD
     def __init__(self, stage, config, images, labels, mode, graphs=False):
         torch.manual_seed(0)
         self.mode, self.images, self.labels = mode, images, labels
@@ -333,33 +374,57 @@ class OurStep:
         if graphs:
             generator = torch.Generator(images.device)
             self.steps = {name: pdarts.CapturedStep(step, generator) for name, step in self.steps.items()}
+=======
+    def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None):
+        device, self.images, self.labels = images.device, images, labels
+        if fused:
+            pick_kernels("on", device)
+>>>>>>> bench
 
-    def _weights(self, images, labels):
-        pdarts.require_gradients(self.network, weights=True, alphas=False)
-        loss, logits = pdarts.classify(self.network, images, labels, self.config.dtype)
-        pdarts.train_step(self.parameters, self.optimizer, loss, self.config.clip)
-        return loss.detach(), logits.detach()
+        def prepare(network):
+            network = network.to(images.dtype)
+            return kernels.fuse(network, recompute) if fused else network
+
+        def wrap(step):
+            self.graphs.append(CapturedStep(step, device)) if graph else None
+            return self.graphs[-1] if graph else step
+
+        self.graphs = []
+        self.search = pdarts.Search(config, pdarts.Data(None, 10), device, prepare=prepare, wrap_step=wrap)
+        kept = candidates(stage)
+        alphas = [torch.zeros(len(cell), len(cell[0])) for cell in kept]
+        # The stage before has as many candidates as this one keeps: it keeps all of them.
+        self.search.stages = [pdarts.Stage(*kept, *alphas)] * (stage - 1)
+        self.search.begin_stage()
+        self.network, self.weights = self.search.network, self.search.weights
+        self.architecture_step = wrap(self.search.architect.step)
 
     def run(self, which):
-        kernels.use(self.mode)
-        return self.steps[which](self.images, self.labels)
+        """Returns the loss, and more."""
+        batch = self.images, self.labels
+        if which == "alphas":
+            return self.architecture_step(*batch)
+        return self.search.step(*batch, *batch) if which == "both" else self.search.step(*batch)
 
     def forward(self):
-        kernels.use(self.mode)
-        pdarts.require_gradients(self.network, weights=True, alphas=False)
-        return pdarts.classify(self.network, self.images, self.labels, self.config.dtype)
+        pdarts.require_gradients(self.weights, not_of=self.network.alphas())
+        return pdarts.loss_and_logits(self.network, self.images, self.labels, self.search.config.dtype)
+
+    def check(self):
+        if any(graph.refused for graph in self.graphs):
+            raise InputError("the step could not be captured as a CUDA graph; expected one (the warning says why not)")
 
 
 class OfficialStep:
-    """The same of the official code, every backward pass of which computes all gradients."""
+    """The same of the official code in float32, every backward pass of which computes all gradients."""
 
     def __init__(self, folder, stage, config, images, labels):
-        if not (pathlib.Path(folder) / "model_search.py").is_file():
-            sys.exit(f"no model_search.py in {folder}; expected a checkout of github.com/chenxin061/pdarts")
+        check_official(folder)
         sys.path.insert(0, str(folder))
         official = importlib.import_module("model_search")
         sys.path.remove(str(folder))
         torch.manual_seed(0)
+<<<<<<< HEAD
         self.images, self.labels = images, labels
         first = len(pdarts.PRIMITIVES) - config.candidates[stage]
         switches = [[i >= first for i in range(len(pdarts.PRIMITIVES))] for _ in pdarts.SPACE.edges]
@@ -372,74 +437,143 @@ class OfficialStep:
             switches_reduce=switches,
             p=0.0,
         ).to(images.device)
+=======
+        self.images, self.labels, self.clip = images, labels, config.clip
+        normal, reduce = (
+            [[name in names for name in pdarts.PRIMITIVES] for names in cell] for cell in candidates(stage)
+        )
+        # It moves its alphas to the GPU, whether there is one or not.
+        on_cpu = mock.patch.object(torch.Tensor, "cuda", lambda t: t)
+        with on_cpu if images.device.type == "cpu" else contextlib.nullcontext():
+            self.network = official.Network(
+                config.channels,
+                10,
+                config.cells[stage - 1],
+                F.cross_entropy,
+                switches_normal=normal,
+                switches_reduce=reduce,
+                p=0.0,
+            ).to(images.device)
+>>>>>>> bench
         of_alphas = self.network.arch_parameters()
         of_weights = [p for p in self.network.parameters() if all(p is not a for a in of_alphas)]
-        self.steps = {
-            "weights": (
-                of_weights,
-                torch.optim.SGD(of_weights, config.lr, config.momentum, weight_decay=config.weight_decay),
-            ),
-            "alphas": (
-                of_alphas,
-                torch.optim.Adam(
-                    of_alphas, config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
-                ),
-            ),
-        }
+        sgd = torch.optim.SGD(of_weights, config.lr, config.momentum, weight_decay=config.weight_decay)
+        adam = torch.optim.Adam(
+            of_alphas, config.alpha_lr, betas=(0.5, 0.999), weight_decay=config.alpha_weight_decay
+        )
+        self.steps = {"weights": (of_weights, sgd), "alphas": (of_alphas, adam)}
 
     def forward(self):
         return F.cross_entropy(self.network(self.images), self.labels)
 
     def run(self, which):
-        parameters, optimizer = self.steps[which]
-        pdarts.train_step(parameters, optimizer, self.forward(), 5.0)
+        for name in ("alphas", "weights") if which == "both" else (which,):
+            parameters, optimizer = self.steps[name]
+            optimizer.zero_grad()
+            self.forward().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            optimizer.step()
+
+    def check(self):
+        pass
+
+
+def check_official(folder):
+    if not (pathlib.Path(folder) / "model_search.py").is_file():
+        raise InputError(f"no model_search.py in {folder}; expected a checkout of github.com/chenxin061/pdarts")
+
+
+def verify_step(stage, config, images, labels):
+    """Relative distances of the loss and of all gradients, fused and plain; InputError if they are too large."""
+    results = []
+    for fused in (False, True):
+        side = OurStep(stage, config, images, labels, fused)
+        parameters = [*side.weights, *side.network.alphas()]
+        pdarts.require_gradients(parameters)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            loss, _ = pdarts.loss_and_logits(side.network, images, labels, config.dtype)
+            gradients = torch.autograd.grad(loss, parameters)
+        results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
+    distances = [float((mine - right).norm() / right.norm()) for right, mine in zip(*results)]
+    allowed = (1e-4, 1e-2) if config.dtype == "float32" else (2e-2, 0.5)
+    if not all(d <= a for d, a in zip(distances, allowed)):
+        raise InputError(
+            f"stage {stage}: loss and gradients of the kernels have relative distances {distances} from plain torch; "
+            f"expected at most {allowed}"
+        )
+    return distances
+
+
+def measure_steps(makers, kinds, device, seconds, rounds):
+    """Builds all sides, {name: function that makes it}, and yields a dict for each kind of step and side.
+
+    On a GPU only one side, which is then alone in memory.
+    """
+    gc.collect()
+    on_cuda, held = device.type == "cuda", 0
+    if on_cuda:
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+    sides = {name: make() for name, make in makers.items()}
+    images = len(next(iter(sides.values())).labels)
+    kept = {name: kept_bytes(side.forward) / images for name, side in sides.items()}
+    for which in kinds:
+        calls = {name: functools.partial(side.run, which) for name, side in sides.items()}
+        peak = reserved = None
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            for call in [*calls.values()] * (CapturedStep.WARM_UP + 2):  # with a capture
+                call()
+            peak, reserved = torch.cuda.max_memory_allocated() - held, torch.cuda.memory_reserved()
+        for side in sides.values():
+            side.check()
+        times = measure(calls, seconds, least=rounds, before=0 if on_cuda else 2)
+        for name in sides:
+            low, median, high = statistics.quantiles(times[name], n=4)
+            yield {
+                "step": which,
+                "side": name,
+                "seconds": median,
+                "spread": (high - low) / 2,
+                "kept_per_image": kept[name],
+                "peak": peak,
+                "reserved": reserved,
+            }
 
 
 def steps(args):
-    """The rows of the table of steps."""
+    """Prints the table of steps and returns its rows."""
     device = torch.device(args.device)
-    config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels, dtype=args.dtype)
-    batch = args.batch
-    print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}", sep="\n")
-    ((images, labels),) = batches(1, batch, device)
-    print(f"\n{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}", end="")
-    print(f"{'seconds':>17}{'to ours':>10}{'kept MB/picture':>18}")
+    if args.official:
+        check_official(args.official)
+    pick_kernels("on", device)
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, dtype=args.dtype)
+    print(*header(device), f"{args.dtype}, batch {args.batch}, C = {args.channels}", sep="\n")
+    print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
+    ((images, labels),) = batches(1, args.batch, device)
     rows = []
     for stage in args.stages:
-        sides = {"ours": OurStep(stage - 1, config, images, labels, "on")}
+        distances = verify_step(stage, config, images, labels)
+        print("\nverified: relative distances of loss {:.1e} and gradients {:.1e} from plain torch".format(*distances))
+        print(f"{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}", end="")
+        print(f"{'seconds':>17}{'to ours':>10}{'kept MB/image':>18}")
+        ours = functools.partial(OurStep, stage, config, images, labels)
+        makers = {"ours": ours}
         if device.type == "cuda":
-            sides["graph"] = OurStep(stage - 1, config, images, labels, "on", graphs=True)
-        sides["plain"] = OurStep(stage - 1, config, images, labels, "off")
+            makers["graph"] = functools.partial(ours, graph=True)
+        makers["plain"] = functools.partial(ours, fused=False)
         if args.official:
-            sides["official"] = OfficialStep(args.official, stage - 1, config, images, labels)
-        kept = {name: kept_bytes(side.forward) / batch for name, side in sides.items()}
-        for which in ("weights", "alphas"):
-            calls = {name: functools.partial(side.run, which) for name, side in sides.items()}
-            times = measure(calls, args.seconds, least=args.rounds, before=2)
-            for name in sides:
-                low, median, high = statistics.quantiles(times[name], n=4)
-                peak = None
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    sides[name].run(which)
-                    peak = torch.cuda.max_memory_allocated()
-                rows.append(
-                    {
-                        "stage": stage,
-                        "step": which,
-                        "side": name,
-                        "seconds": median,
-                        "spread": (high - low) / 2,
-                        "times_ours": median / statistics.median(times["ours"]),
-                        "kept_per_picture": kept[name],
-                        "peak": peak,
-                    }
-                )
-                r = rows[-1]
+            makers["official"] = functools.partial(OfficialStep, args.official, stage, config, images, labels)
+        together = [makers] if device.type == "cpu" else [{name: make} for name, make in makers.items()]
+        least = {}
+        for group in together:
+            for r in measure_steps(group, ("weights", "alphas"), device, args.seconds, args.rounds):
+                seconds = least.setdefault(r["step"], r["seconds"])  # ours come first
+                rows.append({"stage": stage, **r, "times_ours": r["seconds"] / seconds})
                 print(
-                    f"{stage:<7}{config.cells[stage - 1]:>5}{config.candidates[stage - 1]:>3}  {which:9}{name:10}"
-                    f"{r['seconds']:>9.4f} +-{r['spread']:6.4f}{r['times_ours']:>8.2f} x{kept[name] / 1e6:>16.1f}"
-                    + (f"   peak {peak / 1e6:.0f} MB" if peak else ""),
+                    f"{stage:<7}{config.cells[stage - 1]:>5}{config.keep[stage - 1]:>3}  {r['step']:9}{r['side']:10}"
+                    f"{r['seconds']:>9.4f} +-{r['spread']:6.4f}{r['seconds'] / seconds:>8.2f} x"
+                    f"{r['kept_per_image'] / 1e6:>16.1f}" + (f"   peak {r['peak'] / 1e6:.0f} MB" if r["peak"] else ""),
                     flush=True,
                 )
     return rows
@@ -451,25 +585,27 @@ def steps(args):
 
 
 def search(args):
-    """The rows of the table of epochs: a search of the paper's networks on a few pictures, and what follows from it."""
+    """Prints the table of epochs: a search of the paper's networks on a few images, and what follows from it."""
     device = torch.device(args.device)
-    batch = args.batch
-    half = batch * (20 if device.type == "cuda" else 1)  # pictures of each half
-    paper = pdarts.SEARCH_PRESETS["cifar10"]
+    half = args.batch * (20 if device.type == "cuda" else 1)  # images of each half
+    paper = SEARCH_PRESETS["cifar10"]
     # The second epoch of weights and the second with alphas count: the first ones warm up.
-    config = dataclasses.replace(paper, channels=args.channels, dtype=args.dtype, batch=batch, epochs=4, warmup=2)
-    print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}, {half} pictures in each half", sep="\n")
-    data = pdarts.shapes(2 * half, 1)
+    config = dataclasses.replace(
+        paper, dataset="shapes", channels=args.channels, dtype=args.dtype, batch=args.batch, epochs=4, warmup=2
+    )
+    sizes = f"{args.dtype}, batch {args.batch}, C = {args.channels}, {half} images in each half"
+    print(*header(device), sizes, sep="\n")
     with tempfile.TemporaryDirectory() as folder:
-        pdarts.search(config, data, pathlib.Path(folder, "run"), args.device, kernels="on", graphs=args.graphs)
-        lines = pathlib.Path(folder, "run", "times.jsonl").read_text().splitlines()
+        run = pathlib.Path(folder, "run")
+        search_run(config, shapes(2 * half, 1), run, args.device, kernels="on", graphs=args.graphs)
+        lines = (run / "times.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] * 25000 / half for line in lines]
-    print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'with alphas':>15}   (seconds per 25,000 pictures)")
+    print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'with alphas':>15}   (seconds per 25,000 images)")
     rows, whole = [], 0.0
     for stage in range(3):
         plain, both = seconds[4 * stage + 1], seconds[4 * stage + 3]
         rows.append({"stage": stage + 1, "epoch": plain, "epoch_with_alphas": both})
-        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.candidates[stage]:>3}{plain:>16.1f}{both:>15.1f}")
+        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.keep[stage]:>3}{plain:>16.1f}{both:>15.1f}")
         whole += paper.warmup * plain + (paper.epochs - paper.warmup) * both
     print(f"\nprojected, not measured: {whole / 3600:.2f} hours for the 75 epochs of the paper's search")
     return rows
@@ -481,29 +617,30 @@ def search(args):
 
 
 def losses(args):
-    """The rows of the table of losses; SystemExit if float64 tells the two ways apart."""
+    """Prints the table of losses and returns its rows; SystemExit if float64 tells the two ways apart."""
     device = torch.device(args.device)
-    config = dataclasses.replace(pdarts.SEARCH_PRESETS["cifar10"], channels=args.channels)
-    batch = args.batch
-    data = batches(2 * args.steps, batch, device, args.data)
-    pictures = "CIFAR-10" if args.data else "generated pictures"
-    print(*header(device), f"batch {batch}, C = {args.channels}, {pictures}", sep="\n")
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels)
+    data = batches(2 * args.steps, args.batch, device, args.data)
+    source = "CIFAR-10" if args.data else "generated images"
+    print(*header(device), f"batch {args.batch}, C = {args.channels}, {source}", sep="\n")
+    print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
     rows = []
     for stage in args.stages:
 
-        def side(dtype, mode, stage=stage):
+        def side(dtype, fused, stage=stage):
             images, labels = data[0]
-            return OurStep(stage - 1, config, images.to(dtype), labels, mode)
+            return OurStep(stage, config, images.to(dtype), labels, fused)
 
         sides = {
-            "plain, float64": side(torch.float64, "off"),
-            "kernels, float64": side(torch.float64, "on"),
-            "last bit": side(torch.float64, "off"),
-            "plain, float32": side(torch.float32, "off"),
-            "kernels, float32": side(torch.float32, "on"),
+            "plain, float64": side(torch.float64, False),
+            "kernels, float64": side(torch.float64, True),
+            "last bit": side(torch.float64, False),
+            "plain, float32": side(torch.float32, False),
+            "kernels, float32": side(torch.float32, True),
         }
+        torch.manual_seed(0)
         with torch.no_grad():
-            for w in sides["last bit"].parameters:
+            for w in sides["last bit"].weights:
                 w.mul_(1 + 2e-16 * torch.randn_like(w))
         names = list(sides)[1:]
         print(f"\n{'stage':7}{'step':6}{'of':9}{'plain, float64':>14}   distance from it:", end="")
@@ -533,36 +670,39 @@ def losses(args):
 
 
 def header(device):
-    """Device, versions and commit."""
+    """Device; version and commit."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         info = pathlib.Path("/proc/cpuinfo")
-        models = (
-            [s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")]
-            if info.exists()
-            else []
-        )
-        name = f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads"
-    here = pathlib.Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    return name, f"torch {torch.__version__}, commit {commit or 'unknown'}"
+        lines = info.read_text().splitlines() if info.exists() else []
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+        name = f"{model}, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return name, f"torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="operations", choices=("operations", "step", "search", "losses"))
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"bench.py: error: {' '.join(message.split())}\n")
+
+
+def _parser():
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="operations", choices=(*TABLES, "gpu"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time for each row (default: 0.8; a step: 10)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="time for each row (default: 0.8; a step: 10; gpu: 2 and less)"
+    )
     group = parser.add_argument_group("operations")
     group.add_argument("--channels-last", action="store_true", help="the memory format of all tensors")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    group = parser.add_argument_group("step, search and losses")
-    group.add_argument("--batch", type=int, metavar="N", help="pictures per step (default: 32; on a GPU 96)")
+    group = parser.add_argument_group("step, search, losses and gpu")
+    group.add_argument("--batch", type=int, metavar="N", help="images per step (default: 96; on the CPU 32, gpu: 8)")
     group.add_argument("--channels", type=int, default=16, metavar="C", help="of the first cell (default: 16)")
     group.add_argument("--stages", type=int, nargs="+", default=(1, 2, 3), choices=(1, 2, 3), help="(default: all)")
     group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
@@ -572,25 +712,52 @@ def main():
     group.add_argument(
         "--steps", type=int, default=50, metavar="N", help="losses: of the weights (default: 50, minutes)"
     )
-    args = parser.parse_args()
-    dtypes = {"operations": (args.dtype,), "losses": ("float32",)}.get(args.what, pdarts.DTYPES)
-    if args.dtype not in dtypes:
-        parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(dtypes)}")
-    if args.batch is None:
-        args.batch = 96 if torch.device(args.device).type == "cuda" else 32
+    group = parser.add_argument_group("gpu")
+    group.add_argument("--out", metavar="DIR", help="folder of report.md and report.json; goes on with those there")
+    group.add_argument("--minutes", type=float, default=30, metavar="M", help="for all parts together (default: 30)")
+    group.add_argument(
+        "--parts", type=int, nargs="+", default=range(1, 10), choices=range(1, 10), help="(default: all)"
+    )
+    return parser
+
+
+TABLES = {"operations": operations, "step": steps, "search": search, "losses": losses}
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    args.command = shlex.join(["python", "bench.py", *arguments])
+    types = {"operations": (args.dtype,), "losses": ("float32",), "gpu": ("float32",)}
+    allowed = types.get(args.what, ("float32", "bfloat16"))
+    if args.dtype not in allowed:
+        parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(allowed)}")
     least = {"rounds": 2, "steps": 1, "channels": 1, "batch": 2}
     for name, bound in least.items():
-        if getattr(args, name) < bound:
-            parser.error(f"--{name} is {getattr(args, name)}; expected {bound} or more")
-    args.seconds = args.seconds or (0.8 if args.what == "operations" else 10)
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            parser.error(f"--{name} is {value}; expected {bound} or more")
+    if args.minutes <= 0 or args.what == "gpu" and not args.out:
+        parser.error("gpu without --out or without --minutes; expected --out DIR and more than 0 minutes")
+    args.seconds = args.seconds or {"operations": 0.8, "gpu": 2}.get(args.what, 10)
     try:
-        rows = {"operations": operations, "step": steps, "search": search, "losses": losses}[args.what](args)
-    except pdarts.InputError as error:
+        if args.what != "gpu" or not torch.cuda.is_available():  # the report's own process must not use the GPU
+            pick_device(args.device)
+        on_cpu = torch.device(args.device).type == "cpu"
+        args.batch = args.batch or (96 if not on_cpu else 8 if args.what == "gpu" else 32)
+        if args.what == "gpu":
+            from harness.gpu_report import report  # which imports this file again, as `bench`
+
+            return report(args)
+        rows = TABLES[args.what](args)
+    except InputError as error:
         parser.error(str(error))
     if args.json:
         head = dict(zip(("device", "versions"), header(torch.device(args.device))))
-        pathlib.Path(args.json).write_text(json.dumps({**head, "command": sys.argv, "rows": rows}, indent=1) + "\n")
+        pathlib.Path(args.json).write_text(json.dumps({**head, "command": args.command, "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
