@@ -359,27 +359,10 @@ def candidates(stage):
 class OurStep:
     """A stage (from 1) as a search trains it: `run` makes a step of the weights, of the alphas, or of both."""
 
-<<<<<<< HEAD
-    def __init__(self, stage, config, images, labels, mode, graphs=False):
-        torch.manual_seed(0)
-        self.mode, self.images, self.labels = mode, images, labels
-        candidates = (pdarts.PRIMITIVES[-config.candidates[stage] :],) * len(pdarts.SPACE.edges)
-        self.network = pdarts.SearchNetwork(config.channels, 10, config.cells[stage], candidates, candidates)
-        self.network.to(images)  # device and type
-        self.parameters = self.network.weights()
-        self.optimizer = pdarts.sgd(self.parameters, config, captured=graphs)
-        self.architect = pdarts.Architect(self.network, dtype=config.dtype, captured=graphs)
-        self.config = config
-        self.steps = {"weights": self._weights, "alphas": self.architect.step}
-        if graphs:
-            generator = torch.Generator(images.device)
-            self.steps = {name: pdarts.CapturedStep(step, generator) for name, step in self.steps.items()}
-=======
     def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None):
         device, self.images, self.labels = images.device, images, labels
         if fused:
             pick_kernels("on", device)
->>>>>>> bench
 
         def prepare(network):
             network = network.to(images.dtype)
@@ -424,20 +407,6 @@ class OfficialStep:
         official = importlib.import_module("model_search")
         sys.path.remove(str(folder))
         torch.manual_seed(0)
-<<<<<<< HEAD
-        self.images, self.labels = images, labels
-        first = len(pdarts.PRIMITIVES) - config.candidates[stage]
-        switches = [[i >= first for i in range(len(pdarts.PRIMITIVES))] for _ in pdarts.SPACE.edges]
-        self.network = official.Network(
-            config.channels,
-            10,
-            config.cells[stage],
-            F.cross_entropy,
-            switches_normal=switches,
-            switches_reduce=switches,
-            p=0.0,
-        ).to(images.device)
-=======
         self.images, self.labels, self.clip = images, labels, config.clip
         normal, reduce = (
             [[name in names for name in pdarts.PRIMITIVES] for names in cell] for cell in candidates(stage)
@@ -454,7 +423,6 @@ class OfficialStep:
                 switches_reduce=reduce,
                 p=0.0,
             ).to(images.device)
->>>>>>> bench
         of_alphas = self.network.arch_parameters()
         of_weights = [p for p in self.network.parameters() if all(p is not a for a in of_alphas)]
         sgd = torch.optim.SGD(of_weights, config.lr, config.momentum, weight_decay=config.weight_decay)
