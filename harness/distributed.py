@@ -39,7 +39,11 @@ def process_group(device: str):
         torch.cuda.set_device(local)
     # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    timeout = datetime.timedelta(minutes=10)
+    store, rank, number = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, with the addresses of the processes that died.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=number)
     yield device
     dist.destroy_process_group()  # not after an error: the others may be gone
 
