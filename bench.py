@@ -453,15 +453,16 @@ def check_official(folder):
 
 def verify_step(stage, config, images, labels):
     """Relative distances of the loss and of all gradients, fused and plain; InputError if they are too large."""
-    results = []
+    results, allow_tf32 = [], torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # both round, but not alike
     for fused in (False, True):
         side = OurStep(stage, config, images, labels, fused)
         parameters = [*side.weights, *side.network.alphas()]
         pdarts.require_gradients(parameters)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            loss, _ = pdarts.classify(side.network, images, labels, config.dtype)
-            gradients = torch.autograd.grad(loss, parameters)
+        loss, _ = pdarts.classify(side.network, images, labels, config.dtype)
+        gradients = torch.autograd.grad(loss, parameters)
         results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     distances = [float((mine - right).norm() / right.norm()) for right, mine in zip(*results)]
     allowed = (1e-4, 1e-2) if config.dtype == "float32" else (2e-2, 0.5)
     if not all(d <= a for d, a in zip(distances, allowed)):
@@ -706,8 +707,8 @@ def main(arguments=None):
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name} is {value}; expected {bound} or more")
-    if args.minutes <= 0 or args.what == "gpu" and not args.out:
-        parser.error("gpu without --out or without --minutes; expected --out DIR and more than 0 minutes")
+    if args.what == "gpu" and not (args.out and args.minutes > 0):
+        parser.error(f"gpu with --out {args.out} and --minutes {args.minutes}; expected --out DIR, more than 0 minutes")
     args.seconds = args.seconds or {"operations": 0.8, "gpu": 2}.get(args.what, 10)
     try:
         if args.what != "gpu" or not torch.cuda.is_available():  # the report's own process must not use the GPU

@@ -107,7 +107,7 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path):
         (["step", "--official", "nowhere"], "no model_search.py in nowhere; expected a checkout"),
         (["step", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["steps"], "invalid choice: 'steps'"),
-        (["gpu"], "expected --out DIR"),
+        (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),
         (["gpu", "--out", "x", "--minutes", "0"], "more than 0 minutes"),
         (["gpu", "--out", "x", "--parts", "10"], "invalid choice: 10"),
     ],
