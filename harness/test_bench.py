@@ -72,6 +72,11 @@ def test_bench_measures_a_step(tmp_path, capsys):
     assert found[0]["times_ours"] == 1 and "first search of testdata/derive.json" in capsys.readouterr().out
 
 
+def test_bench_measures_epochs_of_a_search(tmp_path):
+    found = rows(tmp_path, "search")
+    assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
+
+
 OFFICIAL = """
 import torch
 
