@@ -54,7 +54,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from unittest import mock
 
@@ -63,12 +62,10 @@ import torch.nn.functional as F
 
 import kernels
 import pdarts
-from harness.devices import pick_device, pick_kernels
+from harness.devices import pick_device, pick_kernels, ways_to_compute
 from harness.files import reason
 from harness.graphs import CapturedStep
 from harness.images import load, shapes
-from harness.search import search as search_run
-from harness.settings import SEARCH_PRESETS
 from pdarts import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -453,15 +450,16 @@ def check_official(folder):
 
 def verify_step(stage, config, images, labels):
     """Relative distances of the loss and of all gradients, fused and plain; InputError if they are too large."""
-    results = []
+    results, allow_tf32 = [], torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # both round, but not alike
     for fused in (False, True):
         side = OurStep(stage, config, images, labels, fused)
         parameters = [*side.weights, *side.network.alphas()]
         pdarts.require_gradients(parameters)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            loss, _ = pdarts.loss_and_logits(side.network, images, labels, config.dtype)
-            gradients = torch.autograd.grad(loss, parameters)
+        loss, _ = pdarts.loss_and_logits(side.network, images, labels, config.dtype)
+        gradients = torch.autograd.grad(loss, parameters)
         results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     distances = [float((mine - right).norm() / right.norm()) for right, mine in zip(*results)]
     allowed = (1e-4, 1e-2) if config.dtype == "float32" else (2e-2, 0.5)
     if not all(d <= a for d, a in zip(distances, allowed)):
@@ -556,18 +554,25 @@ def search(args):
     """Prints the table of epochs: a search of the paper's networks on a few images, and what follows from it."""
     device = torch.device(args.device)
     half = args.batch * (20 if device.type == "cuda" else 1)  # images of each half
-    paper = SEARCH_PRESETS["cifar10"]
+    paper = pdarts.CIFAR10
     # The second epoch of weights and the second with alphas count: the first ones warm up.
     config = dataclasses.replace(
-        paper, dataset="shapes", channels=args.channels, dtype=args.dtype, batch=args.batch, epochs=4, warmup=2
+        paper, channels=args.channels, dtype=args.dtype, batch=args.batch, epochs=4, warmup=2
     )
     sizes = f"{args.dtype}, batch {args.batch}, C = {args.channels}, {half} images in each half"
     print(*header(device), sizes, sep="\n")
-    with tempfile.TemporaryDirectory() as folder:
-        run = pathlib.Path(folder, "run")
-        search_run(config, shapes(2 * half, 1), run, args.device, kernels="on", graphs=args.graphs)
-        lines = (run / "times.jsonl").read_text().splitlines()
-    seconds = [json.loads(line)["seconds"] * 25000 / half for line in lines]
+    fused = pick_kernels("on", device)
+    images = shapes(max(2 * half, 100), 1).to(device)
+    x, y = images.x_train[: 2 * half], images.y_train[: 2 * half]
+    data = pdarts.search_data(x, y, config, 10, images.mean, images.std)
+    seconds, start = [], time.perf_counter()
+    for event in pdarts.Search(config, data, device, **ways_to_compute(device, fused, args.graphs, None)):
+        if isinstance(event, pdarts.Epoch):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds.append((now - start) * 25000 / half)
+            start = now
     print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'with alphas':>15}   (seconds per 25,000 images)")
     rows, whole = [], 0.0
     for stage in range(3):
@@ -706,8 +711,8 @@ def main(arguments=None):
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name} is {value}; expected {bound} or more")
-    if args.minutes <= 0 or args.what == "gpu" and not args.out:
-        parser.error("gpu without --out or without --minutes; expected --out DIR and more than 0 minutes")
+    if args.what == "gpu" and not (args.out and args.minutes > 0):
+        parser.error(f"gpu with --out {args.out} and --minutes {args.minutes}; expected --out DIR, more than 0 minutes")
     args.seconds = args.seconds or {"operations": 0.8, "gpu": 2}.get(args.what, 10)
     try:
         if args.what != "gpu" or not torch.cuda.is_available():  # the report's own process must not use the GPU

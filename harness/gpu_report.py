@@ -130,7 +130,7 @@ def whole_search(args, device):
     (batch,) = bench.batches(1, args.batch, device)
     paper, problems = pdarts.CIFAR10, []
     number = math.ceil(25000 / args.batch)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
         config = dataclasses.replace(paper, channels=args.channels, dtype=dtype)
         every = sides(args, device, config, batch)
         for name in ("official", "plain", "plain, graph", "ours", "ours, graph"):
@@ -191,7 +191,7 @@ def demo(args, device):
     options = ["--deterministic", "--device", str(device)]
     if device.type == "cpu":  # small
         sizes = {"images": 64, "epochs": 2, "warmup": 1, "batch": 16, "channels": min(args.channels, 4)}
-        options += [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+        options += ["--cells", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
     with tempfile.TemporaryDirectory() as folder:
         first, second, stopped = (pathlib.Path(folder, name) for name in ("first", "second", "stopped"))
 

@@ -1,0 +1,185 @@
+"""bench.py: its tables, small, and the report of a GPU, on the CPU."""
+
+import argparse
+import itertools
+import json
+
+import pytest
+import torch
+
+import bench
+import pdarts
+from harness import gpu_checks, gpu_report
+
+SMALL = ("--stages", "3", "--channels", "2", "--batch", "2", "--device", "cpu", "--rounds", "2", "--seconds", "0.01")
+
+
+def rows(tmp_path, *arguments):
+    assert bench.main([*arguments, *SMALL, "--json", str(tmp_path / "rows.json")]) == 0
+    return json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+def small_args(**changes):
+    arguments = bench._parser().parse_args(["gpu", *SMALL])
+    return argparse.Namespace(**{**vars(arguments), "command": "", **changes})
+
+
+def report(folder, *arguments):
+    """The exit status, and what the report holds."""
+    status = bench.main(["gpu", "--out", str(folder), *SMALL, *arguments])
+    return status, json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+
+def test_the_candidates_are_those_that_the_stages_of_a_search_keep():
+    for stage, keep in enumerate(pdarts.CIFAR10.keep, 1):
+        for cell in bench.candidates(stage):
+            assert [len(set(names)) for names in cell] == [keep] * 14
+            assert all(names == tuple(n for n in pdarts.PRIMITIVES if n in names) for names in cell)
+    ((images, labels),) = bench.batches(1, 2, torch.device("cpu"))
+    step = bench.OurStep(2, pdarts.CIFAR10, images, labels, fused=False)
+    assert step.search.candidates == bench.candidates(2) and len(step.network.cells) == 11
+    names = set(itertools.chain.from_iterable(bench.candidates(2)[0]))
+    assert names == set(pdarts.PRIMITIVES)  # pools, skip-connects and `none` too
+
+
+def test_bench_finds_the_losses_of_both_ways_equal(tmp_path):
+    found = rows(tmp_path, "losses", "--steps", "2")
+    assert [r["of"] for r in found] == ["weights", "alphas"] * 2
+    assert all(r["distance"]["kernels, float64"] < 1e-9 for r in found)
+    assert all(r["distance"]["last bit"] < 1e-9 < r["distance"]["kernels, float32"] < 0.1 for r in found)
+
+
+def test_losses_that_float64_tells_apart_are_an_error(tmp_path, monkeypatch):
+    fuse = bench.kernels.fuse
+
+    def slightly_wrong(network, recompute):
+        with torch.no_grad():
+            network.classifier.bias += 1
+        network.classifier.weight.data *= 1.01
+        return fuse(network, recompute)
+
+    monkeypatch.setattr(bench.kernels, "fuse", slightly_wrong)
+    with pytest.raises(SystemExit, match="not plain torch's to 4 digits"):
+        rows(tmp_path, "losses", "--steps", "1")
+    with pytest.raises(SystemExit):  # nor is a step measured
+        rows(tmp_path, "step")
+
+
+def test_bench_measures_a_step(tmp_path, capsys):
+    found = rows(tmp_path, "step")
+    assert [(r["step"], r["side"]) for r in found] == list(itertools.product(("weights", "alphas"), ("ours", "plain")))
+    assert all(r["seconds"] > 0 for r in found) and found[0]["kept_per_image"] < 0.5 * found[1]["kept_per_image"]
+    assert found[0]["times_ours"] == 1 and "first search of testdata/derive.json" in capsys.readouterr().out
+
+
+def test_bench_measures_epochs_of_a_search(tmp_path):
+    found = rows(tmp_path, "search")
+    assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
+
+
+OFFICIAL = """
+import torch
+
+
+class Network(torch.nn.Module):
+    def __init__(self, C, num_classes, layers, criterion, switches_normal, switches_reduce, p):
+        super().__init__()
+        assert (C, layers, [sum(edge) for edge in switches_normal]) == (2, 17, [3] * 14)
+        self.alphas = torch.randn(14, 3).cuda().requires_grad_()
+        self.classifier = torch.nn.Linear(3, num_classes)
+
+    def arch_parameters(self):
+        return [self.alphas]
+
+    def forward(self, x):
+        return self.classifier(x.mean((2, 3)) * self.alphas.softmax(1).mean(0))
+"""
+
+
+def test_the_official_code_is_measured_on_the_cpu_too(tmp_path):
+    (tmp_path / "model_search.py").write_text(OFFICIAL)
+    found = rows(tmp_path, "step", "--official", str(tmp_path))
+    assert [r["side"] for r in found] == ["ours", "plain", "official"] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["losses", "--data", "nowhere"], "no cifar10 in nowhere"),
+        (["step", "--rounds", "1"], "--rounds is 1; expected 2 or more"),
+        (["losses", "--dtype", "bfloat16"], "losses in bfloat16; expected float32"),
+        (["step", "--dtype", "float16"], "step in float16; expected float32 or bfloat16"),
+        (["step", "--official", "nowhere"], "no model_search.py in nowhere; expected a checkout"),
+        (["step", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["steps"], "invalid choice: 'steps'"),
+        (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),
+        (["gpu", "--out", "x", "--minutes", "0"], "more than 0 minutes"),
+        (["gpu", "--out", "x", "--parts", "10"], "invalid choice: 10"),
+    ],
+)
+def test_bench_names_what_is_wrong_in_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(arguments)
+    error = capsys.readouterr().err
+    assert message in error and ended.value.code == 2 and error.count("\n") == 1
+
+
+def test_the_report_of_parts_is_kept_and_a_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    folder = tmp_path / "report"
+    status, content, text = report(folder, "--parts", "1", "4")
+    assert status == 0 and [p["status"] for p in content["parts"].values()] == ["done", gpu_report.GPU_ONLY]
+    settings = {row["what"]: row["value"] for row in content["parts"]["1"]["tables"][""]}
+    assert settings["torch.backends.cudnn.allow_tf32"] == "True" and settings["torch.backends.cuda.matmul.allow_tf32"]
+    assert torch.__version__ in content["versions"] and torch.__version__ in text and content["device"] in text
+
+    status, content, text = report(folder, "--parts", "6", "2", "--official", str(tmp_path))
+    assert status == 1 and list(content["parts"]) == ["1", "2", "4", "6"]
+    assert content["parts"]["2"]["status"] == "done"
+    assert "official: InputError: no model_search.py" in content["parts"]["6"]["status"]
+    measured = [r for r in content["parts"]["6"]["tables"]["stage 3"] if r.get("ms")]
+    assert {r["side"] for r in measured} == {"plain", "ours", "ours, recompute"}
+    assert all(r["to ours"] == 1 for r in measured if r["side"] == "ours")
+    for line in ("| 1. Versions and device | done |", "## 6. Steps of a search", "**stage 3**", "--parts 6 2"):
+        assert line in text
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("part-*.json"))
+
+
+def test_a_part_that_outruns_its_limit_is_ended(tmp_path):
+    status, content, text = report(tmp_path, "--parts", "9", "--minutes", "0.02")
+    assert status == 1 and content["parts"]["9"]["status"] == "ended by its limit of 0.12 s"
+    assert content["parts"]["9"]["seconds"] < 5 and "ended by its limit of 0.12 s" in text
+
+
+def test_another_report_json_is_left_alone(tmp_path, capsys):
+    (tmp_path / "report.json").write_text("[1, 2]")
+    with pytest.raises(SystemExit):
+        bench.main(["gpu", "--out", str(tmp_path), *SMALL])
+    assert "is no report" in capsys.readouterr().err and (tmp_path / "report.json").read_text() == "[1, 2]"
+
+
+def test_a_search_is_the_same_again_and_resumed(tmp_path):
+    found = [row for _, row in gpu_report.demo(small_args(), torch.device("cpu"))]
+    assert len(found) == 3 and all(r["the first's log.jsonl"] and r["the first's genotype.json"] for r in found)
+
+
+def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
+    arguments, cpu = small_args(channels=4), torch.device("cpu")
+    found = [row for _, row in gpu_checks.correctness(arguments, cpu)]
+    assert len(found) == 4 * 2 * 14 + 2 and all(row["right"] for row in found)
+    wrong = [("pool", lambda f, x: f.pool(x, "max") + (f is gpu_checks.FUSED) * 1e-3, [(2, 4, 8, 8)], [])]
+    monkeypatch.setattr(gpu_checks, "operators", lambda shape: wrong)
+    with pytest.raises(gpu_checks.Wrong, match="4 relative errors"):
+        list(gpu_checks.correctness(arguments, cpu))
+
+
+def test_the_other_parts_run_on_the_cpu():
+    cpu = torch.device("cpu")
+    found = list(gpu_report.whole_search(small_args(), cpu))
+    hours = {row["side"]: row["hours"] for table, row in found if table == "projected hours"}
+    ms = {row["side"]: row for table, row in found if table == "steps"}
+    expected = 12500 * (10 * ms["ours"]["weights (ms)"] + 15 * ms["ours"]["both (ms)"]) / 3.6e6
+    assert set(hours) == {"plain", "ours"} and hours["ours"] == pytest.approx(expected)
+    found = [row for _, row in gpu_report.mixed_operation(small_args(), cpu)]
+    assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)
+    convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
+    assert convolution.error() < 1e-5 and all(min(times) > 0 for times in convolution.times(0.01).values())
