@@ -24,6 +24,7 @@ torch.set_num_threads(1)  # the feature maps are small
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
 
 ROOT = pathlib.Path(pdarts.__file__).parent
+POOLS = {name: pdarts.OPERATIONS["avg_pool_3x3"] for name in pdarts.PRIMITIVES if "conv" in name}
 TINY = SearchSettings(
     dataset="shapes",
     cells=(3, 3, 3),
@@ -101,9 +102,8 @@ def unbroken(images, tmp_path_factory):
 @pytest.fixture
 def few_weights(monkeypatch):
     """Pools in the place of convolutions: fast, where it does not matter what a network computes."""
-    for name in pdarts.PRIMITIVES:
-        if "conv" in name:
-            monkeypatch.setitem(pdarts.OPERATIONS, name, pdarts.OPERATIONS["avg_pool_3x3"])
+    for name, operation in POOLS.items():
+        monkeypatch.setitem(pdarts.OPERATIONS, name, operation)
 
 
 @pytest.fixture(autouse=True)

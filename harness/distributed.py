@@ -37,13 +37,15 @@ def process_group(device: str):
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
+    from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
+
     # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = datetime.timedelta(minutes=10)
-    store, rank, number = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart, with the addresses of the processes that died.
+    store, rank, number = next(rendezvous("env://", timeout=timeout))
+    # Where torchrun starts the processes again, the store still holds the addresses of those before.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=number)
+    dist.init_process_group(backend, timeout=timeout, world_size=number, rank=rank, store=store)
     yield device
     dist.destroy_process_group()  # not after an error: the others may be gone
 

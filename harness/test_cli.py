@@ -235,7 +235,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
     monkeypatch.setattr(cli, "evaluate", stub(EvaluateResult(None, 1, 1, 0.5)))
     sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
     before = set(tmp_path.rglob("*"))
-    for number, rng in cases(700):
+    for number, rng in cases(500):
         kind = rng.choice((SearchSettings, EvaluateSettings))
         settings = {f.name: f for f in dataclasses.fields(kind) if f.name != "dataset"}
         genotype, given = rng.choice(["PDARTS", "here/cell.json", rng.choice(VALUES)]), {}
@@ -285,7 +285,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, few_weights):
     """A working folder with own images."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
@@ -343,7 +343,9 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
     assert cli.main([*arguments[:-1], "used"]) == 2
 
 
-def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(tmp_path, generated, monkeypatch, capsys, limits):
+def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
+    tmp_path, generated, few_weights, monkeypatch, capsys, limits
+):
     folder, seen, taken = tmp_path / "run", [], 0
     assert stopped(monkeypatch, ["search", *SMALL, "--out", str(folder)]) == 143
     saved = json.loads((folder / "config.json").read_text())

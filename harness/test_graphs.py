@@ -18,7 +18,8 @@ from harness.settings import EvaluateSettings
 
 SPACE = pdarts.SearchSpace(("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"), nodes=2)  # small, for fast tests
 SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, warmup=2)
-EVALUATION = EvaluateSettings(cells=3, channels=2, epochs=3, batch=4, cutout=4)
+EVALUATION = EvaluateSettings(cells=3, channels=2, epochs=3, batch=4, cutout=4, auxiliary=False)
+CELL = pdarts.Genotype(*[[("sep_conv_3x3", 0), ("skip_connect", 1)], [2]] * 2)
 IMAGES = random_images((8, 8), 3, 22)  # in halves of 11: two batches of 4 and a tail of 3
 
 
@@ -127,8 +128,8 @@ def searched(**options):
 
 
 def evaluated(**options):
-    data = pdarts.Data(pdarts.Loader(IMAGES.x_train, IMAGES.y_train, EVALUATION), 3, 1)
-    training = pdarts.Evaluation(pdarts.GENOTYPES["PDARTS"], EVALUATION, data, **options)
+    data = pdarts.Data(pdarts.Loader(IMAGES.x_train[:11], IMAGES.y_train[:11], EVALUATION), 3, 1)
+    training = pdarts.Evaluation(CELL, EVALUATION, data, **options)
     with torch.random.fork_rng():
         losses = [event.loss for event in training if isinstance(event, pdarts.Step)]
     return [*training.network.state_dict().values(), *losses]
@@ -161,7 +162,7 @@ def test_a_captured_evaluation_ends_with_the_bits_of_a_plain_one():
     plain = evaluated()
     assert same(evaluated(wrap_step=Captured), plain)
     (step,) = Captured.made
-    assert not step.refused and len(step.captured) == 2 and step.replays == 3 * 6 - 2
+    assert not step.refused and len(step.captured) == 2 and step.replays == 3 * 3 - 2
 
 
 # --- and would not if a number were frozen: the tests above can fail --------------------------------------------------
@@ -197,7 +198,6 @@ def number_as_rate(patch):
 @pytest.mark.parametrize("run", [searched, evaluated])
 def test_a_number_that_python_holds_would_be_frozen(monkeypatch, run, frozen):
     frozen(monkeypatch)
-    assert same(run(), run())
     assert not same(run(wrap_step=Captured), run())
     assert not Captured.made[0].refused
 
