@@ -73,12 +73,13 @@ def _train(genotype, config, run, graphs, recompute, show):
     run.folder.write("genotype.json", genotype._asdict())
     progress, meters = Progress([config.epochs * len(run.images.y_train)], show), None
     progress.resume(training.epoch * len(run.images.y_train))
+    clock = Clock()
     for event in training:
         epoch = training.epoch if isinstance(event, Step) else event.epoch
         label = f"epoch {epoch:3d}/{config.epochs - 1}"
         if meters is None:  # an epoch begins, or goes on, maybe after its last step
             meters = run.meters({"training loss": f"epoch {epoch}"}, state)
-            state, clock = None, Clock()
+            state = None
         if isinstance(event, Step):
             meters[0].update(event.loss, event.correct, event.size)
             seen = event.size * processes()[1]
@@ -97,5 +98,5 @@ def _train(genotype, config, run, graphs, recompute, show):
             run.save(training)
             text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
             progress.line(f"{text}  test acc {test_accuracy:6.1%}  {seconds:.1f} s")
-            meters = None
+            meters, clock = None, Clock()
     return training.network

@@ -65,6 +65,7 @@ def search(
             epochs = searching.epoch + max(0, searching.epoch - config.warmup)
             stage = min(len(searching.stages), len(work) - 1)
             progress.resume(sum(work[:stage]) + half * config.cells[stage] * config.keep[stage] * epochs)
+        clock = Clock()
         for event in searching:
             if isinstance(event, Stage):
                 under, genotype = f"stages/{len(searching.stages)}/", event.genotype(config.max_skips)
@@ -76,7 +77,7 @@ def search(
             if meters is None:  # an epoch begins, or goes on, maybe after its last step
                 where = f"stage {stage + 1}, epoch {epoch}"
                 meters = run.meters({"training loss": where, "alpha loss": where}, state)
-                state, clock = None, Clock()
+                state = None
             if isinstance(event, Step):
                 meters[0].update(event.loss, event.correct, event.size)
                 if event.alpha_loss is not None:
@@ -118,7 +119,7 @@ def search(
                     text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}"
                 text += f"  test acc {test_accuracy:6.1%}" if last else ""
                 progress.line(f"{text}  {seconds:.1f} s")
-                meters = None
+                meters, clock = None, Clock()
     last = searching.stages[-1]
     genotype = last.genotype(config.max_skips)
     run.folder.draw(genotype)

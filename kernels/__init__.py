@@ -159,6 +159,8 @@ def separable(
     if not alike or autocast or not _on_cpu(x):
         recomputed = recompute and kind in ("cpu", "cuda") and (alike or autocast) and fused(kind)
         function = _Recomputed.apply if recomputed else separable_ref
+        if kind == "cpu":  # torch's gradients of dilated depthwise convolutions in bfloat16 are wrong in channels-last
+            x = x.contiguous()
         return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
     batch = training and running_mean is not None
     statistics = None
@@ -191,6 +193,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def gradients(g, x, weight, stride, padding, dilation, groups, of_x, of_weight):
         """Of a convolution's input and weight, None where they are not asked for."""
+        g = g.contiguous() if g.is_cpu else g  # see `separable`
         geometry = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups
         asked = [of_x, of_weight, False]
         return torch.ops.aten.convolution_backward(g, x, weight.to(g.dtype), None, *geometry, asked)[:2]

@@ -25,12 +25,13 @@ MAX_CANDIDATES = 64  # of one call, see mixed_op.h
 def memory_format(device: torch.device) -> torch.memory_format:
     """The layout of the feature maps of a fused search network.
 
-    Channels-last on the CPU, where the fused convolutions want it. NCHW on CUDA, where torch has depthwise kernels of
-    its own for it and sends float32 in channels-last to cuDNN's slower ones. PDARTS_LAYOUT, for measuring, overrides
-    both: NCHW or channels-last.
+    Channels-last on the CPU, where the fused convolutions want it; under autocast, which they leave to torch, NCHW.
+    NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
+    slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
     """
     layouts = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
-    name = os.environ.get("PDARTS_LAYOUT") or ("channels-last" if device.type == "cpu" else "NCHW")
+    fused_convolutions = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    name = os.environ.get("PDARTS_LAYOUT") or ("channels-last" if fused_convolutions else "NCHW")
     if name not in layouts:
         raise ValueError(f"PDARTS_LAYOUT is {name!r}; expected {' or '.join(layouts)}")
     return layouts[name]
