@@ -370,7 +370,7 @@ class OurStep:
             return self.graphs[-1] if graph else step
 
         self.graphs = []
-        self.search = pdarts.Search(config, pdarts.Data(None, 10), device, prepare=prepare, wrap_step=wrap)
+        self.search = pdarts.Search(config, pdarts.Data(None, 10, val=()), device, prepare=prepare, wrap_step=wrap)
         kept = candidates(stage)
         alphas = [torch.zeros(len(cell), len(cell[0])) for cell in kept]
         # The stage before has as many candidates as this one keeps: it keeps all of them.

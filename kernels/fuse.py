@@ -52,6 +52,8 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
             if replacement:
                 module.__class__ = _subclass(replacement, type(module))
                 module.recompute = recompute
+            if _is_search_network(module):
+                module.stem.register_forward_hook(_in_layout)
     return network
 
 
@@ -157,6 +159,10 @@ def _is_cell(m):
     return _has(m, "node", _Recognised.node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
 
 
+def _is_search_network(m):
+    return hasattr(m, "stem") and all(isinstance(cell, _FusedCell) for cell in getattr(m, "cells", [None]))
+
+
 # --- How it is computed -----------------------------------------------------------------------------------------------
 
 
@@ -233,12 +239,11 @@ class _FusedMixedOp:
         return outputs, [op.norm if s else None for op, s in zip(self.ops, split)]
 
 
-class _FusedCell:
-    def forward(self, s0, s1, *others):
-        layout = memory_format(s0.device)
-        s0, s1 = (s.contiguous(memory_format=layout) for s in (s0, s1))  # after the first cell they are
-        return super().forward(s0, s1, *others)
+def _in_layout(stem, inputs, output):
+    return output.contiguous(memory_format=memory_format(output.device))
 
+
+class _FusedCell:
     def node(self, incoming):
         """All candidates of all edges into a node are one sum."""
         outputs, norms, probabilities = [], [], []
