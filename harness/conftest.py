@@ -114,13 +114,18 @@ def _same_mode_of_the_kernels():
 
 
 def beside(test):
-    """A test that waits for processes that it starts: it runs beside the others, from the beginning of the session."""
+    """A test that waits for processes that it starts: it runs beside the others, in a thread, from the beginning of the
+    session. It must not touch what they share, such as torch's random state."""
 
     def wait(beside_the_others):
         beside_the_others[test.__name__].result()
 
     wait.beside, wait.__doc__ = test, test.__doc__
     return wait
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))  # they have had the time then
 
 
 @pytest.fixture(scope="session", autouse=True)

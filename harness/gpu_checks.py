@@ -29,6 +29,7 @@ from harness.graphs import CapturedStep
 from harness.images import shapes
 from pdarts import InputError
 
+GPU_ONLY = "not applicable without a GPU"
 SETTING_PREFIXES = ("PDARTS_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_", "OMP_", "NVIDIA_TF32")
 
 

@@ -1,6 +1,7 @@
 """bench.py: its tables, small, and the report of a GPU, on the CPU."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 
@@ -9,9 +10,15 @@ import torch
 
 import bench
 import pdarts
-from harness import gpu_checks, gpu_report
+from harness import gpu_checks, gpu_speed
+from harness.conftest import beside
 
 SMALL = ("--stages", "3", "--channels", "2", "--batch", "2", "--device", "cpu", "--rounds", "2", "--seconds", "0.01")
+
+
+@pytest.fixture
+def few_cells(monkeypatch):
+    monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, cells=(3, 3, 3)))
 
 
 def rows(tmp_path, *arguments):
@@ -42,14 +49,14 @@ def test_the_candidates_are_those_that_the_stages_of_a_search_keep():
     assert names == set(pdarts.PRIMITIVES)  # pools, skip-connects and `none` too
 
 
-def test_bench_finds_the_losses_of_both_ways_equal(tmp_path):
+def test_bench_finds_the_losses_of_both_ways_equal(tmp_path, few_cells):
     found = rows(tmp_path, "losses", "--steps", "2")
     assert [r["of"] for r in found] == ["weights", "alphas"] * 2
     assert all(r["distance"]["kernels, float64"] < 1e-9 for r in found)
     assert all(r["distance"]["last bit"] < 1e-9 < r["distance"]["kernels, float32"] < 0.1 for r in found)
 
 
-def test_losses_that_float64_tells_apart_are_an_error(tmp_path, monkeypatch):
+def test_losses_that_float64_tells_apart_are_an_error(tmp_path, monkeypatch, few_cells):
     fuse = bench.kernels.fuse
 
     def slightly_wrong(network, recompute):
@@ -65,14 +72,14 @@ def test_losses_that_float64_tells_apart_are_an_error(tmp_path, monkeypatch):
         rows(tmp_path, "step")
 
 
-def test_bench_measures_a_step(tmp_path, capsys):
+def test_bench_measures_a_step(tmp_path, capsys, few_cells):
     found = rows(tmp_path, "step")
     assert [(r["step"], r["side"]) for r in found] == list(itertools.product(("weights", "alphas"), ("ours", "plain")))
     assert all(r["seconds"] > 0 for r in found) and found[0]["kept_per_image"] < 0.5 * found[1]["kept_per_image"]
     assert found[0]["times_ours"] == 1 and "first search of testdata/derive.json" in capsys.readouterr().out
 
 
-def test_bench_measures_epochs_of_a_search(tmp_path):
+def test_bench_measures_epochs_of_a_search(tmp_path, few_cells):
     found = rows(tmp_path, "search")
     assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
 
@@ -124,15 +131,15 @@ def test_bench_names_what_is_wrong_in_one_line(capsys, arguments, message):
     assert message in error and ended.value.code == 2 and error.count("\n") == 1
 
 
-def test_the_report_of_parts_is_kept_and_a_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
-    folder = tmp_path / "report"
+@beside
+def test_the_report_of_parts_is_kept_and_a_part_that_fails_does_not_stop_the_others(folder):
     status, content, text = report(folder, "--parts", "1", "4")
-    assert status == 0 and [p["status"] for p in content["parts"].values()] == ["done", gpu_report.GPU_ONLY]
+    assert status == 0 and [p["status"] for p in content["parts"].values()] == ["done", gpu_checks.GPU_ONLY]
     settings = {row["what"]: row["value"] for row in content["parts"]["1"]["tables"][""]}
     assert settings["torch.backends.cudnn.allow_tf32"] == "True" and settings["torch.backends.cuda.matmul.allow_tf32"]
     assert torch.__version__ in content["versions"] and torch.__version__ in text and content["device"] in text
 
-    status, content, text = report(folder, "--parts", "6", "2", "--official", str(tmp_path))
+    status, content, text = report(folder, "--parts", "6", "2", "--official", str(folder))
     assert status == 1 and list(content["parts"]) == ["1", "2", "4", "6"]
     assert content["parts"]["2"]["status"] == "done"
     assert "official: InputError: no model_search.py" in content["parts"]["6"]["status"]
@@ -157,8 +164,9 @@ def test_another_report_json_is_left_alone(tmp_path, capsys):
     assert "is no report" in capsys.readouterr().err and (tmp_path / "report.json").read_text() == "[1, 2]"
 
 
-def test_a_search_is_the_same_again_and_resumed(tmp_path):
-    found = [row for _, row in gpu_report.demo(small_args(), torch.device("cpu"))]
+@beside
+def test_a_search_is_the_same_again_and_resumed(folder):
+    found = [row for _, row in gpu_speed.demo(small_args(), torch.device("cpu"))]
     assert len(found) == 3 and all(r["the first's log.jsonl"] and r["the first's genotype.json"] for r in found)
 
 
@@ -172,14 +180,14 @@ def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
         list(gpu_checks.correctness(arguments, cpu))
 
 
-def test_the_other_parts_run_on_the_cpu():
+def test_the_other_parts_run_on_the_cpu(few_cells):
     cpu = torch.device("cpu")
-    found = list(gpu_report.whole_search(small_args(), cpu))
+    found = list(gpu_speed.whole_search(small_args(), cpu))
     hours = {row["side"]: row["hours"] for table, row in found if table == "projected hours"}
     ms = {row["side"]: row for table, row in found if table == "steps"}
     expected = 12500 * (10 * ms["ours"]["weights (ms)"] + 15 * ms["ours"]["both (ms)"]) / 3.6e6
     assert set(hours) == {"plain", "ours"} and hours["ours"] == pytest.approx(expected)
-    found = [row for _, row in gpu_report.mixed_operation(small_args(), cpu)]
+    found = [row for _, row in gpu_speed.mixed_operation(small_args(), cpu)]
     assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)
     convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
     assert convolution.error() < 1e-5 and all(min(times) > 0 for times in convolution.times(0.01).values())

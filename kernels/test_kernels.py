@@ -319,8 +319,18 @@ def test_fused_separable_convolution_equals_plain_torch(
     for mine, right in zip(run(kernels.separable, dtype), rights, strict=True):
         assert mine.shape == right.shape and (mine.double() - right).norm() <= 5 * bound * right.norm()
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_operation_takes_outputs_without_channels(device, training):
+    *outputs, p = (torch.rand(shape, device=device, requires_grad=True) for shape in [(2, 0, 4, 4)] * 24 + [(24,)])
+    running = [[f(0, device=device) for _ in outputs] for f in FRESH]
+    y = kernels.mixed_norm_sum(outputs, p, *running, training)
+    *_, of_p = torch.autograd.grad(y.sum(), [*outputs, p])
+    assert y.shape == (2, 0, 4, 4) and torch.equal(of_p, torch.zeros_like(p))
+
 def test_fused_separable_convolution_keeps_its_input_and_weights_only(place):
     inputs, kept = separable_leaves(device=place), {}
+    layout = torch.channels_last if kernels._on_cpu(inputs[0]) else torch.contiguous_format  # in another it is copied
+    inputs[0] = inputs[0].detach().contiguous(memory_format=layout).requires_grad_()
     running = [f(4, dtype=torch.float64, device=place) for f in FRESH]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
         kernels.separable(*inputs, 1, 1, 1, *running, training=True)

@@ -1,0 +1,209 @@
+"""Parts 6 to 9 of harness/gpu_report.py: how fast it is, and a whole search."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import torch
+
+import bench
+import pdarts
+from harness.devices import pick_kernels
+from harness.files import reason
+from harness.gpu_checks import GPU_ONLY, Wrong
+
+# --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
+
+
+def sides(args, device, config, batch):
+    """{name: stage -> function that builds it}; None for what needs a GPU where there is none."""
+
+    def ours(**ways):
+        return lambda stage: functools.partial(bench.OurStep, stage, config, *batch, **ways)
+
+    def official(stage):
+        return functools.partial(bench.OfficialStep, args.official, stage, config, *batch)
+
+    on_cuda = device.type == "cuda"
+    return {
+        # What is not ours first: an error in a kernel may end the use of the GPU for this process.
+        **({"official": official} if args.official and config.dtype == "float32" else {}),
+        "plain": ours(fused=False),
+        "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
+        "ours": ours(recompute=False),
+        "ours, graph": ours(recompute=False, graph=True) if on_cuda else None,
+        "ours, recompute": ours(recompute=True),
+        "ours, recompute, graph": ours(recompute=True, graph=True) if on_cuda else None,
+    }
+
+
+def measured(args, device, make, stage, kinds):
+    """Rows of one side in one stage, or one with the reason why there are none."""
+    try:
+        yield from bench.measure_steps({"": make(stage)}, kinds, device, args.seconds, args.rounds)
+    except Exception as error:
+        yield {"problem": reason(error)}
+        traceback.print_exc()
+    gc.collect()  # what the failed side held
+
+
+def steps(args, device):
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels)
+    (batch,) = bench.batches(1, args.batch, device)
+    problems, rows = [], []
+    for name, make in sides(args, device, config, batch).items():
+        for stage in args.stages:
+            if name == "ours":  # as late as that: see `sides`
+                loss, gradients = bench.verify_step(stage, config, *batch)
+                distances = {"loss": loss, "gradients": gradients}
+                yield "verified: relative distances of ours from plain", {"stage": stage, **distances}
+            about = {"stage": stage, "step of": None, "side": name}
+            if make is None:
+                yield f"stage {stage}", about | {"problem": GPU_ONLY}
+                continue
+            for result in measured(args, device, make, stage, ("weights", "alphas")):
+                problem = result.get("problem")
+                problems += [f"{name}: {problem}"] if problem else []
+                row = about | {
+                    "step of": result.get("step"),
+                    "ms": milliseconds(result.get("seconds")),
+                    "+- ms": milliseconds(result.get("spread")),
+                    "to ours": None,
+                    "kept MB/image": megabytes(result.get("kept_per_image")),
+                    "peak MB": megabytes(result.get("peak")),
+                    "reserved MB": megabytes(result.get("reserved")),
+                    "problem": problem,
+                }
+                rows.append(row)
+                for r in rows:
+                    r["to ours"] = ratio_to_ours(r, rows)
+                yield f"stage {stage}", row
+    if problems:
+        raise Wrong(f"{len(problems)} of the sides cannot be measured: {problems[0]}")
+
+
+def milliseconds(seconds):
+    return None if seconds is None else 1e3 * seconds
+
+
+def megabytes(size):
+    return None if size is None else size / 1e6
+
+
+def ratio_to_ours(row, rows):
+    base = [r["ms"] for r in rows if r["side"] == "ours" and all(r[k] == row[k] for k in ("stage", "step of"))]
+    return row["ms"] / base[0] if base and base[0] and row["ms"] else None
+
+
+def whole_search(args, device):
+    """Projected from steps on one batch: augmentation, checkpoints and tests are not in it."""
+    (batch,) = bench.batches(1, args.batch, device)
+    paper, problems = pdarts.CIFAR10, []
+    number = math.ceil(25000 / args.batch)
+    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+        config = dataclasses.replace(paper, channels=args.channels, dtype=dtype)
+        every = sides(args, device, config, batch)
+        for name in ("official", "plain", "plain, graph", "ours", "ours, graph"):
+            if (make := every.get(name)) is None:
+                continue
+            hours, whole = 0.0, True
+            for stage in args.stages:
+                seconds = {}
+                for result in measured(args, device, make, stage, ("weights", "both")):
+                    if "problem" in result:
+                        problems.append(f"{name}: {result['problem']}")
+                        whole = False
+                    else:
+                        seconds[result["step"]] = result["seconds"]
+                if len(seconds) == 2:
+                    epochs = {"weights": paper.warmup, "both": paper.epochs - paper.warmup}
+                    hours += sum(seconds[which] * number * epochs[which] for which in seconds) / 3600
+                ms = {f"{which} (ms)": milliseconds(seconds.get(which)) for which in ("weights", "both")}
+                yield "steps", {"dtype": dtype, "side": name, "stage": stage, **ms}
+            stages = " ".join(map(str, args.stages))
+            yield "projected hours", {"dtype": dtype, "side": name, "stages": stages, "hours": hours if whole else None}
+    if problems:
+        raise Wrong(f"{len(problems)} of the sides cannot be measured: {problems[0]}")
+
+
+# --- 8: the mixed operation -------------------------------------------------------------------------------------------
+
+
+def mixed_operation(args, device):
+    pick_kernels("on", device)
+    bandwidth = bench.copy_bandwidth(device)
+    on_cuda = device.type == "cuda"
+    for dtype in ("float32", "bfloat16") if on_cuda else ("float32",):
+        bench.verify(device, getattr(torch, dtype), False)
+        compiled = args.compile and on_cuda and dtype == "float32"  # it takes minutes
+        settings = device, getattr(torch, dtype), False, args.batch, compiled, args.seconds / 5, bandwidth
+        for r in bench.operation_rows(*settings):
+            ms, fused = r["ms"], r["ms"]["fused"]
+            yield f"{dtype}, copy bandwidth {bandwidth / 1e9:.0f} GB/s", {
+                "operation": r["operation"],
+                "shape": str(r["shape"]),
+                "K": r["candidates"],
+                "pass": r["pass"],
+                "fused ms": fused,
+                "+- ms": r["spread_ms"]["fused"],
+                "of the bandwidth": r["limit_ms"] / fused,
+                **{f"{side} to fused": ms[side] / fused if side in ms else None for side in ("eager", "compile")},
+                "compile, of the bandwidth": r["limit_ms"] / ms["compile"] if "compile" in ms else None,
+                "problem": r["compile_problem"],
+            }
+
+
+# --- 9: a search again, and resumed -----------------------------------------------------------------------------------
+
+
+def demo(args, device):
+    """A search of the demo, each a process of its own: twice, and once stopped by SIGINT and resumed."""
+    options = ["--deterministic", "--device", str(device)]
+    if device.type == "cpu":  # small
+        sizes = {"images": 64, "epochs": 2, "warmup": 1, "batch": 16, "channels": min(args.channels, 4)}
+        options += ["--cells", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
+    with tempfile.TemporaryDirectory() as folder:
+        first, second, stopped = (pathlib.Path(folder, name) for name in ("first", "second", "stopped"))
+
+        def start(*where):
+            command = [sys.executable, bench.HERE / "pdarts.py", "search", "--preset", "demo", *options, *where]
+            return subprocess.Popen(command, stdout=sys.stderr)
+
+        def row(what, path, started):
+            seconds = time.monotonic() - started
+            names = ("log.jsonl", "genotype.json")
+            same = {name: (path / name).read_bytes() == (first / name).read_bytes() for name in names}
+            return {"search": what, "seconds": seconds, **{f"the first's {name}": same[name] for name in names}}
+
+        def ended(process, expected=0):
+            if process.wait() != expected:
+                raise Wrong(f"a search ended with status {process.returncode}; expected {expected} (see the log)")
+
+        right = True
+        for what, path in ("first", first), ("second", second):
+            started = time.monotonic()
+            ended(start("--out", path))
+            yield "", (last := row(what, path, started))
+            right = right and all(last.values())
+        started = time.monotonic()
+        process = start("--out", stopped)
+        log = stopped / "log.jsonl"
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 3):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)  # after three epochs, within one
+        ended(process, 128 + signal.SIGINT)
+        lines = len(log.read_text().splitlines())
+        ended(start("--resume", stopped))
+        yield "", (last := row(f"stopped by SIGINT after {lines} epochs and resumed", stopped, started))
+        if not (right and all(last.values())):
+            raise Wrong("the searches have different results; expected the same bytes")
