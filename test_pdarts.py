@@ -107,12 +107,15 @@ ALONE = """if True:
     assert torch.equal(torch.get_rng_state(), state)  # the caller's
     assert not {"harness", "kernels"} & set(sys.modules)"""
 
-def test_the_file_alone_in_a_folder_searches_and_evaluates_from_arrays(tmp_path):
-    shutil.copy(HERE / "pdarts.py", tmp_path)
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    """A process that works while the other tests run."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(HERE / "pdarts.py", folder)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert re.fullmatch(r"\(\d+, 16\)\n", run.stdout)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", ALONE], cwd=folder, env=environment, **streams) as process:
+        yield process
 
 # --- the official code's decisions ------------------------------------------------------------------------------------
 
@@ -762,3 +765,10 @@ def test_augmentation_crops_flips_normalises_and_cuts_out_each_image():
     assert torch.equal(cut[:, 0].sum((1, 2)), heights * widths)
     small = augment(marked[:, :, :8, :8], cutout=16)[0] == 0
     assert 0 < small[:, 0].sum((1, 2)).max() <= 16  # at most half the image's side
+
+# --- alone ------------------------------------------------------------------------------------------------------------
+
+def test_the_file_alone_in_a_folder_searches_and_evaluates_from_arrays(alone):
+    output, errors = alone.communicate(timeout=100)
+    assert alone.returncode == 0, errors
+    assert re.fullmatch(r"\(\d+, 16\)\n", output)

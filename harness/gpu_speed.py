@@ -177,7 +177,7 @@ def demo(args, device):
 
         def start(*where):
             command = [sys.executable, bench.HERE / "pdarts.py", "search", "--preset", "demo", *options, *where]
-            return subprocess.Popen(command, stdout=sys.stderr)
+            return subprocess.Popen(command, stdout=2)  # the log
 
         def row(what, path, started):
             seconds = time.monotonic() - started

@@ -91,7 +91,7 @@ import torch
 class Network(torch.nn.Module):
     def __init__(self, C, num_classes, layers, criterion, switches_normal, switches_reduce, p):
         super().__init__()
-        assert (C, layers, [sum(edge) for edge in switches_normal]) == (2, 17, [3] * 14)
+        assert (C, layers, [sum(edge) for edge in switches_normal]) == (2, 3, [3] * 14)
         self.alphas = torch.randn(14, 3).cuda().requires_grad_()
         self.classifier = torch.nn.Linear(3, num_classes)
 
@@ -103,7 +103,7 @@ class Network(torch.nn.Module):
 """
 
 
-def test_the_official_code_is_measured_on_the_cpu_too(tmp_path):
+def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells):
     (tmp_path / "model_search.py").write_text(OFFICIAL)
     found = rows(tmp_path, "step", "--official", str(tmp_path))
     assert [r["side"] for r in found] == ["ours", "plain", "official"] * 2
