@@ -1,4 +1,4 @@
-// Correlations over the rows and columns of pictures, channels-last, for one unit of work: what a depthwise convolution
+// Correlations over the rows and columns of images, channels-last, for one unit of work: what a depthwise convolution
 // needs. Its forward pass is one with stride; the gradient of its input is one of stride 1 for each residue of the row
 // and column modulo the stride.
 //
@@ -93,7 +93,7 @@ struct Tap {
   int64_t i;   // the row of the weight that belongs to it
 };
 
-// What a correlation reads: pictures with C channels; where mean is given, f of them. mean, invstd: [C], padded to
+// What a correlation reads: images with C channels; where mean is given, f of them. mean, invstd: [C], padded to
 // blocks.
 template <class A>
 struct Input {
@@ -148,17 +148,17 @@ INLINE void copy(
   }
 }
 
-// f(picture, row, taps, number of taps) for the rows of results, for one block of channels; taps outside of the picture
+// f(image, row, taps, number of taps) for the rows of results, for one block of channels; taps outside of the image
 // are left out.
 template <class A, class F>
 INLINE void for_rows(
-    const Correlation& c, const Ring<A>& ring, int64_t pictures, const Input<A>& in, int64_t channel, F f) {
+    const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, int64_t channel, F f) {
   int64_t window = c.window(), channels = std::min(kBlock<A>, in.C - channel);
   int64_t left = std::max<int64_t>(0, ceil_div(c.h.padding, c.step));
   int64_t right = std::min(c.columns(), ceil_div(c.h.in + c.h.padding, c.step));
   const A *mean = in.mean ? in.mean + channel : nullptr, *invstd = in.mean ? in.invstd + channel : nullptr;
   std::vector<Tap<A>> taps(c.v.taps);
-  for (int64_t n = 0; n < pictures; n++) {
+  for (int64_t n = 0; n < images; n++) {
     int64_t next = 0, start = 0;  // the next row of the input; one that lies at the start of the ring
     auto slot = [&](int64_t at) ALWAYS {
       at -= start;
@@ -184,7 +184,7 @@ INLINE void for_rows(
   }
 }
 
-// The columns that a tile reads: all, or (ONE, see if_one_tile) those that lie in the picture, others being zero.
+// The columns that a tile reads: all, or (ONE, see if_one_tile) those that lie in the image, others being zero.
 template <int K, int S, int D, bool ONE, class F>
 INLINE void for_columns(F f) {
   constexpr int pad = ONE ? (K - 1) * D / 2 : 0;
@@ -203,26 +203,26 @@ INLINE void if_one_tile(const Correlation& c, F f) {
   f(std::false_type());
 }
 
-// What a correlation writes: where the first result lies, and the distances of pictures, rows and pixels. Zero where
+// What a correlation writes: where the first result lies, and the distances of images, rows and pixels. Zero where
 // mask, which lies likewise, is not above the threshold [C], padded to blocks; mask may be nullptr.
 template <class A>
 struct Output {
   A* y;
   const A *mask, *threshold;
-  int64_t picture, row, pixel;
+  int64_t image, row, pixel;
 };
 
 // Taps K, stride S and dilation D of the columns are constants, or K is 0. w: as `pack` leaves it.
 template <class A, int K, int S, int D>
 void correlate(
-    const Correlation& c, const Ring<A>& ring, int64_t pictures, const Input<A>& in, const A* w, const Output<A>& out) {
+    const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, const A* w, const Output<A>& out) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>, P = kTile;
   int64_t weight_row = c.h.taps * B, columns = c.h.out;
   for (int64_t channel = 0; channel < in.C; channel += B, w += c.v.taps * weight_row) {
     int64_t channels = std::min(B, in.C - channel);
-    for_rows(c, ring, pictures, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
-      int64_t start = n * out.picture + row * out.row + channel;
+    for_rows(c, ring, images, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
+      int64_t start = n * out.image + row * out.row + channel;
       for (int64_t k = 0; k < channels; k += W) {
         V threshold = out.mask ? load<V>(out.threshold + channel + k) : V{};
         for (int64_t column = 0; column < columns; column += P) {
@@ -282,17 +282,17 @@ void correlate(
 }
 
 // Adds to sums [block][row][column][channel of the block] the gradient of the weight of a forward correlation.
-// g: the results' gradients [pictures][v.out][h.out][C].
+// g: the results' gradients [images][v.out][h.out][C].
 template <class A, int K, int S, int D>
 void correlate_weight(
-    const Correlation& c, const Ring<A>& ring, int64_t pictures, const Input<A>& in, const A* g, A* sums) {
+    const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, const A* g, A* sums) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>, P = kTile;
   constexpr int J = K ? K : 1, U = K >= 5 ? 1 : K >= 3 ? 2 : 4;  // J * U sums at a time hide the latency of an addition
   std::vector<A> gradient(ceil_div(c.h.out, P) * P * B);
   for (int64_t channel = 0; channel < in.C; channel += B, sums += c.taps() * B) {
     int64_t channels = std::min(B, in.C - channel);
-    for_rows(c, ring, pictures, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
+    for_rows(c, ring, images, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
       const A *from = g + (n * c.v.out + row) * c.h.out * in.C + channel, *none = nullptr;
       copy(from, c.h.out, in.C, channels, c.h.out * in.C, none, none, gradient.data());
       for (int64_t k = 0; k < channels; k += W) {

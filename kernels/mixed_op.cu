@@ -85,7 +85,7 @@ struct Division {
   int64_t rows, plane;     // of a channel, or in channels-last of all pixels; and of a plane in [N,C,HW]
   int64_t width;           // elements of a row that are of one channel
   int64_t blocks, splits;  // blocks for all channels; and how many share the same rows
-  int64_t pictures, rest;  // from a thread's row to its next in [N,C,HW]: whole planes, and rows
+  int64_t images, rest;  // from a thread's row to its next in [N,C,HW]: whole planes, and rows
 
   // The elements that a channel has in a split.
   __device__ int64_t count(int64_t split) const {
@@ -113,8 +113,8 @@ Division division_of(const PdartsMixed& m, int64_t others, int64_t each) {
   int64_t most = quotient_up(d.rows, d.y), splits = quotient_up(kBlocks, std::max<int64_t>(1, d.blocks * others));
   if (each) splits = std::max(splits, quotient_up(most, each));
   d.splits = std::max<int64_t>(1, std::min({splits, most, kMaxSplits}));
-  d.pictures = d.splits * d.y / d.plane;
-  d.rest = d.splits * d.y - d.pictures * d.plane;
+  d.images = d.splits * d.y / d.plane;
+  d.rest = d.splits * d.y - d.images * d.plane;
   return d;
 }
 
@@ -123,7 +123,7 @@ template <Layout L, int V>
 struct Rows {
   const PdartsMixed& m;
   const Division& d;
-  int64_t c, row, n, p;  // (first) channel, and in [N,C,HW] picture and row of its plane
+  int64_t c, row, n, p;  // (first) channel, and in [N,C,HW] image and row of its plane
 
   __device__ Rows(const PdartsMixed& m, const Division& d, int64_t split) : m(m), d(d), n(0), p(0) {
     c = (static_cast<int64_t>(blockIdx.x) * d.x + threadIdx.x % d.x) * (L == kPixels ? V : 1);
@@ -137,7 +137,7 @@ struct Rows {
     int64_t at = L == kPlain ? row * V : L == kPixels ? row * m.C + c : (n * m.C + c) * m.HW + p * V;
     row += d.splits * d.y;
     if (L == kPlanes) {
-      n += d.pictures, p += d.rest;
+      n += d.images, p += d.rest;
       if (p >= d.plane) n++, p -= d.plane;
     }
     return at;

@@ -40,12 +40,12 @@ INLINE void stream(A* p, V v) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTile = 2048;       // elements handled at a time: they stay in the first-level cache
-constexpr int64_t kGroup = 1024;      // elements of a picture that one group of channels has at least, in NCHW
+constexpr int64_t kGroup = 1024;      // elements of a image that one group of channels has at least, in NCHW
 constexpr int64_t kUnit = 1 << 14;    // elements of a unit of work, about
 constexpr int64_t kStream = 1 << 20;  // results of more elements than this are written past the caches
 constexpr int kAtOnce = 8;            // candidates whose tiles are read together
 
-// A unit of work is a group of channels in some pictures (NCHW), or some rows of pixels (channels-last). What belongs
+// A unit of work is a group of channels in some images (NCHW), or some rows of pixels (channels-last). What belongs
 // to a channel has one entry per channel of the group (NCHW); in channels-last the channels are repeated until they
 // fill whole vectors, and 8 of them at least.
 struct Layout {
@@ -53,7 +53,7 @@ struct Layout {
   int64_t N, C, HW;
   int64_t entries, groups;  // entries of a group
   int64_t rows, tail;       // channels-last: whole rows of `entries` elements, and the elements after them
-  int64_t chunk, pieces, piece, chunks;  // pictures or rows of a unit, pieces of a plane, units of a group
+  int64_t chunk, pieces, piece, chunks;  // images or rows of a unit, pieces of a plane, units of a group
 
   Layout(const PdartsMixed& m, int64_t vector) {
     // Without statistics all elements are alike: one long plane.
@@ -241,7 +241,7 @@ struct Result {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The four passes, each for one unit of work. In NCHW the first of two passes asks for the next picture's elements:
+// The four passes, each for one unit of work. In NCHW the first of two passes asks for the next image's elements:
 // they lie far away, and the processor would not guess it.
 // ---------------------------------------------------------------------------------------------------------------------
 

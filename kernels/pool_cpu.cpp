@@ -1,4 +1,4 @@
-// Pooling on the CPU, channels-last. convolution.h says what it computes. A picture is one thread's work, whatever the
+// Pooling on the CPU, channels-last. convolution.h says what it computes. A image is one thread's work, whatever the
 // number of threads.
 
 #include <ATen/Parallel.h>
@@ -14,7 +14,7 @@ namespace {
 
 int64_t out_size(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
 
-// The part of a window that lies in the picture, in rows or columns: [first, end).
+// The part of a window that lies in the image, in rows or columns: [first, end).
 struct Span {
   int64_t first, end;
   Span(int64_t i, int64_t stride, int64_t size)
@@ -22,7 +22,7 @@ struct Span {
   int64_t size() const { return end - first; }
 };
 
-// Of one picture. First over the rows, into one row with a pixel more on both sides that changes nothing, then over the
+// Of one image. First over the rows, into one row with a pixel more on both sides that changes nothing, then over the
 // columns.
 template <bool MAX, class A>
 void forward(const PdartsPool& p, const A* x, A* y) {
@@ -54,7 +54,7 @@ void forward(const PdartsPool& p, const A* x, A* y) {
   }
 }
 
-// Of one picture. Of several largest elements, or of several that are not a number, the first has the gradient.
+// Of one image. Of several largest elements, or of several that are not a number, the first has the gradient.
 template <bool MAX, class A>
 void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
   int64_t s = p.stride, C = p.C, length = p.W * C;
@@ -89,7 +89,7 @@ void backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x
   }
 }
 
-// f(type, picture)
+// f(type, image)
 template <class F>
 void for_pictures(const PdartsPool* p, F f) {
   for_accumulator(p->type, [&](auto t) {

@@ -1,6 +1,6 @@
 // The separable convolution on the CPU. convolution.h says what it computes.
 //
-// A unit of work is a few pictures, all the way from x to y: what is between them stays in the cache. Units depend on
+// A unit of work is a few images, all the way from x to y: what is between them stays in the cache. Units depend on
 // the shape alone, and their sums for the gradients of the weights are added up in a fixed order, in double: the number
 // of threads does not matter.
 
@@ -25,8 +25,8 @@ struct Call {
   const PdartsSeparable& s;
   Correlation forward{};
   std::vector<Correlation> backward;  // for each residue of the row and the column
-  int64_t pixels, OW;                 // results of a picture and of a row, for one channel
-  int64_t pictures, units;            // pictures of a unit
+  int64_t pixels, OW;                 // results of a image and of a row, for one channel
+  int64_t images, units;            // images of a unit
   int64_t row;                        // channels, padded as the rows of a product are
   int64_t wide;                       // the same, padded to blocks as well
   int64_t depthwise_size, pointwise_size, parts;  // elements of the weights and of a unit's sums
@@ -38,7 +38,7 @@ struct Call {
       backward.push_back(backward_correlation(s, i / s.stride, i % s.stride));
     }
     OW = out_size(s, s.W), pixels = out_size(s, s.H) * OW;
-    pictures = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, pixels)), units = ceil_div(s.N, pictures);
+    images = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, pixels)), units = ceil_div(s.N, images);
     int64_t blocks = ceil_div(s.C, kBlock<A>) * kBlock<A>;
     row = padded<A>(s.C), wide = std::max(blocks, row);
     depthwise_size = s.kernel * s.kernel * blocks;
@@ -76,26 +76,26 @@ struct Call {
   }
 };
 
-// The pictures of a unit, and what the thread that is at work on it needs.
+// The images of a unit, and what the thread that is at work on it needs.
 template <class A>
 struct Unit {
   const Call<A>& call;
   Ring<A> ring;
   std::vector<Ring<A>> rings;  // for the backward correlations
   std::unique_ptr<A[]> between, rows;
-  int64_t index, n, pictures, pixels;  // n: the first picture; pixels: results for one channel
+  int64_t index, n, images, pixels;  // n: the first image; pixels: results for one channel
 
   explicit Unit(const Call<A>& call)
       : call(call),
         ring(call.forward),
         rings(call.backward.begin(), call.backward.end()),
-        between(new A[call.pictures * call.pixels * call.s.C]),
+        between(new A[call.images * call.pixels * call.s.C]),
         rows(new A[kRowsAtOnce * call.wide]()) {}
 
   void start(int64_t i) {
-    index = i, n = i * call.pictures, pictures = std::min(call.pictures, call.s.N - n), pixels = pictures * call.pixels;
+    index = i, n = i * call.images, images = std::min(call.images, call.s.N - n), pixels = images * call.pixels;
   }
-  int64_t size() const { return call.s.H * call.s.W * call.s.C; }  // of a picture
+  int64_t size() const { return call.s.H * call.s.W * call.s.C; }  // of a image
   Input<A> x() const { return {static_cast<const A*>(call.s.x) + n * size(), call.s.C, call.mean(), call.invstd()}; }
 
   // between = depthwise(f(x))
@@ -103,7 +103,7 @@ struct Unit {
     const PdartsSeparable& s = call.s;
     Output<A> out{between.get(), nullptr, nullptr, call.pixels * s.C, call.OW * s.C, s.C};
     for_taps<A>(call.forward, [&](auto K, auto S, auto D) {
-      correlate<A, K, S, D>(call.forward, ring, pictures, x(), call.forward_weight(), out);
+      correlate<A, K, S, D>(call.forward, ring, images, x(), call.forward_weight(), out);
     });
   }
 
@@ -149,7 +149,7 @@ struct Unit {
     multiply<A>(g, pixels, s.out, call.pointwise_weight(), s.C, nullptr, nullptr, between.get());  // its gradient
     if (needs_depthwise) {
       for_taps<A>(call.forward, [&](auto K, auto S, auto D) {
-        correlate_weight<A, K, S, D>(call.forward, ring, pictures, x(), between.get(), call.depthwise_sums(index));
+        correlate_weight<A, K, S, D>(call.forward, ring, images, x(), between.get(), call.depthwise_sums(index));
       });
     }
     const A* w = call.backward_weight();
@@ -158,7 +158,7 @@ struct Unit {
       int64_t first = (i / s.stride * s.W + i % s.stride) * s.C;
       Output<A> out{to + first, x().x + first, call.mean(), size(), s.stride * s.W * s.C, s.stride * s.C};
       for_taps<A>(c, [&](auto K, auto S, auto D) {
-        correlate<A, K, S, D>(c, rings[i], pictures, Input<A>{between.get(), s.C, nullptr, nullptr}, w, out);
+        correlate<A, K, S, D>(c, rings[i], images, Input<A>{between.get(), s.C, nullptr, nullptr}, w, out);
       });
       w += c.taps() * (call.depthwise_size / (s.kernel * s.kernel));
     }
