@@ -654,8 +654,11 @@ class Cell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edges = iter(zip(self._ops, self.sources))
         for pair in zip(edges, edges):  # two into each node
-            states.append(sum(self.edge(op, states[source], drop_path) for op, source in pair))
+            states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
         return torch.cat([states[i] for i in self.concat], dim=1)
+
+    def node(self, incoming, drop_path):
+        return sum(self.edge(op, x, drop_path) for op, x in incoming)
 
     def edge(self, op, x, drop_path):
         if isinstance(op, nn.Identity) or not self.training:

@@ -22,6 +22,7 @@ import functools
 import os
 import threading
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +38,19 @@ MODES = ("auto", "on", "off")
 
 def mixed_sum_ref(outputs, probabilities):
     """Plain torch version of `mixed_sum`."""
-    return sum(w.to(y.dtype) * y for w, y in zip(probabilities, outputs, strict=True))
+    return sum(p.to(y.dtype).view(-1, 1, 1, 1) * y for p, y in zip(probabilities, outputs, strict=True))
 
 
-def mixed_norm_sum_ref(outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5):
+def mixed_norm_sum_ref(
+    outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5, gammas=None, betas=None
+):
     """Plain torch version of `mixed_norm_sum`."""
-    statistics = zip(running_means, running_vars, strict=True)
+    none = [None] * len(outputs)
     normed = [
-        y if mean is None else F.batch_norm(y, mean, var, None, None, training, momentum, eps)
-        for y, (mean, var) in zip(outputs, statistics, strict=True)
+        y if mean is None else F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)
+        for y, mean, var, gamma, beta in zip(
+            outputs, running_means, running_vars, gammas or none, betas or none, strict=True
+        )
     ]
     return mixed_sum_ref(normed, probabilities)
 
@@ -62,10 +67,12 @@ def separable_ref(
     training=False,
     momentum=0.1,
     eps=1e-5,
+    gamma=None,
+    beta=None,
 ):
     """Plain torch version of `separable`."""
     if running_mean is not None:
-        x = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+        x = F.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
     x = F.relu(x)
     if depthwise is not None:
         x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
@@ -83,45 +90,49 @@ def mixed_sum(outputs, probabilities):
     """sum_k probabilities[k] * outputs[k], read once and written once.
 
     outputs: 1 to 64 tensors [N,C,H,W] of one dtype: float32, float64, bfloat16 or float16, accumulated in float32 (in
-    float64 for float64). probabilities: [K], float32 or the outputs' dtype. Returns [N,C,H,W] in the memory
+    float64 for float64). probabilities: [K], or [K,N], which weighs
+    each image, in float32 or the outputs' dtype. Returns [N,C,H,W] in the memory
     format of the first output, and keeps the outputs for backward only if the probabilities need a gradient.
     Deterministic; RuntimeError for what does not fit together. Differentiable once.
     """
     outputs = _one_dtype(outputs)
     if not fused(outputs[0].device):
         return mixed_sum_ref(outputs, probabilities)
-    return torch.ops.pdarts.mixed(outputs, probabilities, None, [False] * len(outputs), 0.0)[0]
+    return torch.ops.pdarts.mixed(outputs, probabilities, [], [], None, [False] * len(outputs), 0.0)[0]
 
 
-def mixed_norm_sum(outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5):
-    """sum_k probabilities[k] * bn_k(outputs[k]), bn_k a batch norm without gamma and beta; stores nothing normalised.
+def mixed_norm_sum(
+    outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5, gammas=None, betas=None
+):
+    """sum_k probabilities[k] * bn_k(outputs[k]), bn_k a batch norm; stores nothing normalised.
 
     outputs, probabilities and result as in `mixed_sum`. running_means, running_vars: K tensors [C] in the type that is
-    accumulated in, or None where the output is not to be normalised (an identity). `training`: normalise by the
-    statistics of the batch and move the running ones by `momentum` towards them (the variance unbiased), as torch's
-    batch_norm does; otherwise normalise by the running ones. Kept for backward: the outputs and 3 numbers per output
-    and channel.
+    accumulated in, or None where the output is not to be normalised (an identity). gammas, betas: likewise, None where
+    a norm has no affine parameters, or None for all. `training`: normalise by the statistics of the batch and move the
+    running ones by `momentum` towards them (the variance unbiased), as torch's batch_norm does; otherwise normalise by
+    the running ones. Kept for backward: the outputs and 3 numbers per output and channel.
     """
     outputs = _one_dtype(outputs)
+    affine = list(gammas or [None] * len(outputs)), list(betas or [None] * len(outputs))
     if not fused(outputs[0].device):
-        return mixed_norm_sum_ref(outputs, probabilities, running_means, running_vars, training, momentum, eps)
-    if not len(outputs) == len(running_means) == len(running_vars):
+        running = running_means, running_vars
+        return mixed_norm_sum_ref(outputs, probabilities, *running, training, momentum, eps, *affine)
+    if {len(running_means), len(running_vars), *map(len, affine)} != {len(outputs)}:
         raise RuntimeError(
-            f"running_means has {len(running_means)} and running_vars {len(running_vars)} entries; expected "
-            f"{len(outputs)}, one for each of the outputs"
+            f"running_means, running_vars, gammas and betas have {len(running_means)}, {len(running_vars)}, "
+            f"{len(affine[0])} and {len(affine[1])} entries; expected {len(outputs)}, one for each of the outputs"
         )
     normalised = [mean is not None for mean in running_means]
     if normalised != [var is not None for var in running_vars]:
         raise RuntimeError("running_means and running_vars are None in different places; expected the same")
     means, vars = ([t for t in running if t is not None] for running in (running_means, running_vars))
-    if not means:
-        return mixed_sum(outputs, probabilities)
-    if not training:
+    if not training and means:
         statistics = _running_statistics(means, vars, normalised, eps)
-        return torch.ops.pdarts.mixed(outputs, probabilities, statistics, [False] * len(outputs), eps)[0]
-    y, statistics = torch.ops.pdarts.mixed(outputs, probabilities, None, normalised, eps)
-    count = y.shape[0] * y.shape[2] * y.shape[3]
-    torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
+        return torch.ops.pdarts.mixed(outputs, probabilities, *affine, statistics, [False] * len(outputs), eps)[0]
+    y, statistics = torch.ops.pdarts.mixed(outputs, probabilities, *affine, None, normalised, eps)
+    if means:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
     return y
 
 
@@ -137,23 +148,25 @@ def separable(
     training=False,
     momentum=0.1,
     eps=1e-5,
+    gamma=None,
+    beta=None,
     recompute=True,
 ):
     """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is stored.
 
     x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
-    [channels,C,1,1]. Where running_mean and running_var [C] are given, x is first normalised as by a batch norm without
-    affine parameters; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights; the rest
+    [channels,C,1,1]. Where running_mean and running_var [C] are given, x is first normalised as by a batch norm, with
+    gamma and beta [C] if given; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights; the rest
     is computed again. Differentiable once.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
     Elsewhere torch's own convolutions serve, which compute the rest again only if `recompute`.
     """
-    running = running_mean, running_var
+    running, affine = (running_mean, running_var), (gamma, beta)
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("one of running_mean and running_var is None; expected both or none")
     kind = x.device.type
-    others = [t for t in (depthwise, pointwise, *running) if t is not None]
+    others = [t for t in (depthwise, pointwise, *running, *affine) if t is not None]
     alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
     autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
     if not alike or autocast or not _on_cpu(x):
@@ -161,12 +174,13 @@ def separable(
         function = _Recomputed.apply if recomputed else separable_ref
         if kind == "cpu":  # torch's gradients of dilated depthwise convolutions in bfloat16 are wrong in channels-last
             x = x.contiguous()
-        return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps)
+        return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps, *affine)
     batch = training and running_mean is not None
     statistics = None
     if running_mean is not None and not training:
         statistics = _running_statistics([running_mean], [running_var], [True], eps)
-    y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation)
+    norm = (*affine, statistics, batch, eps)
+    y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, *norm, stride, padding, dilation)
     if batch:
         count = x.shape[0] * x.shape[2] * x.shape[3]
         torch.ops.pdarts.update_running([running_mean], [running_var], computed, [True], count, momentum)
@@ -177,11 +191,11 @@ class _Recomputed(torch.autograd.Function):
     """`separable_ref`, but what lies between x and the result is computed again in the backward pass."""
 
     @staticmethod
-    def rectified(x, dtype, running, training, momentum, eps):
+    def rectified(x, dtype, affine, running, training, momentum, eps):
         """What torch's native_batch_norm returns, its result first, and relu of that in `dtype`."""
         normed = (x,)
         if running is not None:
-            normed = torch.ops.aten.native_batch_norm(x, None, None, *running, training, momentum, eps)
+            normed = torch.ops.aten.native_batch_norm(x, *affine, *running, training, momentum, eps)
         return normed, F.relu(normed[0]).to(dtype)
 
     @staticmethod
@@ -200,46 +214,62 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, depthwise, pointwise, stride, padding, dilation, running_mean, running_var, training, momentum, eps
+        ctx,
+        x,
+        depthwise,
+        pointwise,
+        stride,
+        padding,
+        dilation,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        gamma,
+        beta,
     ):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        ctx.save_for_backward(x, depthwise, pointwise, running_mean, running_var)
+        ctx.save_for_backward(x, depthwise, pointwise, running_mean, running_var, gamma, beta)
         ctx.settings = stride, padding, dilation, training, eps
         running = None if running_mean is None else (running_mean, running_var)
         with torch.autocast(kind, enabled=False):  # it would keep the weights in another type, without their history
-            _, h = _Recomputed.rectified(x, dtype, running, training, momentum, eps)
+            _, h = _Recomputed.rectified(x, dtype, (gamma, beta), running, training, momentum, eps)
             return F.conv2d(_Recomputed.convolved(h, depthwise, stride, padding, dilation), pointwise.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, depthwise, pointwise, running_mean, running_var = ctx.saved_tensors
+        x, depthwise, pointwise, running_mean, running_var, gamma, beta = ctx.saved_tensors
         stride, padding, dilation, training, eps = ctx.settings
         of_x, of_depthwise, of_pointwise = ctx.needs_input_grad[:3]
+        of_affine = ctx.needs_input_grad[-2:]
+        of_f = of_x or any(of_affine)
         running = None if running_mean is None else (None, None) if training else (running_mean, running_var)
-        grad_depthwise = None
+        grad_depthwise = grad_gamma = grad_beta = None
         with torch.autocast(x.device.type, enabled=False):
-            normed, h = _Recomputed.rectified(x, g.dtype, running, training, 0.0, eps)
+            normed, h = _Recomputed.rectified(x, g.dtype, (gamma, beta), running, training, 0.0, eps)
             if of_pointwise:
                 z = _Recomputed.convolved(h, depthwise, stride, padding, dilation)
             else:  # only its size matters
                 memory_format = torch._prims_common.suggest_memory_format(h)
                 size = g.shape[0], x.shape[1], *g.shape[2:]
                 z = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=memory_format)
-            of_z = of_x or of_depthwise
+            of_z = of_f or of_depthwise
             g, grad_pointwise = _Recomputed.gradients(g, z, pointwise, 1, 0, 1, 1, of_z, of_pointwise)
             if depthwise is not None and of_z:
                 geometry = stride, padding, dilation, x.shape[1]
-                g, grad_depthwise = _Recomputed.gradients(g, h, depthwise, *geometry, of_x, of_depthwise)
-            if of_x:
+                g, grad_depthwise = _Recomputed.gradients(g, h, depthwise, *geometry, of_f, of_depthwise)
+            if of_f:
                 g = torch.ops.aten.threshold_backward(g.to(x.dtype), normed[0], 0)
                 if running is not None:
-                    settings = training, eps, [True, False, False]
-                    g = torch.ops.aten.native_batch_norm_backward(g, x, None, *running, *normed[1:], *settings)[0]
+                    settings = *normed[1:], training, eps, [of_x, *of_affine]
+                    of_norm = torch.ops.aten.native_batch_norm_backward(g, x, gamma, *running, *settings)
+                    g, grad_gamma, grad_beta = (t if of else None for t, of in zip(of_norm, (of_x, *of_affine)))
         grads = g if of_x else None, grad_depthwise, grad_pointwise
         typed = (grad if grad is None else grad.to(t.dtype) for grad, t in zip(grads, (x, depthwise, pointwise)))
-        return *typed, *[None] * 8
+        return *typed, *[None] * 8, grad_gamma, grad_beta
 
 
 def pool(x, kind, stride=1):
@@ -254,6 +284,93 @@ def pool(x, kind, stride=1):
     if not _on_cpu(x):
         return pool_ref(x, kind, stride)
     return torch.ops.pdarts.pool(x, kind == "max", stride)
+
+
+class Norm(NamedTuple):
+    """A batch norm: tensors [C]."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+
+
+class Step(NamedTuple):
+    """What an edge computes from a value, see `node`: a separable convolution, or of 3x3 windows the "max" or "avg"."""
+
+    source: int
+    kind: str = "separable"
+    depthwise: torch.Tensor | None = None
+    pointwise: torch.Tensor | None = None
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+KINDS = ("separable", "max", "avg")
+
+
+def node_ref(states, steps, terms, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5):
+    """Plain torch version of `node`."""
+    operations = separable_ref, pool_ref, mixed_norm_sum_ref
+    return _node_of(*operations, states, steps, terms, probabilities, norms, training, momentum, eps)
+
+
+def _node_of(separable, pool, mixed, states, steps, terms, probabilities, norms, training, momentum, eps):
+    values, settings = list(states), (training, momentum, eps)
+    norms = norms or [None] * (len(states) + len(steps))
+    for step in steps:
+        x, geometry = values[step.source], (step.stride, step.padding, step.dilation)
+        if step.kind == "separable":
+            mean, var, *affine = norms[step.source] or [None] * 4
+            values.append(separable(x, step.depthwise, step.pointwise, *geometry, mean, var, *settings, *affine))
+        else:
+            values.append(pool(x, step.kind, step.stride))
+    means, vars, *affine = zip(*(norms[term] or [None] * 4 for term in terms))
+    return mixed([values[term] for term in terms], probabilities, means, vars, *settings, *affine)
+
+
+def node(
+    states, steps, terms, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5, recompute=True
+):
+    """A node of a cell as a whole: all that its edges compute, and the sum.
+
+    states: tensors [N,C,H,W]. steps: each computes a value from a state or from the value of a step before it; values
+    are numbered, the states first. terms: the values that are added up. norms: of all values, None where there is none.
+    The result, sum_t probabilities[t] * norm(values[terms[t]]), and probabilities are as in `mixed_norm_sum`; training,
+    momentum and eps too. A separable convolution rectifies what it reads, once that is normalised. A value that is
+    normalised, or computed by a step, is used once, and has the shape of the result.
+
+    Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has:
+    what steps read in common is read once, and gradients are added up where they belong instead of being written
+    apart. Elsewhere the operations above serve. Kept for backward: what steps read, and what they compute; the rest
+    is computed again (by torch's own convolutions only if `recompute`). Differentiable once.
+    """
+    norms = list(norms or [None] * (len(states) + len(steps)))
+    if not len(norms) == len(states) + len(steps):
+        raise RuntimeError(f"norms has {len(norms)} entries; expected {len(states)} + {len(steps)}, one for each value")
+    if unknown := [step.kind for step in steps if step.kind not in KINDS]:
+        raise RuntimeError(f"a step is of kind {unknown[0]!r}; expected one of {KINDS}")
+    weights = [t for step in steps for t in step[2:4] if t is not None]
+    others = [*states, *weights, *(t for norm in norms if norm for t in norm if t is not None)]
+    first = states[0]
+    if not all(_on_cpu(t) and t.dtype == first.dtype for t in others) or torch.is_autocast_enabled("cpu"):
+        operations = functools.partial(separable, recompute=recompute), pool, mixed_norm_sum
+        return _node_of(*operations, states, steps, terms, probabilities, norms, training, momentum, eps)
+    normalised = [norm is not None for norm in norms]
+    means, vars, gammas, betas = zip(*(norm or [None] * 4 for norm in norms))
+    means, vars = ([t for t in running if t is not None] for running in (means, vars))
+    numbers = [n for step in steps for n in (KINDS.index(step.kind), step.source, *step[4:])]
+    depthwise, pointwise = [step.depthwise for step in steps], [step.pointwise for step in steps]
+    statistics, batch = None, normalised
+    if means and not training:
+        statistics, batch = _running_statistics(means, vars, normalised, eps), [False] * len(norms)
+    arguments = gammas, betas, probabilities, statistics, numbers, terms, batch, eps
+    y, statistics, _ = torch.ops.pdarts.node(states, depthwise, pointwise, *arguments)
+    if means and training:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
+    return y
 
 
 def _on_cpu(x):
@@ -292,34 +409,66 @@ def _register_fakes():
         channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last
         return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
+    def channels_last(x, *size):
+        n, c, h, w = size
+        return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+
+    def needed(needs, *makers):
+        """What is made for those that are needed."""
+        return [make() for need, make in zip(needs, makers, strict=True) if need]
+
+    def fresh(t):
+        return lambda: torch.empty_like(t, memory_format=torch.contiguous_format)
+
     @torch.library.register_fake("pdarts::mixed")
-    def _(outputs, probabilities, statistics, batch, eps):
+    def _(outputs, probabilities, gammas, betas, statistics, batch, eps):
         x = outputs[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return empty(x), x.new_empty(3 if any(batch) else 0, len(outputs), x.shape[1], dtype=dtype)
 
     @torch.library.register_fake("pdarts::mixed_backward")
-    def _(grad, outputs, probabilities, statistics, batch, needs_outputs, needs_probabilities):
+    def _(grad, outputs, probabilities, gammas, betas, statistics, batch, needs):
         like = next((y for y in outputs if y is not None), grad)
-        grads = [empty(like) for needs in needs_outputs if needs]
-        return grads, probabilities.new_empty(len(outputs) * needs_probabilities)
+        affine = [*(gammas or [None] * len(outputs)), *(betas or [None] * len(outputs))]
+        return needed(needs, *[lambda: empty(like)] * len(outputs), fresh(probabilities), *map(fresh, affine))
+
+    def convolved(size, kernel, stride, padding, dilation):
+        return [(n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size]
 
     @torch.library.register_fake("pdarts::separable")
-    def _(x, depthwise, pointwise, statistics, batch, eps, stride, padding, dilation):
+    def _(x, depthwise, pointwise, gamma, beta, statistics, batch, eps, stride, padding, dilation):
         size = x.shape[2:]
         if depthwise is not None:
-            size = [(n + 2 * padding - dilation * (depthwise.shape[2] - 1) - 1) // stride + 1 for n in size]
-        y = x.new_empty(x.shape[0], *size, pointwise.shape[0])
-        return y.permute(0, 3, 1, 2), x.new_empty((3, 1, x.shape[1]) if batch else 0)
+            size = convolved(size, depthwise.shape[2], stride, padding, dilation)
+        y = channels_last(x, x.shape[0], pointwise.shape[0], *size)
+        return y, x.new_empty((3, 1, x.shape[1]) if batch else 0)
 
     @torch.library.register_fake("pdarts::separable_backward")
-    def _(grad, x, depthwise, pointwise, statistics, batch, stride, padding, dilation, needs):
-        like = [torch.empty_like(x, memory_format=torch.channels_last), depthwise, pointwise]
-        fresh = torch.contiguous_format
-        return tuple(
-            x.new_empty(0) if not need or t is None else t if t is like[0] else torch.empty_like(t, memory_format=fresh)
-            for t, need in zip(like, needs, strict=True)
-        )
+    def _(grad, x, depthwise, pointwise, gamma, beta, statistics, batch, stride, padding, dilation, needs):
+        return needed(needs, lambda: channels_last(x, *x.shape), *map(fresh, (depthwise, pointwise, gamma, beta)))
+
+    @torch.library.register_fake("pdarts::node")
+    def _(states, depthwise, pointwise, gammas, betas, probabilities, statistics, steps, terms, batch, eps):
+        values = list(states)
+        for i, (kind, source, stride, padding, dilation) in enumerate(zip(*[iter(steps)] * 5)):
+            c, size = values[source].shape[1], values[source].shape[2:]
+            if kind:
+                size = [(n - 1) // stride + 1 for n in size]
+            else:
+                c = pointwise[i].shape[0]
+                if depthwise[i] is not None:
+                    size = convolved(size, depthwise[i].shape[2], stride, padding, dilation)
+            values.append(channels_last(states[0], len(states[0]), c, *size))
+        y = channels_last(states[0], *values[terms[0]].shape)
+        of_values = states[0].new_empty((3, len(values), y.shape[1]) if statistics is None else 0)
+        return y, of_values, values[len(states) :]
+
+    @torch.library.register_fake("pdarts::node_backward")
+    def _(grad, states, values, depthwise, pointwise, gammas, betas, probabilities, statistics, steps, terms, batch, needs):
+        none = [None] * (len(states) + len(pointwise))
+        of_states = [lambda s=s: channels_last(grad, *(grad if s is None else s).shape) for s in states]
+        weights = *depthwise, *pointwise, *(gammas or none), *(betas or none), probabilities
+        return needed(needs, *of_states, *map(fresh, weights))
 
     @torch.library.register_fake("pdarts::pool")
     def _(x, max, stride):

@@ -7,7 +7,7 @@
 
 #include "mixed_op.h"
 
-// y = pointwise(depthwise(f(x))), where f(x) = max((x - mean_c) * invstd_c, 0), c: the channel:
+// y = pointwise(depthwise(f(x))), where f(x) = max(gamma_c * (x - mean_c) * invstd_c + beta_c, 0), c: the channel:
 //
 //     z[n,oh,ow,c] = sum_ij depthwise[c,i,j] * f(x[n, h(oh, i), w(ow, j), c])
 //     h(oh, i) = oh * stride - padding + i * dilation, w likewise
@@ -20,17 +20,19 @@ struct PdartsSeparable {
   int32_t stride, dilation, padding;
   int32_t type;
   const void* x;           // [N,H,W,C]
-  const void* statistics;  // mean [C] and then invstd [C], or nullptr: 0 and 1
+  const void* statistics;  // mean [C], or nullptr: 0 and 1
+  int64_t statistics_step; // from there to invstd [C]
+  const void* gamma;       // [C], or nullptr: 1
+  const void* beta;        // [C], or nullptr: 0
   const void* depthwise;   // [C,kernel,kernel]
   const void* pointwise;   // [out,C]
 };
 
-// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of (x - mean) * invstd,
-// not of x. scratch is memory of at least separable_scratch_cpu(...) bytes, aligned to 64.
-extern "C" int64_t separable_scratch_cpu(const PdartsSeparable* s);
-extern "C" void separable_forward_cpu(const PdartsSeparable* s, void* y, void* scratch);
+// Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of what is rectified,
+// not of x.
+extern "C" void separable_forward_cpu(const PdartsSeparable* s, void* y);
 extern "C" void separable_backward_cpu(
-    const PdartsSeparable* s, const void* g, void* grad_f, void* grad_depthwise, void* grad_pointwise, void* scratch);
+    const PdartsSeparable* s, const void* g, void* grad_f, void* grad_depthwise, void* grad_pointwise);
 
 // The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not
 // count.

@@ -14,13 +14,13 @@
 #include "convolution.h"
 #include "simd.h"
 
-namespace {
+namespace pdarts {
 
 template <class A>
 constexpr int64_t kBlock = 64 / sizeof(A);  // channels that are handled together
 constexpr int kTile = 8;                    // results in registers at a time
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Axis {
   int64_t in, out;  // sizes
@@ -39,14 +39,14 @@ struct Correlation {
   int64_t columns() const { return (h.out - 1) * stride + (h.taps - 1) * dilation + 1; }
 };
 
-int64_t out_size(const PdartsSeparable& s, int64_t size) {
+inline int64_t out_size(const PdartsSeparable& s, int64_t size) {
   if (!s.kernel) return size;
   int64_t room = size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1;
   return room < 0 ? 0 : room / s.stride + 1;
 }
 
 // What stride and dilation have in common is a step between the rows and columns that are read at all.
-Correlation forward_correlation(const PdartsSeparable& s) {
+inline Correlation forward_correlation(const PdartsSeparable& s) {
   int64_t step = s.kernel == 1 ? s.stride : std::gcd(s.stride, s.dilation);
   Axis v{s.H, out_size(s, s.H), s.kernel, s.padding, 0}, h{s.W, out_size(s, s.W), s.kernel, s.padding, 0};
   return {v, h, 1, s.stride / step, std::max<int64_t>(1, s.dilation / step), step};
@@ -54,7 +54,7 @@ Correlation forward_correlation(const PdartsSeparable& s) {
 
 // The gradient at phase, phase + stride, ... depends on the taps first, first + every, ...; the correlation runs
 // through them from the last one to the first.
-Axis backward_axis(const PdartsSeparable& s, int64_t size, int64_t phase) {
+inline Axis backward_axis(const PdartsSeparable& s, int64_t size, int64_t phase) {
   int64_t every = s.stride / std::gcd(s.stride, s.dilation), first = 0;
   while (first < every && (phase + s.padding - first * s.dilation) % s.stride) first++;
   Axis a{out_size(s, size), ceil_div(size - phase, s.stride), 0, 0, 0};
@@ -65,7 +65,7 @@ Axis backward_axis(const PdartsSeparable& s, int64_t size, int64_t phase) {
   return a;
 }
 
-Correlation backward_correlation(const PdartsSeparable& s, int64_t row, int64_t column) {
+inline Correlation backward_correlation(const PdartsSeparable& s, int64_t row, int64_t column) {
   int64_t common = std::gcd(s.stride, s.dilation);
   Axis v = backward_axis(s, s.H, row), h = backward_axis(s, s.W, column);
   if (!h.taps) v.taps = 0;
@@ -93,13 +93,29 @@ struct Tap {
   int64_t i;   // the row of the weight that belongs to it
 };
 
-// What a correlation reads: images with C channels; where mean is given, f of them. mean, invstd: [C], padded to
-// blocks.
+// f(x) = max((x - mean) * scale + shift, 0), with values for each channel, padded to blocks.
+template <class A>
+struct Rectifier {
+  const A *mean, *scale, *shift;
+
+  // What is rectified, of some channels from c on.
+  template <class V>
+  INLINE V normed(V x, int64_t c) const {
+    return (x - load<V>(mean + c)) * load<V>(scale + c) + load<V>(shift + c);
+  }
+  template <class V>
+  INLINE V operator()(V x, int64_t c) const {
+    V v = normed(x, c);
+    return v < 0 ? V{} : v;
+  }
+};
+
+// What a correlation reads: images whose pixels, of C channels, lie `pixel` elements apart; of x, or of f(x).
 template <class A>
 struct Input {
   const A* x;
-  int64_t C;
-  const A *mean, *invstd;
+  int64_t C, pixel;
+  const Rectifier<A>* f;  // or nullptr
 };
 
 // Where the rows that a correlation reads are copied to, zero where nothing is. Where a block has fewer channels than
@@ -116,35 +132,31 @@ struct Ring {
         data(reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63))) {}
 };
 
-// `n` pixels of `channels` channels, `distance` elements apart, into blocks. What lies `ahead` is to be read next.
-// mean, invstd: of the block, or nullptr.
+// `n` pixels of `in`, from `from` on and `distance` elements apart, into a row of the ring; only the channels from
+// `channel` on, of one block. What lies `ahead` is to be read next.
 template <class A>
-INLINE void copy(
-    const A* from, int64_t n, int64_t distance, int64_t channels, int64_t ahead, const A* mean, const A* invstd,
-    A* to) {
+INLINE void copy(const Input<A>& in, const A* from, int64_t channel, int64_t n, int64_t distance, int64_t ahead, A* to) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>;
-  auto pixels = [&](auto normed, auto whole) ALWAYS {
-    V m[B / W], s[B / W];
-    for (int64_t k = 0; normed && k < B / W; k++) m[k] = load<V>(mean + k * W), s[k] = load<V>(invstd + k * W);
+  int64_t channels = std::min(B, in.C - channel);
+  auto pixels = [&](auto rectified, auto whole) ALWAYS {
+    Rectifier<A> f{};
+    if (rectified) f = {in.f->mean + channel, in.f->scale + channel, in.f->shift + channel};
     for (int64_t i = 0; i < n; i++, from += distance, to += B) {
       __builtin_prefetch(from + ahead);
       unroll<B / W>([&](auto k) ALWAYS {
         int64_t left = channels - k * W;
         if (!whole && left <= 0) return;
         V v = whole || left >= W ? load<V>(from + k * W) : load_some(from + k * W, left);
-        if (normed) {
-          v = (v - m[k]) * s[k];
-          v = v < 0 ? V{} : v;
-        }
+        if (rectified) v = f(v, k * W);
         store(to + k * W, v);
       });
     }
   };
   if (channels < B) {
-    mean ? pixels(std::true_type(), std::false_type()) : pixels(std::false_type(), std::false_type());
+    in.f ? pixels(std::true_type(), std::false_type()) : pixels(std::false_type(), std::false_type());
   } else {
-    mean ? pixels(std::true_type(), std::true_type()) : pixels(std::false_type(), std::true_type());
+    in.f ? pixels(std::true_type(), std::true_type()) : pixels(std::false_type(), std::true_type());
   }
 }
 
@@ -153,10 +165,9 @@ INLINE void copy(
 template <class A, class F>
 INLINE void for_rows(
     const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, int64_t channel, F f) {
-  int64_t window = c.window(), channels = std::min(kBlock<A>, in.C - channel);
+  int64_t window = c.window();
   int64_t left = std::max<int64_t>(0, ceil_div(c.h.padding, c.step));
   int64_t right = std::min(c.columns(), ceil_div(c.h.in + c.h.padding, c.step));
-  const A *mean = in.mean ? in.mean + channel : nullptr, *invstd = in.mean ? in.invstd + channel : nullptr;
   std::vector<Tap<A>> taps(c.v.taps);
   for (int64_t n = 0; n < images; n++) {
     int64_t next = 0, start = 0;  // the next row of the input; one that lies at the start of the ring
@@ -170,9 +181,9 @@ INLINE void for_rows(
       for (next = std::max(next, first); next < first + window; next++) {
         int64_t from = next * c.step - c.v.padding;
         if (from < 0 || from >= c.v.in) continue;
-        const A* x = in.x + ((n * c.v.in + from) * c.h.in + left * c.step - c.h.padding) * in.C + channel;
+        const A* x = in.x + ((n * c.v.in + from) * c.h.in + left * c.step - c.h.padding) * in.pixel + channel;
         A* to = slot(next) + left * kBlock<A>;
-        copy(x, right - left, c.step * in.C, channels, c.step * c.h.in * in.C, mean, invstd, to);
+        copy(in, x, channel, right - left, c.step * in.pixel, c.step * c.h.in * in.pixel, to);
       }
       int64_t count = 0;
       for (int64_t i = 0; i < c.v.taps; i++) {
@@ -203,13 +214,22 @@ INLINE void if_one_tile(const Correlation& c, F f) {
   f(std::false_type());
 }
 
-// What a correlation writes: where the first result lies, and the distances of images, rows and pixels. Zero where
-// mask, which lies likewise, is not above the threshold [C], padded to blocks; mask may be nullptr.
+// Where results go: where the first one lies, and the distances of images, rows and pixels.
+// As gradients of f(x), where x lies likewise, they are masked, and may be added to what is there.
 template <class A>
 struct Output {
   A* y;
-  const A *mask, *threshold;
   int64_t image, row, pixel;
+  const A* x = nullptr;
+  const Rectifier<A>* f = nullptr;
+  bool add = false;
+
+  template <class V, class N>
+  INLINE void put(int64_t at, int64_t channel, V v, N n) const {
+    if (x) v = f->normed(load_n(x + at, n), channel) <= 0 ? V{} : v;
+    if (add) v += load_n(y + at, n);
+    store_n(y + at, v, n);
+  }
 };
 
 // Taps K, stride S and dilation D of the columns are constants, or K is 0. w: as `pack` leaves it.
@@ -224,7 +244,6 @@ void correlate(
     for_rows(c, ring, images, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
       int64_t start = n * out.image + row * out.row + channel;
       for (int64_t k = 0; k < channels; k += W) {
-        V threshold = out.mask ? load<V>(out.threshold + channel + k) : V{};
         for (int64_t column = 0; column < columns; column += P) {
           V sum[P];
           unroll<P>([&](auto i) ALWAYS { sum[i] = V{}; });
@@ -251,23 +270,22 @@ void correlate(
             }
           });
           int64_t at = start + column * out.pixel + k;
-          auto put = [&](int64_t to, V v, auto n) ALWAYS {
-            store_n(out.y + to, out.mask ? load_n(out.mask + to, n) <= threshold ? V{} : v : v, n);
-          };
           auto write = [&](auto n) ALWAYS {
             if (column + P <= columns) {
               unroll<P>([&](auto i) ALWAYS {
                 int64_t to = at + i * out.pixel;
                 if (k == 0) {  // the next row: a line holds the whole block
                   __builtin_prefetch(out.y + to + out.row, 1);
-                  if (out.mask) __builtin_prefetch(out.mask + to + out.row);
+                  if (out.x) __builtin_prefetch(out.x + to + out.row);
                 }
-                put(to, sum[i], n);
+                out.put(to, channel + k, sum[i], n);
               });
             } else {
               A rest[P * W];
               unroll<P>([&](auto i) ALWAYS { store(rest + i * W, sum[i]); });
-              for (int64_t i = 0; i < columns - column; i++) put(at + i * out.pixel, load<V>(rest + i * W), n);
+              for (int64_t i = 0; i < columns - column; i++) {
+                out.put(at + i * out.pixel, channel + k, load<V>(rest + i * W), n);
+              }
             }
           };
           if (k + W <= channels) {
@@ -282,10 +300,10 @@ void correlate(
 }
 
 // Adds to sums [block][row][column][channel of the block] the gradient of the weight of a forward correlation.
-// g: the results' gradients [images][v.out][h.out][C].
+// g: the results' gradients.
 template <class A, int K, int S, int D>
 void correlate_weight(
-    const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, const A* g, A* sums) {
+    const Correlation& c, const Ring<A>& ring, int64_t images, const Input<A>& in, const Input<A>& g, A* sums) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, B = kBlock<A>, P = kTile;
   constexpr int J = K ? K : 1, U = K >= 5 ? 1 : K >= 3 ? 2 : 4;  // J * U sums at a time hide the latency of an addition
@@ -293,8 +311,8 @@ void correlate_weight(
   for (int64_t channel = 0; channel < in.C; channel += B, sums += c.taps() * B) {
     int64_t channels = std::min(B, in.C - channel);
     for_rows(c, ring, images, in, channel, [&](int64_t n, int64_t row, const Tap<A>* taps, int64_t count) ALWAYS {
-      const A *from = g + (n * c.v.out + row) * c.h.out * in.C + channel, *none = nullptr;
-      copy(from, c.h.out, in.C, channels, c.h.out * in.C, none, none, gradient.data());
+      const A* from = g.x + (n * c.v.out + row) * c.h.out * g.pixel + channel;
+      copy(g, from, channel, c.h.out, g.pixel, c.h.out * g.pixel, gradient.data());
       for (int64_t k = 0; k < channels; k += W) {
         for (int64_t t = 0; t < count; t++) {
           A* to = sums + taps[t].i * c.h.taps * B + k;
@@ -356,4 +374,4 @@ void for_taps(const Correlation& c, F f) {
   if (!done) f(zero, zero, zero);
 }
 
-}  // namespace
+}  // namespace pdarts

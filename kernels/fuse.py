@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import fused, mixed_norm_sum, mixed_sum, pool, separable
+from . import Norm, Step, fused, node, pool, separable
 
 MAX_CANDIDATES = 64  # of one call, see mixed_op.h
 
@@ -52,8 +52,8 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
             if replacement:
                 module.__class__ = _subclass(replacement, type(module))
                 module.recompute = recompute
-            if _is_search_network(module):
-                module.stem.register_forward_hook(_in_layout)
+            for stem in _stems(module) if _is_network(module) else ():
+                stem.register_forward_hook(_in_layout)
     return network
 
 
@@ -79,8 +79,16 @@ class _Recognised:
     def mixed_op(self, x, probabilities):
         return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
 
-    def node(self, incoming):
+    def search_node(self, incoming):
         return sum(edge(x, p) for x, (edge, p) in incoming)
+
+    def evaluation_node(self, incoming, drop_path):
+        return sum(self.edge(op, x, drop_path) for op, x in incoming)
+
+    def edge(self, op, x, drop_path):
+        if isinstance(op, nn.Identity) or not self.training:
+            return op(x)
+        return inverted_dropout(op(x), drop_path, (len(x), 1, 1, 1))  # noqa: F821
 
 
 @functools.cache
@@ -155,55 +163,100 @@ def _is_mixed_op(m):
     return _has(m, "forward", _Recognised.mixed_op)
 
 
-def _is_cell(m):
-    return _has(m, "node", _Recognised.node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
+def _is_search_cell(m):
+    return _has(m, "node", _Recognised.search_node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
 
 
-def _is_search_network(m):
-    return hasattr(m, "stem") and all(isinstance(cell, _FusedCell) for cell in getattr(m, "cells", [None]))
+def _is_evaluation_cell(m):
+    return _has(m, "node", _Recognised.evaluation_node) and _has(m, "edge", _Recognised.edge)
+
+
+def _is_network(m):
+    cells = getattr(m, "cells", [None])
+    return _stems(m) and all(isinstance(cell, (_FusedSearchCell, _FusedEvaluationCell)) for cell in cells)
+
+
+def _stems(network):
+    return [getattr(network, name) for name in ("stem", "stem0", "stem1") if hasattr(network, name)]
 
 
 # --- How it is computed -----------------------------------------------------------------------------------------------
 
 
+class _Value:
+    """Of a node, see kernels.node: a tensor, or what a step computes from the value `source`; norm: its batch norm."""
+
+    def __init__(self, x=None, source=None, norm=None, **step):
+        self.x, self.source, self.norm, self.step = x, source, norm, step
+
+    def chain(self):
+        """What it is computed from, and itself."""
+        return [*(self.source.chain() if self.source else ()), self]
+
+
+# Of the operations: `norms`, all of them; value(state), what they compute from a tensor; plain(x), by their layers.
+
+
 class _FusedPool:
+    norms = ()
+
+    @property
+    def kind(self):
+        return "max" if isinstance(self, nn.MaxPool2d) else "avg"
+
     def forward(self, x):
-        return pool(x, "max" if isinstance(self, nn.MaxPool2d) else "avg", self.stride)
+        return pool(x, self.kind, self.stride)
+
+    def value(self, state):
+        return _Value(source=state, kind=self.kind, stride=self.stride)
 
 
 class _FusedOperation:
-    """The last batch norm is taken over by the mixed operation, which need not store what it normalises."""
-
     @property
-    def norm(self):
-        return self.op[-1]
-
-    def before_norm(self, x):
-        layers = list(self.op)
-        if isinstance(layers[0], _FusedPool):
-            return layers[0](x)
-        size, before = 3 if len(layers) == 3 else 4, None  # before: the norm of the unit before
-        for first in range(0, len(layers), size):
-            *depthwise, pointwise, norm = layers[first + 1 : first + size]
-            x, before = _separable(x, depthwise[0] if depthwise else None, pointwise, before, self.recompute), norm
-        return x
+    def norms(self):
+        return [layer for layer in self.op if _is_norm(layer)]
 
     def forward(self, x):
-        return _normalise(self.before_norm(x), self.norm)
+        return _node([(self, x)], _ones(x, 1), self.recompute)
+
+    def plain(self, x):
+        return super().forward(x)
+
+    def value(self, state):
+        first, *others = self.op
+        if isinstance(first, _FusedPool):
+            value = first.value(state)
+            (value.norm,) = others
+            return value
+        for layer in self.op:
+            if _is_relu(layer):
+                step = {}
+            elif _is_norm(layer):
+                state = _Value(source=state, norm=layer, **step)
+            elif _is_pointwise(layer):
+                step["pointwise"] = layer.weight
+            else:
+                geometry = {name: getattr(layer, name)[0] for name in ("stride", "padding", "dilation")}
+                step |= geometry | {"depthwise": layer.weight}
+        return state
 
 
 class _FusedFactorizedReduce:
     @property
-    def norm(self):
-        return self.bn
-
-    def before_norm(self, x):
-        # A convolution of stride 2 with a kernel of one pixel sees every second pixel.
-        halves = zip(_Diagonals.apply(x), (self.conv_1, self.conv_2))
-        return torch.cat([_separable(y, None, conv, None, self.recompute) for y, conv in halves], dim=1)
+    def norms(self):
+        return [self.bn]
 
     def forward(self, x):
-        return _normalise(self.before_norm(x), self.bn)
+        return _node([(self, x)], _ones(x, 1), self.recompute)
+
+    def plain(self, x):
+        return super().forward(x)
+
+    def value(self, state):
+        # A convolution of stride 2 with a kernel of one pixel sees every second pixel.
+        halves = zip(_Diagonals.apply(state.x), (self.conv_1, self.conv_2))
+        reduced = [separable(x, None, conv.weight, recompute=self.recompute) for x, conv in halves]
+        return _Value(torch.cat(reduced, dim=1), norm=self.bn)
 
 
 class _Diagonals(torch.autograd.Function):
@@ -230,72 +283,78 @@ class _Diagonals(torch.autograd.Function):
 
 class _FusedMixedOp:
     def forward(self, x, probabilities):
-        return _mixed(*self.terms(x), probabilities[self.skip_none :])
+        return _node([(op, x) for op in self.ops], probabilities[self.skip_none :], self.recompute)
 
-    def terms(self, x):
-        """The outputs of the candidates before their last norms, and these norms, None where there is none."""
-        split = [isinstance(op, (_FusedOperation, _FusedFactorizedReduce)) and _is_plain(op.norm) for op in self.ops]
-        outputs = [op.before_norm(x) if s else op(x) for op, s in zip(self.ops, split)]
-        return outputs, [op.norm if s else None for op, s in zip(self.ops, split)]
+
+class _FusedSearchCell:
+    def node(self, incoming):
+        """All candidates of all edges into a node are one sum."""
+        operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
+        probabilities = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
+        return _node(operations, probabilities, self.recompute)
+
+
+class _FusedEvaluationCell:
+    def node(self, incoming, drop_path):
+        """Both operations are one sum; drop-path weighs the images."""
+        ones = _ones(incoming[0][1], len(incoming[0][1]), 1, 1, 1)
+        kept = [ones if isinstance(op, nn.Identity) else self.edge(lambda _: ones, x, drop_path) for op, x in incoming]
+        dropped = any(k is not ones for k in kept)
+        probabilities = torch.stack([k.flatten() for k in kept]) if dropped else ones.new_ones(len(incoming))
+        return _node(incoming, probabilities, self.recompute)
 
 
 def _in_layout(stem, inputs, output):
     return output.contiguous(memory_format=memory_format(output.device))
 
 
-class _FusedCell:
-    def node(self, incoming):
-        """All candidates of all edges into a node are one sum."""
-        outputs, norms, probabilities = [], [], []
-        for x, (edge, p) in incoming:
-            terms = edge.terms(x)
-            outputs += terms[0]
-            norms += terms[1]
-            probabilities.append(p[edge.skip_none :])
-        return _mixed(outputs, norms, torch.cat(probabilities))
+def _ones(x, *size):
+    return torch.ones(size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
-def _is_plain(norm):
-    """Whether the mixed operation can take the norm's place: no gamma and beta, running statistics with a momentum."""
-    return not norm.affine and norm.track_running_stats and norm.momentum is not None
+def _settings(norm):
+    """Of a batch norm that a node can take over; None for others: without running statistics, or with their mean."""
+    plain = norm.track_running_stats and norm.momentum is not None
+    return (norm.training, norm.momentum, norm.eps) if plain else None
 
 
-def _mixed(outputs, norms, probabilities):
-    """sum_k probabilities[k] * norms[k](outputs[k]); norms: batch norms for which `_is_plain`, or None."""
-    if len(outputs) > MAX_CANDIDATES:
-        first, rest = slice(MAX_CANDIDATES), slice(MAX_CANDIDATES, None)
-        return sum(_mixed(outputs[part], norms[part], probabilities[part]) for part in (first, rest))
-    tracked = [norm for norm in norms if norm is not None]
-    if not tracked:
-        return mixed_sum(outputs, probabilities)
-    if len({(norm.training, norm.momentum, norm.eps) for norm in tracked}) > 1:  # such as some that are frozen
-        return mixed_sum([y if norm is None else norm(y) for y, norm in zip(outputs, norms)], probabilities)
-    norm = tracked[0]
-    if norm.training:
-        torch._foreach_add_([norm.num_batches_tracked for norm in tracked], 1)
-    means = [None if norm is None else norm.running_mean for norm in norms]
-    variances = [None if norm is None else norm.running_var for norm in norms]
-    return mixed_norm_sum(outputs, probabilities, means, variances, norm.training, norm.momentum, norm.eps)
+def _node(operations, probabilities, recompute):
+    """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
+    if len(operations) > MAX_CANDIDATES:
+        parts = slice(MAX_CANDIDATES), slice(MAX_CANDIDATES, None)
+        return sum(_node(operations[part], probabilities[part], recompute) for part in parts)
+    states, terms, settings = {}, [], None
 
+    def state(x):
+        return states.setdefault(id(x), _Value(x))
 
-def _normalise(x, norm):
-    """norm(x), where possible as a mixed operation of one candidate: torch's own is less exact in channels-last."""
-    return _mixed([x], [norm], x.new_ones(1)) if _is_plain(norm) else norm(x)
-
-
-def _separable(x, depthwise, pointwise, norm, recompute):
-    """pointwise(depthwise(relu(norm(x)))); norm, depthwise: layers, or None where there is none."""
-    settings = {"recompute": recompute}
-    if norm is not None and not _is_plain(norm):
-        x, norm = norm(x), None
-    if norm is not None:
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-        names = "running_mean", "running_var", "training", "momentum", "eps"
-        settings |= {name: getattr(norm, name) for name in names}
-    if depthwise is not None:
-        settings |= {name: getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation")}
-    return separable(x, None if depthwise is None else depthwise.weight, pointwise.weight, **settings)
+    for op, x in operations:
+        known = isinstance(op, (_FusedPool, _FusedOperation, _FusedFactorizedReduce))
+        differ = {_settings(norm) for norm in op.norms} if known else set()
+        settings = settings or next(iter(differ), None)
+        if not known:
+            terms.append(state(op(x)))
+        elif differ - {settings} or None in differ:  # such as norms that are frozen
+            terms.append(state(op.plain(x)))
+        else:
+            terms.append(op.value(state(x)))
+    values = sorted(dict.fromkeys(v for term in terms for v in term.chain()), key=lambda v: v.source is not None)
+    number = {value: i for i, value in enumerate(values)}
+    norms = [value.norm for value in values]
+    training, momentum, eps = settings or (False, 0.1, 1e-5)
+    if training:
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms if norm], 1)
+    return node(
+        [value.x for value in values if value.source is None],
+        [Step(number[value.source], **value.step) for value in values if value.source],
+        [number[term] for term in terms],
+        probabilities,
+        [norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in norms],
+        training,
+        momentum,
+        eps,
+        recompute,
+    )
 
 
 _RULES = (
@@ -303,5 +362,6 @@ _RULES = (
     (_is_operation, _FusedOperation),
     (_is_factorized_reduce, _FusedFactorizedReduce),
     (_is_mixed_op, _FusedMixedOp),
-    (_is_cell, _FusedCell),
+    (_is_search_cell, _FusedSearchCell),
+    (_is_evaluation_cell, _FusedEvaluationCell),
 )

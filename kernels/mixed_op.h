@@ -2,15 +2,15 @@
 //
 // The mixed operation of an edge or a node is
 //
-//     y = sum_k probabilities[k] * (x_k - mean_kc) * invstd_kc        x_k, y: [N,C,H,W], c: the channel
+//     y = sum_k p_kn * (gamma_kc * (x_k - mean_kc) * invstd_kc + beta_kc)        x_k, y: [N,C,H,W]; n, c: image, channel
 //
-// in one of three modes:
-//     plain        statistics == nullptr: mean 0 and invstd 1 everywhere
+// p_kn is probabilities[k], or of each image its own probabilities[k,n]. The operation has three modes:
+//     plain        statistics == nullptr: mean 0 and invstd 1 everywhere, and no gamma and beta
 //     training     batch != 0: statistics of the batch for the candidates in `batch`, 0 and 1 for the others; written
 //     evaluation   batch == 0: the given statistics
 //
-// Tensors are dense, of one type and in one memory format. Probabilities, statistics and the probabilities' gradients
-// have the type that is accumulated in: double for kFloat64, else float. Results are the same bits at every call.
+// Tensors are dense, of one type and in one memory format. All but x_k, y and their gradients has the type that is
+// accumulated in: double for kFloat64, else float. Results are the same bits at every call.
 #pragma once
 
 #include <stdint.h>
@@ -20,25 +20,43 @@
 enum PdartsType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 struct PdartsMixed {
-  int64_t N, C, HW;       // batch, channels, height * width
-  int32_t channels_last;  // [N,HW,C] in memory instead of [N,C,HW]
-  int32_t type;           // PdartsType of x, y and their gradients
-  int32_t K;              // candidates, 1 to PDARTS_MAX_CANDIDATES
-  double eps;             // invstd = 1 / sqrt(variance + eps)
-  uint64_t batch;         // bit k: candidate k is normalised by the statistics of the batch
-  const void* probabilities;    // [K]
-  void* statistics;       // [3,K,C]: mean, invstd and (only when it is written) the biased variance; or nullptr
+  int64_t N, C, HW;           // batch, channels, height * width
+  int32_t channels_last;      // [N,HW,C] in memory instead of [N,C,HW]
+  int32_t type;               // PdartsType of x, y and their gradients
+  int32_t K;                  // candidates, 1 to PDARTS_MAX_CANDIDATES
+  int32_t per_image;          // probabilities are [K,N], not [K]
+  double eps;                 // invstd = 1 / sqrt(variance + eps)
+  uint64_t batch;             // bit k: candidate k is normalised by the statistics of the batch
+  const void* probabilities;  // [K] or [K,N]
+  void* statistics;           // [3,K,C]: mean, invstd and (only when it is written) the biased variance; or nullptr
   const void* x[PDARTS_MAX_CANDIDATES];
+  const void* gamma[PDARTS_MAX_CANDIDATES];  // [C], or nullptr: 1
+  const void* beta[PDARTS_MAX_CANDIDATES];   // [C], or nullptr: 0
+};
+
+// The gradients that a backward pass writes, each unless it is nullptr.
+struct PdartsMixedGradients {
+  void* x[PDARTS_MAX_CANDIDATES];
+  void* probabilities;                    // [K] or [K,N]
+  void* gamma[PDARTS_MAX_CANDIDATES];     // [C]
+  void* beta[PDARTS_MAX_CANDIDATES];      // [C]
 };
 
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
-// CPU. On a CPU y may be nullptr: only the statistics are written then. A backward pass writes grad_x[k] where it is
-// not nullptr, and grad_probabilities [K] unless it is nullptr; x[k] may be nullptr where neither depends on it.
-#define PDARTS_DECLARE(DEVICE)                                                                                \
-  extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                            \
-  extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);         \
-  extern "C" void mixed_backward_##DEVICE(                                                                    \
-      const PdartsMixed* m, const void* g, void* const* grad_x, void* grad_probabilities, void* scratch, void* stream);
+// CPU. On a CPU y may be nullptr: only the statistics are written then. m->x[k] may be nullptr in a backward pass where
+// no gradient depends on it: neither those of the probabilities, of gamma_k and, if k is in `batch`, of x_k.
+#define PDARTS_DECLARE(DEVICE)                                                                                 \
+  extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                             \
+  extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);          \
+  extern "C" void mixed_backward_##DEVICE(                                                                     \
+      const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, void* scratch, void* stream);
 
 PDARTS_DECLARE(cpu)
 PDARTS_DECLARE(cuda)
+
+// On the CPU, a backward pass without the gradients of x, and instead the sums [2,K,C] that they depend on: of
+// p_kn * g * (x_k - mean_kc), and of p_kn * g, over images and pixels. With M = N * HW, scale = gamma * invstd:
+//
+//     grad_x_k = p_kn * scale * g    and, if k is in `batch`,    - scale / M * (invstd^2 * (x_k - mean_k) * s_0kc + s_1kc)
+extern "C" void mixed_sums_cpu(
+    const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, double* sums, void* scratch);

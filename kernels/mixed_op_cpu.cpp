@@ -19,6 +19,8 @@
 #include <emmintrin.h>
 #endif
 
+using namespace pdarts;
+
 namespace {
 
 // Past the caches, for results that would not fit and must not be read from memory first; p aligned to 16 bytes.
@@ -45,40 +47,44 @@ constexpr int64_t kUnit = 1 << 14;    // elements of a unit of work, about
 constexpr int64_t kStream = 1 << 20;  // results of more elements than this are written past the caches
 constexpr int kAtOnce = 8;            // candidates whose tiles are read together
 
-// A unit of work is a group of channels in some images (NCHW), or some rows of pixels (channels-last). What belongs
-// to a channel has one entry per channel of the group (NCHW); in channels-last the channels are repeated until they
-// fill whole vectors, and 8 of them at least.
+// A unit of work is a group of channels in some images (NCHW), or some rows of pixels (channels-last), of one image
+// where every image has its own probabilities. What belongs to a channel has one entry per channel of the group (NCHW);
+// in channels-last the channels are repeated until they fill whole vectors, and 8 of them at least.
 struct Layout {
-  bool channels_last;
+  bool channels_last, per_image;
   int64_t N, C, HW;
   int64_t entries, groups;  // entries of a group
-  int64_t rows, tail;       // channels-last: whole rows of `entries` elements, and the elements after them
-  int64_t chunk, pieces, piece, chunks;  // images or rows of a unit, pieces of a plane, units of a group
+  int64_t rows, tail;       // channels-last: whole rows of `entries` elements of a span, and the elements after them
+  int64_t chunk, piece;     // images or rows of a unit, pixels of a part of a plane
+  int64_t parts, units;     // units of a span: of some images (NCHW), of one or all (channels-last); of a group
 
-  Layout(const PdartsMixed& m, int64_t vector) {
-    // Without statistics all elements are alike: one long plane.
+  Layout(const PdartsMixed& m, int64_t vector) : per_image(m.per_image) {
+    // Without statistics all elements are alike: one long plane, or one of each image.
     bool plain = !m.statistics;
     channels_last = m.channels_last && !plain;
-    N = plain ? 1 : m.N, C = plain ? 1 : m.C, HW = plain ? m.N * m.C * m.HW : m.HW;
+    N = plain && !per_image ? 1 : m.N, C = plain ? 1 : m.C;
+    HW = plain ? m.C * m.HW * (m.N / std::max<int64_t>(1, N)) : m.HW;
     if (channels_last) {
-      int64_t repeat = 1;
+      int64_t repeat = 1, spans = per_image ? N : 1, size = N * HW * C / std::max<int64_t>(1, spans);
       while (repeat * C % vector || repeat * C < 8 * vector) repeat++;
-      entries = repeat * C, groups = 1, pieces = 1, piece = 0;
-      rows = N * HW * C / entries, tail = N * HW * C % entries;
+      entries = repeat * C, groups = 1, piece = 0;
+      rows = size / entries, tail = size % entries;
       chunk = std::max<int64_t>(1, kUnit / entries);
-      chunks = (rows + chunk - 1) / chunk + (tail > 0);
+      parts = (rows + chunk - 1) / chunk + (tail > 0);
+      units = spans * parts;
     } else {
       int64_t plane = std::max<int64_t>(1, HW);
       rows = tail = 0;
       entries = std::clamp<int64_t>(kGroup / plane, 1, std::max<int64_t>(1, C));
       groups = (C + entries - 1) / entries;
-      pieces = (plane + kUnit - 1) / kUnit;
-      piece = (plane / pieces + 31) / 32 * 32;
-      chunk = std::max<int64_t>(1, kGroup / plane);
-      chunks = (N + chunk - 1) / chunk * pieces;
+      parts = (plane + kUnit - 1) / kUnit;
+      piece = (plane / parts + 31) / 32 * 32;
+      chunk = per_image ? 1 : std::max<int64_t>(1, kGroup / plane);
+      units = (N + chunk - 1) / chunk * parts;
     }
   }
 
+  int64_t image(int64_t unit) const { return per_image ? unit / parts : 0; }
   int64_t channels(int64_t group) const { return channels_last ? C : std::min(entries, C - group * entries); }
 
   // f(offset, rows, length, entry, first) for every tile of a unit: `rows` runs of `length` elements, which belong to
@@ -86,18 +92,18 @@ struct Layout {
   template <bool CL, class F>
   INLINE void for_tiles(int64_t group, int64_t unit, F f) const {
     if (CL) {
-      int64_t row = unit * chunk, end = std::min(rows, row + chunk), length = entries;
+      int64_t row = unit % parts * chunk, end = std::min(rows, row + chunk), length = entries;
       if (row >= rows) row = rows, end = rows + 1, length = tail;
-      int64_t step = std::max<int64_t>(1, kTile / entries);
+      int64_t step = std::max<int64_t>(1, kTile / entries), start = unit / parts * (rows * entries + tail);
       for (int64_t begin = row, n; row < end; row += n) {
         n = std::min(step, end - row);
         for (int64_t j = 0; j < length; j += kTile) {
-          f(row * entries + j, n, std::min(kTile, length - j), j, row == begin);
+          f(start + row * entries + j, n, std::min(kTile, length - j), j, row == begin);
         }
       }
     } else {
-      int64_t begin = unit / pieces * chunk, end = std::min(N, begin + chunk), count = channels(group);
-      int64_t from = unit % pieces * piece, to = std::min(HW, from + piece);
+      int64_t begin = unit / parts * chunk, end = std::min(N, begin + chunk), count = channels(group);
+      int64_t from = unit % parts * piece, to = std::min(HW, from + piece);
       for (int64_t n = begin; n < end; n++) {
         int64_t offset = (n * C + group * entries) * HW;
         if (HW <= kGroup) {
@@ -182,6 +188,25 @@ INLINE void reduce(int64_t rows, int64_t length, const A* coefficients, A* acc, 
     }
   }
 }
+
+// What m says of candidate k: the scale gamma * invstd of a channel, its beta, the probability in an image.
+template <class A>
+struct Values {
+  const A *probabilities, *mean, *invstd, *gamma, *beta;
+  int64_t image;  // distance of the probabilities of two images
+
+  Values(const PdartsMixed& m, int64_t k)
+      : probabilities(static_cast<const A*>(m.probabilities) + k * (m.per_image ? m.N : 1)),
+        mean(m.statistics ? static_cast<const A*>(m.statistics) + k * m.C : nullptr),
+        invstd(mean ? mean + m.K * m.C : nullptr),
+        gamma(static_cast<const A*>(m.gamma[k])),
+        beta(static_cast<const A*>(m.beta[k])),
+        image(m.per_image != 0) {}
+
+  A probability(int64_t n) const { return probabilities[n * image]; }
+  A scale(int64_t c) const { return (invstd ? invstd[c] : A(1)) * (gamma ? gamma[c] : A(1)); }
+  A shift(int64_t c) const { return beta ? beta[c] : A(0); }
+};
 
 template <bool CL, class A>
 INLINE double total(const A* acc, int64_t entry) {
@@ -289,7 +314,7 @@ void statistics_group(
   for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
     double s = 0, q = 0;
     auto for_parts = [&](auto f) {
-      for (int64_t unit = 0; unit < l.chunks; unit++) {
+      for (int64_t unit = 0; unit < l.units; unit++) {
         const double* p = partial + unit * step;
         l.for_entries(i, [&](int64_t e) { f(p[e], p[l.entries + e], p[2 * l.entries + e], p[3 * l.entries + e]); });
       }
@@ -305,20 +330,22 @@ void statistics_group(
   }
 }
 
-// y = sum_k scale_k * (x_k - mean_k)
+// y = sum_k p_kn * (scale_k * (x_k - mean_k) + beta_k)
 template <bool CL, bool PLAIN, class A>
 void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, void* y) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W, U = 4;
-  std::vector<A> coefficients(2 * m.K * l.entries), buffers;
-  A *means = coefficients.data(), *scales = means + m.K * l.entries;
+  std::vector<A> coefficients((2 * m.K + 1) * l.entries, A(0)), buffers;
+  A *means = coefficients.data(), *scales = means + m.K * l.entries, *shifts = scales + m.K * l.entries;
   if (m.type == kBFloat16 || m.type == kFloat16) buffers.resize(kAtOnce * kTile);
-  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
   for (int64_t k = 0; k < m.K; k++) {
+    Values<A> values(m, k);
+    A p = values.probability(l.image(unit));
     for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+      A mean = PLAIN ? A(0) : values.mean[c], scale = PLAIN ? p : p * values.scale(c);
+      A shift = PLAIN ? A(0) : p * values.shift(c);
       l.for_entries(i, [&](int64_t e) {
-        means[k * l.entries + e] = PLAIN ? A(0) : statistics[k * m.C + c];
-        scales[k * l.entries + e] = PLAIN ? w[k] : w[k] * statistics[(m.K + k) * m.C + c];
+        means[k * l.entries + e] = mean, scales[k * l.entries + e] = scale, shifts[e] += shift;
       });
     }
   }
@@ -333,13 +360,16 @@ void forward_unit(const Layout& l, const PdartsMixed& m, int64_t group, int64_t 
       for (int k = 0; k < K; k++) x[k] = read(m.type, m.x[k0 + k], offset, n, buffers.data() + k * kTile);
       for (int64_t row = 0; row < rows; row++) {
         const A *mean = means + k0 * l.entries + entry + (CL ? 0 : row), *scale = scales + (mean - means);
+        const A* shift = shifts + entry + (CL ? 0 : row);
         int64_t j = 0, at = row * length;
         // u values of type T at j: vectors, or one element in the tail
         auto step = [&](auto zero, auto unroll) ALWAYS {
           using T = decltype(zero);
           constexpr int64_t u = decltype(unroll)::value, w = sizeof(T) / sizeof(A);
           T sum[u];
-          for (int64_t i = 0; i < u; i++) sum[i] = k0 ? load<T>(out + at + j + i * w) : zero;
+          for (int64_t i = 0; i < u; i++) {
+            sum[i] = k0 ? load<T>(out + at + j + i * w) : CL ? load<T>(shift + j + i * w) : zero + *shift;
+          }
           for (int k = 0; k < K; k++) {
             for (int64_t i = 0; i < u; i++) {
               const A *a = mean + k * l.entries, *b = scale + k * l.entries;
@@ -402,7 +432,7 @@ void backward_sums_unit(
   }
 }
 
-// grad_x_k = a_k * g + b_k * (x_k - mean_k) + c_k; sums [K+1][C] as in backward_sums_unit.
+// grad_x_k = a_k * g + b_k * (x_k - mean_k) + c_k; sums [2][K][C]: see `Sums`.
 template <bool CL, class A>
 void backward_inputs_unit(
     const Layout& l, const PdartsMixed& m, int64_t group, int64_t unit, const void* g, const double* sums,
@@ -411,16 +441,19 @@ void backward_inputs_unit(
   std::vector<A> coefficients(4 * m.K * l.entries);
   int64_t step = m.K * l.entries;
   A *as = coefficients.data(), *bs = as + step, *cs = bs + step, *means = cs + step;
-  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
   double M = m.N * m.HW;
   for (int64_t k = 0; k < m.K; k++) {
+    Values<A> values(m, k);
+    A p = values.probability(l.image(unit));
     for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
-      A invstd = statistics ? statistics[(m.K + k) * m.C + c] : A(1), a = w[k] * invstd;
-      bool batch = m.batch >> k & 1;
-      A b = batch ? -a * invstd * invstd * sums[k * l.C + c] / M : 0, d = batch ? -a * sums[m.K * l.C + c] / M : 0;
+      A scale = values.scale(c), b = 0, d = 0;
+      if (m.batch >> k & 1) {
+        b = -scale * values.invstd[c] * values.invstd[c] * sums[k * l.C + c] / M;
+        d = -scale * sums[(m.K + k) * l.C + c] / M;
+      }
       l.for_entries(i, [&](int64_t e) {
         e += k * l.entries;
-        as[e] = a, bs[e] = b, cs[e] = d, means[e] = statistics ? statistics[k * m.C + c] : A(0);
+        as[e] = p * scale, bs[e] = b, cs[e] = d, means[e] = values.mean ? values.mean[c] : A(0);
       });
     }
   }
@@ -465,27 +498,89 @@ void parallel(int64_t n, const std::function<void(int64_t)>& f, bool backwards =
 // second pass finds in the cache what the first has read, unless threads are too many to share a group.
 template <class Sums, class Finish, class Apply>
 void two_passes(const Layout& l, Sums sums, Finish finish, Apply apply) {
-  bool one_by_one = l.chunks >= 2 * at::get_num_threads();
-  int64_t step = one_by_one ? 1 : l.groups, units = step * l.chunks;
+  bool one_by_one = l.units >= 2 * at::get_num_threads();
+  int64_t step = one_by_one ? 1 : l.groups, units = step * l.units;
   for (int64_t group = 0; group < l.groups; group += step) {
-    parallel(units, [&](int64_t i) { sums(group + i / l.chunks, i % l.chunks); });
+    parallel(units, [&](int64_t i) { sums(group + i / l.units, i % l.units); });
     parallel(step, [&](int64_t i) { finish(group + i); });
-    parallel(units, [&](int64_t i) { apply(group + i / l.chunks, i % l.chunks); }, true);
+    parallel(units, [&](int64_t i) { apply(group + i / l.units, i % l.units); }, true);
   }
 }
 
 template <class Apply>
 void one_pass(const Layout& l, Apply apply) {
-  parallel(l.groups * l.chunks, [&](int64_t i) { apply(i / l.chunks, i % l.chunks); });
+  parallel(l.groups * l.units, [&](int64_t i) { apply(i / l.units, i % l.units); });
 }
+
+// The sums of a backward pass, over the units in their order and in double.
+template <class A>
+struct Backward {
+  const PdartsMixed& m;
+  const void* g;
+  const PdartsMixedGradients& gradients;
+  uint64_t needed;  // the candidates whose sum of g * (x_k - mean_k) is needed
+  Layout l;
+  int64_t part, images;  // sums of a unit; images that have probabilities of their own, or 1
+  double* sums;          // [2][K][C]: of p_kn * g * (x_k - mean_k), and of p_kn * g
+  double *probabilities, *partial;  // gradients [groups][K][images], and the units' sums [groups][units][part]
+
+  Backward(
+      const PdartsMixed& m, const void* g, const PdartsMixedGradients& gradients, uint64_t inputs, double* sums,
+      void* scratch)
+      : m(m), g(g), gradients(gradients), needed(m.batch & inputs), l(m, Simd<A>::W), part((m.K + 1) * l.entries),
+        images(m.per_image ? m.N : 1), sums(sums), probabilities(static_cast<double*>(scratch)),
+        partial(probabilities + l.groups * m.K * images) {
+    for (int k = 0; k < m.K; k++) {
+      if (gradients.probabilities || gradients.gamma[k]) needed |= uint64_t(1) << k;
+    }
+  }
+
+  int64_t elements() const { return l.groups * (m.K * images + l.units * part); }
+  double* at(int64_t group, int64_t unit) const { return partial + (group * l.units + unit) * part; }
+
+  void add_up(int64_t group, int64_t unit) const {
+    auto pass = l.channels_last ? backward_sums_unit<true, A> : backward_sums_unit<false, A>;
+    pass(l, m, needed, group, unit, g, at(group, unit));
+  }
+
+  void finish(int64_t group) const {
+    for (int64_t k = 0; k < m.K; k++) {
+      Values<A> values(m, k);
+      double* of_p = probabilities + (group * m.K + k) * images;
+      std::fill(of_p, of_p + images, 0.0);
+      for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
+        double distances = 0, all = 0;
+        for (int64_t unit = 0; unit < l.units; unit++) {
+          double distance = 0, sum = 0, p = values.probability(l.image(unit));
+          const double *mine = at(group, unit) + k * l.entries, *of_g = at(group, unit) + m.K * l.entries;
+          l.for_entries(i, [&](int64_t e) { distance += mine[e], sum += of_g[e]; });
+          distances += p * distance, all += p * sum;
+          of_p[l.image(unit)] += values.scale(c) * distance + values.shift(c) * sum;
+        }
+        sums[k * l.C + c] = distances, sums[(m.K + k) * l.C + c] = all;
+        if (A* to = static_cast<A*>(gradients.gamma[k])) to[c] = values.invstd[c] * distances;
+        if (A* to = static_cast<A*>(gradients.beta[k])) to[c] = all;
+      }
+    }
+  }
+
+  void write_probabilities() const {
+    for (int64_t i = 0; gradients.probabilities && i < m.K * images; i++) {
+      double sum = 0;
+      for (int64_t group = 0; group < l.groups; group++) sum += probabilities[group * m.K * images + i];
+      static_cast<A*>(gradients.probabilities)[i] = sum;
+    }
+  }
+};
 
 }  // namespace
 
 int64_t mixed_scratch_cpu(const PdartsMixed* m) {
   int64_t doubles = 0;
   for_accumulator(m->type, [&](auto t) {
-    Layout l(*m, Simd<decltype(t)>::W);
-    doubles = l.groups * l.chunks * l.entries * std::max(4 * m->K, m->K + 1) + (m->K + 1) * l.C;
+    Backward<decltype(t)> backward(*m, nullptr, {}, 0, nullptr, nullptr);
+    const Layout& l = backward.l;
+    doubles = std::max(l.groups * l.units * l.entries * 4 * m->K, backward.elements() + 2 * m->K * l.C);
   });
   return doubles * sizeof(double);
 }
@@ -498,7 +593,7 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
     int64_t part = 4 * l.entries;
     double* partial = static_cast<double*>(scratch);
     auto at = [&](int64_t group, int64_t unit, int64_t k) {
-      return partial + ((group * l.chunks + unit) * m.K + k) * part;
+      return partial + ((group * l.units + unit) * m.K + k) * part;
     };
     if (m.batch) {
       A *mean = static_cast<A*>(m.statistics), *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
@@ -526,47 +621,43 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
   });
 }
 
+void mixed_sums_cpu(
+    const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, double* sums, void* scratch) {
+  for_accumulator(m->type, [&](auto t) {
+    Backward<decltype(t)> b(*m, g, *gradients, ~uint64_t(0), sums, scratch);
+    one_pass(b.l, [&](int64_t group, int64_t unit) { b.add_up(group, unit); });
+    parallel(b.l.groups, [&](int64_t group) { b.finish(group); });
+    b.write_probabilities();
+  });
+}
+
 void mixed_backward_cpu(
-    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_probabilities, void* scratch, void*) {
-  const PdartsMixed& m = *call;
+    const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, void* scratch, void*) {
   uint64_t inputs = 0;  // the candidates whose gradient is asked for
-  for (int k = 0; k < m.K; k++) inputs |= uint64_t(grad_x[k] != nullptr) << k;
-  uint64_t needed = grad_probabilities ? ~uint64_t(0) : m.batch & inputs;  // those whose sums are needed
-  for_accumulator(m.type, [&](auto t) {
+  bool of_values = gradients->probabilities;
+  for (int k = 0; k < m->K; k++) {
+    inputs |= uint64_t(gradients->x[k] != nullptr) << k;
+    of_values |= gradients->gamma[k] || gradients->beta[k];
+  }
+  for_accumulator(m->type, [&](auto t) {
     using A = decltype(t);
-    Layout l(m, Simd<A>::W);
-    int64_t part = (m.K + 1) * l.entries;
-    double *sums = static_cast<double*>(scratch), *partial = sums + (m.K + 1) * l.C;
-    auto at = [&](int64_t group, int64_t unit) { return partial + (group * l.chunks + unit) * part; };
-    auto add_up = [&](int64_t group, int64_t unit) {
-      auto pass = l.channels_last ? backward_sums_unit<true, A> : backward_sums_unit<false, A>;
-      if (needed) pass(l, m, needed, group, unit, g, at(group, unit));
-    };
-    auto finish = [&](int64_t group) {
-      for (int64_t k = 0; k <= m.K && needed; k++) {
-        for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
-          double& sum = sums[k * l.C + c] = 0;
-          for (int64_t unit = 0; unit < l.chunks; unit++) {
-            l.for_entries(i, [&](int64_t e) { sum += at(group, unit)[k * l.entries + e]; });
-          }
-        }
-      }
-    };
+    double* sums = static_cast<double*>(scratch);
+    int64_t channels = m->statistics ? m->C : 1;
+    Backward<A> b(*m, g, *gradients, inputs, sums, sums + 2 * m->K * channels);
+    auto add_up = [&](int64_t group, int64_t unit) { b.add_up(group, unit); };
+    auto finish = [&](int64_t group) { b.finish(group); };
     auto apply = [&](int64_t group, int64_t unit) {
-      auto pass = l.channels_last ? backward_inputs_unit<true, A> : backward_inputs_unit<false, A>;
-      if (inputs) pass(l, m, group, unit, g, sums, grad_x);
+      auto pass = b.l.channels_last ? backward_inputs_unit<true, A> : backward_inputs_unit<false, A>;
+      if (inputs) pass(b.l, *m, group, unit, g, sums, gradients->x);
     };
-    if (m.batch & inputs) {
-      two_passes(l, add_up, finish, apply);
-    } else {  // the inputs' gradients do not wait for the sums
-      one_pass(l, [&](int64_t group, int64_t unit) { add_up(group, unit), apply(group, unit); });
-      parallel(l.groups, finish);
+    if (m->batch & inputs) {
+      two_passes(b.l, add_up, finish, apply);
+    } else if (of_values) {  // the inputs' gradients do not wait for the sums
+      one_pass(b.l, [&](int64_t group, int64_t unit) { add_up(group, unit), apply(group, unit); });
+      parallel(b.l.groups, finish);
+    } else {
+      one_pass(b.l, apply);
     }
-    for (int64_t k = 0; grad_probabilities && k < m.K; k++) {
-      const A* invstd = m.statistics ? static_cast<const A*>(m.statistics) + (m.K + k) * m.C : nullptr;
-      double sum = 0;
-      for (int64_t c = 0; c < l.C; c++) sum += sums[k * l.C + c] * (invstd ? invstd[c] : 1);
-      static_cast<A*>(grad_probabilities)[k] = sum;
-    }
+    b.write_probabilities();
   });
 }

@@ -8,6 +8,8 @@
 #endif
 
 #include <cstring>
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -16,7 +18,9 @@
 #define ALWAYS __attribute__((always_inline))  // on lambdas too
 #define INLINE inline ALWAYS
 
-namespace {
+namespace pdarts {
+
+constexpr int64_t kRowsAtOnce = 64;  // pixels whose values are kept in the first-level cache
 
 #ifdef __AVX512F__
 constexpr int64_t kVector = 64;  // bytes
@@ -30,6 +34,25 @@ struct Simd {
   typedef A vec __attribute__((vector_size(kVector)));
   typedef A unaligned __attribute__((vector_size(kVector), aligned(sizeof(A)), may_alias));
 };
+
+// Memory for n elements, aligned to cache lines, with nothing in it.
+template <class A>
+struct Buffer {
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(A* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<A, Free> memory;
+
+  explicit Buffer(int64_t n) : memory(static_cast<A*>(::operator new(n * sizeof(A), kLine))) {}
+  A* data() const { return memory.get(); }
+};
+
+// n, rounded up to whole vectors.
+template <class A>
+int64_t padded(int64_t n) {
+  return (n + Simd<A>::W - 1) / Simd<A>::W * Simd<A>::W;
+}
 
 // load<V>(p): V is a vector, or one element in the tail of a loop.
 template <class V, class A>
@@ -113,4 +136,4 @@ void for_accumulator(int type, F f) {
   type == kFloat64 ? f(double()) : f(float());
 }
 
-}  // namespace
+}  // namespace pdarts

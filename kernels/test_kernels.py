@@ -136,7 +136,7 @@ def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, messa
         kernels.mixed_sum([y.to(device) for y in outputs], probabilities.to(device))
 
 @pytest.mark.parametrize("means, variances, message", [
-    ([torch.zeros(2)], [torch.ones(2)], "running_means has 1 and running_vars 1 entries; expected 2"),
+    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries; expected 2"),
     ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
     ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
     ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
@@ -165,13 +165,14 @@ def test_fused_mixed_operators_pass_opcheck(device):
     ops, (probabilities, *outputs) = torch.ops.pdarts, leaves(device, 3)
     detached, statistics, batch = [y.detach() for y in outputs], torch.rand(3, 3, 3, device=device), [False, True, True]
     running = [[f(3, device=device), f(3, device=device)] for f in FRESH]
+    affine = [None, *torch.rand(2, 3, device=device)]
     assert_passes_opcheck(
-        (ops.mixed, (outputs, probabilities, None, [False] * 3, 0.0)),
-        (ops.mixed, (outputs, probabilities, statistics, [False] * 3, 0.0)),
-        (ops.mixed, (outputs, probabilities, None, batch, 1e-5)),
+        (ops.mixed, (outputs, probabilities, [], [], None, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, probabilities, [], affine, statistics, [False] * 3, 0.0)),
+        (ops.mixed, (outputs, torch.rand(3, 2, device=device), affine, affine, None, batch, 1e-5)),
         (ops.update_running, (*running, statistics, batch, 10, 0.1)),
         (ops.mixed_backward,
-         (detached[0], detached, probabilities.detach(), statistics, batch, [True] * 3, True)))
+         (detached[0], detached, probabilities.detach(), affine, [], statistics, batch, [True] * 4 + [False, True, True] + [False] * 3)))
 
 def test_fused_mixed_operation_gives_the_same_bits_with_any_number_of_threads(device):
     inputs = leaves(device, 3, (32, 16, 32, 32))
@@ -365,15 +366,16 @@ def test_fused_separable_convolution_passes_gradcheck_opcheck_and_compiles():
         after_norm = functools.partial(function, running_mean=mean, running_var=var, training=training, momentum=0.0)
         assert torch.autograd.gradcheck(after_norm, inputs)
     ops, detached, statistics = torch.ops.pdarts, [t.detach() for t in inputs], torch.rand(3, 1, 4).double() + 0.5
+    affine = torch.rand(2, 4).double().unbind()
     gradient = torch.randn(2, 3, 5, 6).double()
     assert_passes_opcheck(
-        (ops.separable, (*inputs, None, False, 0.0, 2, 2, 2)),
-        (ops.separable, (*inputs, None, True, 1e-5, 2, 2, 2)),
-        (ops.separable, (*inputs, statistics, False, 1e-5, 2, 2, 2)),
-        (ops.separable, (x, None, pointwise, None, False, 0.0, 1, 0, 1)),
-        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, True, True])),
-        (ops.separable_backward, (gradient, *detached, None, False, 1, 1, 1, [True, False, False])),
-        (ops.separable_backward, (gradient, *detached, statistics, True, 1, 1, 1, [True, False, True])))
+        (ops.separable, (*inputs, None, None, None, False, 0.0, 2, 2, 2)),
+        (ops.separable, (*inputs, *affine, None, True, 1e-5, 2, 2, 2)),
+        (ops.separable, (*inputs, None, affine[1], statistics, False, 1e-5, 2, 2, 2)),
+        (ops.separable, (x, None, pointwise, None, None, None, False, 0.0, 1, 0, 1)),
+        (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] * 3 + [False] * 2)),
+        (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] + [False] * 4)),
+        (ops.separable_backward, (gradient, *detached, *affine, statistics, True, 1, 1, 1, [True, False, True] + [True] * 2)))
     for f in function, after_norm:
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
         mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, f))
@@ -419,7 +421,7 @@ def test_fused_convolution_and_pooling_name_what_they_do_not_take():
     with pytest.raises(RuntimeError, match="grad has shape .1, 1, 1, 1.; expected .2, 4, 5, 6."):
         ops.pool_backward(torch.zeros(1, 1, 1, 1), None, None, [2, 4, 5, 6], 1)
     with pytest.raises(RuntimeError, match="grad has shape .1, 3, 1, 1.; expected .2, 3, 5, 6."):
-        ops.separable_backward(x[:1, :3, :1, :1], x, depthwise, pointwise, None, False, 1, 1, 1, [True] * 3)
+        ops.separable_backward(x[:1, :3, :1, :1], x, depthwise, pointwise, *[None] * 3, False, 1, 1, 1, [True] * 5)
     with pytest.raises(RuntimeError, match="x and y are Float .2, 4, 5, 6. and Float .1, 4, 5, 6.; expected Float"):
         ops.pool_backward(x, x, x[:1], [2, 4, 5, 6], 1)
     with torch.autograd.forward_ad.dual_level():
