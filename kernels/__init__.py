@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from . import build
 
 MODES = ("auto", "on", "off")
+MAX_CANDIDATES = 64  # of one mixed operation, see mixed_op.h
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -125,14 +126,9 @@ def mixed_norm_sum(
     normalised = [mean is not None for mean in running_means]
     if normalised != [var is not None for var in running_vars]:
         raise RuntimeError("running_means and running_vars are None in different places; expected the same")
-    means, vars = ([t for t in running if t is not None] for running in (running_means, running_vars))
-    if not training and means:
-        statistics = _running_statistics(means, vars, normalised, eps)
-        return torch.ops.pdarts.mixed(outputs, probabilities, *affine, statistics, [False] * len(outputs), eps)[0]
-    y, statistics = torch.ops.pdarts.mixed(outputs, probabilities, *affine, None, normalised, eps)
-    if means:
-        count = y.shape[0] * y.shape[2] * y.shape[3]
-        torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
+    statistics, batch = _normalisation(running_means, running_vars, training, eps)
+    y, computed = torch.ops.pdarts.mixed(outputs, probabilities, *affine, statistics, batch, eps)
+    _move_running(running_means, running_vars, computed, batch, momentum, y)
     return y
 
 
@@ -175,15 +171,10 @@ def separable(
         if kind == "cpu":  # torch's gradients of dilated depthwise convolutions in bfloat16 are wrong in channels-last
             x = x.contiguous()
         return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps, *affine)
-    batch = training and running_mean is not None
-    statistics = None
-    if running_mean is not None and not training:
-        statistics = _running_statistics([running_mean], [running_var], [True], eps)
-    norm = (*affine, statistics, batch, eps)
+    statistics, batch = _normalisation([running_mean], [running_var], training, eps)
+    norm = (*affine, statistics, *batch, eps)
     y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, *norm, stride, padding, dilation)
-    if batch:
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        torch.ops.pdarts.update_running([running_mean], [running_var], computed, [True], count, momentum)
+    _move_running([running_mean], [running_var], computed, batch, momentum, x)
     return y
 
 
@@ -296,80 +287,137 @@ class Norm(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an edge computes from a value, see `node`: a separable convolution, or of 3x3 windows the "max" or "avg"."""
+    """What an edge of a cell computes from a value, see `cell`. kind:
+
+    "separable": `separable` with weights depthwise (or None) and pointwise; "reduce": a factorized reduction with the
+    weights of two pointwise convolutions; "max" or "avg": `pool`; "product": that with a tensor of the same shape,
+    which needs no gradient.
+    """
 
     source: int
     kind: str = "separable"
-    depthwise: torch.Tensor | None = None
-    pointwise: torch.Tensor | None = None
+    weights: tuple = (None, None)
     stride: int = 1
     padding: int = 0
     dilation: int = 1
 
 
-KINDS = ("separable", "max", "avg")
+class Sum(NamedTuple):
+    """A node of a cell, see `cell`."""
+
+    terms: list[int]
 
 
-def node_ref(states, steps, terms, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5):
-    """Plain torch version of `node`."""
-    operations = separable_ref, pool_ref, mixed_norm_sum_ref
-    return _node_of(*operations, states, steps, terms, probabilities, norms, training, momentum, eps)
+KINDS = ("separable", "reduce", "max", "avg", "product")
 
 
-def _node_of(separable, pool, mixed, states, steps, terms, probabilities, norms, training, momentum, eps):
-    values, settings = list(states), (training, momentum, eps)
-    norms = norms or [None] * (len(states) + len(steps))
-    for step in steps:
-        x, geometry = values[step.source], (step.stride, step.padding, step.dilation)
-        if step.kind == "separable":
-            mean, var, *affine = norms[step.source] or [None] * 4
-            values.append(separable(x, step.depthwise, step.pointwise, *geometry, mean, var, *settings, *affine))
-        else:
-            values.append(pool(x, step.kind, step.stride))
-    means, vars, *affine = zip(*(norms[term] or [None] * 4 for term in terms))
-    return mixed([values[term] for term in terms], probabilities, means, vars, *settings, *affine)
-
-
-def node(
-    states, steps, terms, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5, recompute=True
+def cell_ref(
+    inputs, operations, outputs, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5
 ):
-    """A node of a cell as a whole: all that its edges compute, and the sum.
+    """Plain torch version of `cell`."""
+    plain, settings = (separable_ref, pool_ref, mixed_norm_sum_ref), (training, momentum, eps)
+    return _cell_of(*plain, inputs, operations, outputs, probabilities, norms, *settings)
 
-    states: tensors [N,C,H,W]. steps: each computes a value from a state or from the value of a step before it; values
-    are numbered, the states first. terms: the values that are added up. norms: of all values, None where there is none.
-    The result, sum_t probabilities[t] * norm(values[terms[t]]), and probabilities are as in `mixed_norm_sum`; training,
-    momentum and eps too. A separable convolution rectifies what it reads, once that is normalised. A value that is
-    normalised, or computed by a step, is used once, and has the shape of the result.
+
+def _cell_of(
+    separable, pool, mixed, inputs, operations, outputs, probabilities, norms, training, momentum, eps
+):
+    """The cell as single operations."""
+    values, settings, probabilities = list(inputs), (training, momentum, eps), iter(probabilities)
+    norms = [norm or (None,) * 4 for norm in norms or [None] * (len(inputs) + len(operations))]
+    for op in operations:
+        if isinstance(op, Sum):
+            y = 0
+            for part in (op.terms[i : i + MAX_CANDIDATES] for i in range(0, len(op.terms), MAX_CANDIDATES)):
+                means, vars, *affine = zip(*(norms[term] for term in part))
+                p = torch.stack([next(probabilities) for _ in part])
+                y = mixed([values[term] for term in part], p, means, vars, *settings, *affine) + y
+        elif op.kind == "separable":
+            mean, var, *affine = norms[op.source]
+            geometry = op.stride, op.padding, op.dilation
+            y = separable(values[op.source], *op.weights, *geometry, mean, var, *settings, *affine)
+        elif op.kind == "reduce":
+            halves = zip(_Diagonals.apply(values[op.source]), op.weights)
+            y = torch.cat([separable(x, None, weight) for x, weight in halves], dim=1)
+        elif op.kind == "product":
+            y = values[op.source] * op.weights[0]
+        else:
+            y = pool(values[op.source], op.kind, op.stride)
+        values.append(y)
+    return torch.cat([values[i] for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]]
+
+
+class _Diagonals(torch.autograd.Function):
+    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2], whose gradients are written into one tensor, not two that are added.
+
+    x: [N,C,H,W] -> two of [N,C,ceil(H/2),ceil(W/2)]; at odd sizes the second gets a row or column of zeros. It is what
+    the two convolutions of a factorized reduction, of stride 2 with a kernel of one pixel, see.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
+        return x[:, :, ::2, ::2].clone(), F.pad(x[:, :, 1::2, 1::2], odd)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        _, _, h, w = ctx.shape
+        layout = torch.contiguous_format if first.is_contiguous() else torch.channels_last
+        gradient = torch.empty(ctx.shape, dtype=first.dtype, device=first.device, memory_format=layout)
+        gradient.zero_()[:, :, ::2, ::2] = first
+        gradient[:, :, 1::2, 1::2] = second[:, :, : h // 2, : w // 2]
+        return gradient
+
+
+def cell(
+    inputs,
+    operations,
+    outputs,
+    probabilities,
+    norms=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    recompute=True,
+):
+    """A cell, or a part of one, as a whole.
+
+    inputs: tensors [N,C,H,W], the first values. operations: a `Step` or `Sum` for each further value, which reads
+    values before it. A sum is `mixed_norm_sum` of its terms; probabilities [K] or [K,N] are those of the terms of all
+    sums, one after the other. norms: a `Norm` or None for each value; training, momentum and eps are those of all. A
+    separable convolution that reads a value with a norm normalises it first. What a step computes is used once. Returns
+    the channels of the sums in `outputs`, side by side.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has:
     what steps read in common is read once, and gradients are added up where they belong instead of being written
-    apart. Elsewhere the operations above serve. Kept for backward: what steps read, and what they compute; the rest
-    is computed again (by torch's own convolutions only if `recompute`). Differentiable once.
+    apart. Elsewhere the operations above serve. Kept for backward: all values; the rest is computed again (by torch's
+    own convolutions only if `recompute`). Differentiable once.
     """
-    norms = list(norms or [None] * (len(states) + len(steps)))
-    if not len(norms) == len(states) + len(steps):
-        raise RuntimeError(f"norms has {len(norms)} entries; expected {len(states)} + {len(steps)}, one for each value")
-    if unknown := [step.kind for step in steps if step.kind not in KINDS]:
-        raise RuntimeError(f"a step is of kind {unknown[0]!r}; expected one of {KINDS}")
-    weights = [t for step in steps for t in step[2:4] if t is not None]
-    others = [*states, *weights, *(t for norm in norms if norm for t in norm if t is not None)]
-    first = states[0]
-    if not all(_on_cpu(t) and t.dtype == first.dtype for t in others) or torch.is_autocast_enabled("cpu"):
-        operations = functools.partial(separable, recompute=recompute), pool, mixed_norm_sum
-        return _node_of(*operations, states, steps, terms, probabilities, norms, training, momentum, eps)
-    normalised = [norm is not None for norm in norms]
-    means, vars, gammas, betas = zip(*(norm or [None] * 4 for norm in norms))
-    means, vars = ([t for t in running if t is not None] for running in (means, vars))
-    numbers = [n for step in steps for n in (KINDS.index(step.kind), step.source, *step[4:])]
-    depthwise, pointwise = [step.depthwise for step in steps], [step.pointwise for step in steps]
-    statistics, batch = None, normalised
-    if means and not training:
-        statistics, batch = _running_statistics(means, vars, normalised, eps), [False] * len(norms)
-    arguments = gammas, betas, probabilities, statistics, numbers, terms, batch, eps
-    y, statistics, _ = torch.ops.pdarts.node(states, depthwise, pointwise, *arguments)
-    if means and training:
-        count = y.shape[0] * y.shape[2] * y.shape[3]
-        torch.ops.pdarts.update_running(means, vars, statistics, normalised, count, momentum)
+    norms = list(norms or [None] * (len(inputs) + len(operations)))
+    if len(norms) != len(inputs) + len(operations):
+        raise RuntimeError(
+            f"norms has {len(norms)} entries; expected {len(inputs)} + {len(operations)}, one for each value"
+        )
+    for op in operations:
+        if isinstance(op, Step) and op.kind not in KINDS:
+            raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
+    if not serves_cells(inputs[0]):
+        single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
+        return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings)
+    program, weights = [], []
+    for op in operations:
+        if isinstance(op, Sum):
+            program += [len(KINDS), len(op.terms), *op.terms]
+            weights += [None, None]
+        else:
+            program += [KINDS.index(op.kind), op.source, op.stride, op.padding, op.dilation]
+            weights += op.weights
+    means, vars, gammas, betas = zip(*(norm or (None,) * 4 for norm in norms))
+    statistics, batch = _normalisation(means, vars, training, eps)
+    arguments = weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, False
+    y, computed, _ = torch.ops.pdarts.cell(inputs, *arguments)
+    _move_running(means, vars, computed, batch, momentum, y)
     return y
 
 
@@ -377,13 +425,31 @@ def _on_cpu(x):
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and fused("cpu")
 
 
+def serves_cells(x) -> bool:
+    """Whether `cell` is fused for such a tensor."""
+    return _on_cpu(x) and not torch.is_autocast_enabled("cpu")
+
+
 @torch.no_grad()
-def _running_statistics(means, vars, normalised, eps):
-    """Running statistics as the operator takes them: mean, 1 / sqrt(variance + eps), variance [3,K,C]."""
-    zero, one, means, vars = torch.zeros_like(means[0]), torch.ones_like(means[0]), iter(means), iter(vars)
-    mean, var = (torch.stack([next(t) if n else zero for n in normalised]) for t in (means, vars))
+def _normalisation(means, vars, training, eps):
+    """How the operators normalise: by `statistics` [3,K,C] (mean, 1 / sqrt(variance + eps), variance) or by the batch.
+
+    means, vars: running ones, None where nothing is to be normalised. Returns statistics, or None, and K flags.
+    """
+    normalised = [mean is not None for mean in means]
+    if training or not any(normalised):
+        return None, normalised
+    zero, one = (f(next(mean for mean in means if mean is not None)) for f in (torch.zeros_like, torch.ones_like))
+    mean, var = (torch.stack([zero if t is None else t for t in running]) for running in (means, vars))
     invstd = torch.where(torch.tensor(normalised, device=var.device)[:, None], (var + eps).rsqrt(), one)
-    return torch.stack([mean, invstd, var])
+    return torch.stack([mean, invstd, var]), [False] * len(normalised)
+
+
+def _move_running(means, vars, statistics, batch, momentum, x):
+    """The running statistics of what is normalised by the batch, towards those of the batch, unless x is empty."""
+    if any(batch) and x.numel():
+        means, vars = ([t for t, normalised in zip(running, batch) if normalised] for running in (means, vars))
+        torch.ops.pdarts.update_running(means, vars, statistics, batch, momentum)
 
 
 def _one_dtype(outputs):
@@ -447,28 +513,35 @@ def _register_fakes():
     def _(grad, x, depthwise, pointwise, gamma, beta, statistics, batch, stride, padding, dilation, needs):
         return needed(needs, lambda: channels_last(x, *x.shape), *map(fresh, (depthwise, pointwise, gamma, beta)))
 
-    @torch.library.register_fake("pdarts::node")
-    def _(states, depthwise, pointwise, gammas, betas, probabilities, statistics, steps, terms, batch, eps):
-        values = list(states)
-        for i, (kind, source, stride, padding, dilation) in enumerate(zip(*[iter(steps)] * 5)):
-            c, size = values[source].shape[1], values[source].shape[2:]
-            if kind:
+    @torch.library.register_fake("pdarts::cell")
+    def _(inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, keep):
+        sizes, numbers = [x.shape[1:] for x in inputs], iter(program)
+        for weight, pointwise in zip(weights[::2], weights[1::2]):
+            kind, source = next(numbers), next(numbers)
+            if kind == len(KINDS):
+                sizes.append(sizes[[next(numbers) for _ in range(source)][0]])
+                continue
+            (c, *size), (stride, padding, dilation) = sizes[source], (next(numbers) for _ in range(3))
+            if KINDS[kind] == "separable":
+                c = pointwise.shape[0]
+                if weight is not None:
+                    size = convolved(size, weight.shape[2], stride, padding, dilation)
+            elif KINDS[kind] == "reduce":
+                c, size = weight.shape[0] + pointwise.shape[0], [(n + 1) // 2 for n in size]
+            elif KINDS[kind] != "product":
                 size = [(n - 1) // stride + 1 for n in size]
-            else:
-                c = pointwise[i].shape[0]
-                if depthwise[i] is not None:
-                    size = convolved(size, depthwise[i].shape[2], stride, padding, dilation)
-            values.append(channels_last(states[0], len(states[0]), c, *size))
-        y = channels_last(states[0], *values[terms[0]].shape)
-        of_values = states[0].new_empty((3, len(values), y.shape[1]) if statistics is None else 0)
-        return y, of_values, values[len(states) :]
+            sizes.append((c, *size))
+        c, *size = sizes[outputs[0]]
+        others = [v for v in range(len(inputs), len(sizes)) if v not in outputs] if keep else []
+        of_values = inputs[0].new_empty((3, len(sizes), c) if statistics is None else 0)
+        values = [channels_last(inputs[0], len(inputs[0]), *sizes[v]) for v in others]
+        return channels_last(inputs[0], len(inputs[0]), c * len(outputs), *size), of_values, values
 
-    @torch.library.register_fake("pdarts::node_backward")
-    def _(grad, states, values, depthwise, pointwise, gammas, betas, probabilities, statistics, steps, terms, batch, needs):
-        none = [None] * (len(states) + len(pointwise))
-        of_states = [lambda s=s: channels_last(grad, *(grad if s is None else s).shape) for s in states]
-        weights = *depthwise, *pointwise, *(gammas or none), *(betas or none), probabilities
-        return needed(needs, *of_states, *map(fresh, weights))
+    @torch.library.register_fake("pdarts::cell_backward")
+    def _(grad, y, values, inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, needs):
+        none = [None] * (len(inputs) + len(weights) // 2)
+        of_inputs = [lambda x=x: channels_last(grad, *x.shape) for x in inputs]
+        return needed(needs, *of_inputs, *map(fresh, (*weights, *(gammas or none), *(betas or none), probabilities)))
 
     @torch.library.register_fake("pdarts::pool")
     def _(x, max, stride):
@@ -479,7 +552,7 @@ def _register_fakes():
         return grad.new_empty(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
 
     @torch.library.register_fake("pdarts::update_running")
-    def _(running_means, running_vars, statistics, batch, count, momentum):
+    def _(running_means, running_vars, statistics, batch, momentum):
         return None
 
 
@@ -555,5 +628,6 @@ def load(kind: str = "cpu"):
 
 from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
 
-__all__ = ["fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref", "mixed_sum"]
-__all__ += ["mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "use"]
+__all__ = ["cell", "cell_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
+__all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves_cells", "use"]
+__all__ += ["Norm", "Step", "Sum"]

@@ -13,19 +13,22 @@
 //     h(oh, i) = oh * stride - padding + i * dilation, w likewise
 //     y[n,oh,ow,o] = sum_c pointwise[o,c] * z[n,oh,ow,c]
 //
-// What lies outside of f(x) counts as 0. Without a kernel z is f(x).
+// What lies outside of f(x) counts as 0. Without a kernel z is f(x). With `second` it is a factorized reduction: the
+// first out/2 channels are a pointwise convolution of every second pixel, the others of those one row and one column on.
 struct PdartsSeparable {
   int64_t N, H, W, C, out;
   int32_t kernel;  // or 0
   int32_t stride, dilation, padding;
   int32_t type;
-  const void* x;           // [N,H,W,C]
-  const void* statistics;  // mean [C], or nullptr: 0 and 1
-  int64_t statistics_step; // from there to invstd [C]
-  const void* gamma;       // [C], or nullptr: 1
-  const void* beta;        // [C], or nullptr: 0
-  const void* depthwise;   // [C,kernel,kernel]
-  const void* pointwise;   // [out,C]
+  int64_t pixel;            // from a pixel of x to the next: C or more
+  const void* x;            // [N,H,W,C]
+  const void* statistics;   // mean [C], or nullptr: 0 and 1
+  int64_t statistics_step;  // from there to invstd [C]
+  const void* gamma;        // [C], or nullptr: 1
+  const void* beta;         // [C], or nullptr: 0
+  const void* depthwise;    // [C,kernel,kernel]
+  const void* pointwise;    // [out,C], or with second [out/2,C]
+  const void* second;       // [out - out/2,C], or nullptr
 };
 
 // Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of what is rectified,
@@ -39,6 +42,7 @@ extern "C" void separable_backward_cpu(
 struct PdartsPool {
   int64_t N, H, W, C;
   int32_t stride, max, type;
+  int64_t pixel;  // from a pixel of x, and of its gradient, to the next: C or more
   const void* x;  // [N,H,W,C]; for the gradient x and the results y are only needed with max
   const void* y;
 };

@@ -32,7 +32,7 @@ struct Separable : PdartsSeparable {
         beta_(beta_in.value_or(Tensor())) {
     TORCH_CHECK(x_.dim() == 4, "x has shape ", x_.sizes(), "; expected [N,C,H,W]");
     check_float("x", x_);
-    N = x_.size(0), C = x_.size(1), H = OH = x_.size(2), W = OW = x_.size(3), out = pointwise_.size(0);
+    N = x_.size(0), C = pixel = x_.size(1), H = OH = x_.size(2), W = OW = x_.size(3), out = pointwise_.size(0);
     type = type_of("x", x_), stride = dilation = 1;
     TORCH_CHECK(
         pointwise_.dim() == 4 && pointwise_.size(1) == C && pointwise_.size(2) == 1 && pointwise_.size(3) == 1 &&
@@ -142,7 +142,7 @@ PdartsPool pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor&
       size[2] >= 1 && size[3] >= 1 && stride >= 1 && stride <= kLargest, "x has shape ", size, " and stride is ",
       stride, "; expected at least one pixel and 1 to ", kLargest);
   int32_t type = type_of("x", like);
-  return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type, nullptr, nullptr};
+  return {size[0], size[2], size[3], size[1], static_cast<int32_t>(stride), max, type, size[1], nullptr, nullptr};
 }
 
 Tensor pool(const Tensor& x, bool max, int64_t stride) {

@@ -40,7 +40,7 @@ struct Correlation {
 };
 
 inline int64_t out_size(const PdartsSeparable& s, int64_t size) {
-  if (!s.kernel) return size;
+  if (!s.kernel) return s.second ? (size + 1) / 2 : size;
   int64_t room = size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1;
   return room < 0 ? 0 : room / s.stride + 1;
 }
@@ -123,13 +123,14 @@ struct Input {
 template <class A>
 struct Ring {
   int64_t size;  // of a row; the last tile may reach beyond the results
-  std::vector<A> memory;
   A* data;
 
-  explicit Ring(const Correlation& c)
-      : size(std::max<int64_t>(0, c.columns() + kTile * c.stride) * kBlock<A>),
-        memory(c.window() * size + kBlock<A>, A(0)),
-        data(reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63))) {}
+  static int64_t row(const Correlation& c) {
+    return std::max<int64_t>(0, c.columns() + kTile * c.stride) * kBlock<A>;
+  }
+  static int64_t elements(const Correlation& c) { return c.window() * row(c); }
+
+  Ring(const Correlation& c, A* memory) : size(row(c)), data(memory) { std::fill_n(data, elements(c), A(0)); }
 };
 
 // `n` pixels of `in`, from `from` on and `distance` elements apart, into a row of the ring; only the channels from

@@ -17,9 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Norm, Step, fused, node, pool, separable
-
-MAX_CANDIDATES = 64  # of one call, see mixed_op.h
+from . import Norm, Step, Sum, cell, fused, pool, serves_cells
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -52,6 +50,8 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
             if replacement:
                 module.__class__ = _subclass(replacement, type(module))
                 module.recompute = recompute
+                if isinstance(module, _Whole):
+                    module.norms = [m for m in module.modules() if _is_norm(m)]
             for stem in _stems(module) if _is_network(module) else ():
                 stem.register_forward_hook(_in_layout)
     return network
@@ -79,8 +79,25 @@ class _Recognised:
     def mixed_op(self, x, probabilities):
         return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
 
+    def skip_dropout(self, x):
+        return inverted_dropout(x, self.rate, x.shape) if self.training else x  # noqa: F821
+
+    def search_cell(self, s0, s1, probabilities):
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edges = iter(zip(self.edges, probabilities))
+        for _ in range(self.nodes):
+            states.append(self.node(list(zip(states, edges))))
+        return torch.cat(states[2:], dim=1)
+
     def search_node(self, incoming):
         return sum(edge(x, p) for x, (edge, p) in incoming)
+
+    def evaluation_cell(self, s0, s1, drop_path):
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edges = iter(zip(self._ops, self.sources))
+        for pair in zip(edges, edges):
+            states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
+        return torch.cat([states[i] for i in self.concat], dim=1)
 
     def evaluation_node(self, incoming, drop_path):
         return sum(self.edge(op, x, drop_path) for op, x in incoming)
@@ -133,6 +150,10 @@ def _is_relu(m):
     return type(m) is nn.ReLU
 
 
+def _is_identity(m):
+    return type(m) is nn.Identity
+
+
 def _is_norm(m):
     return type(m) is nn.BatchNorm2d
 
@@ -163,12 +184,34 @@ def _is_mixed_op(m):
     return _has(m, "forward", _Recognised.mixed_op)
 
 
+def _is_skip_dropout(m):
+    return _has(m, "forward", _Recognised.skip_dropout)
+
+
 def _is_search_cell(m):
     return _has(m, "node", _Recognised.search_node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
 
 
 def _is_evaluation_cell(m):
     return _has(m, "node", _Recognised.evaluation_node) and _has(m, "edge", _Recognised.edge)
+
+
+def _is_whole(m, forward, operations):
+    known = (_is_identity(op) or _is_skip_dropout(op) or isinstance(op, _Fused) for op in operations)
+    preprocessed = isinstance(m.preprocess0, _Fused) and isinstance(m.preprocess1, _Fused)
+    return preprocessed and all(known) and _has(m, "forward", forward)
+
+
+def _is_whole_search_cell(m):
+    operations = (op for edge in m.edges for op in edge.ops) if _is_search_cell(m) else [None]
+    return _is_search_cell(m) and _is_whole(m, _Recognised.search_cell, operations)
+
+
+def _is_whole_evaluation_cell(m):
+    if not (_is_evaluation_cell(m) and _is_whole(m, _Recognised.evaluation_cell, m._ops)):
+        return False
+    nodes = range(2, 2 + len(m._ops) // 2)  # one of no use gets no gradients in plain torch: there it stays
+    return set(nodes) <= {*m.sources, *m.concat} and len(set(m.concat)) == len(m.concat) and min(m.concat) >= 2
 
 
 def _is_network(m):
@@ -183,107 +226,141 @@ def _stems(network):
 # --- How it is computed -----------------------------------------------------------------------------------------------
 
 
-class _Value:
-    """Of a node, see kernels.node: a tensor, or what a step computes from the value `source`; norm: its batch norm."""
+class _Program:
+    """A cell, or a node of one, while it is put together: what `kernels.cell` takes.
 
-    def __init__(self, x=None, source=None, norm=None, **step):
-        self.x, self.source, self.norm, self.step = x, source, norm, step
+    A value is a number: -1, -2, ... are the inputs, 0, 1, ... what the operations compute.
+    """
 
-    def chain(self):
-        """What it is computed from, and itself."""
-        return [*(self.source.chain() if self.source else ()), self]
+    def __init__(self, recompute):
+        self.recompute, self.settings = recompute, None
+        self.inputs, self.operations, self.probabilities, self.norms = [], [], [], []
+
+    def input(self, x):
+        for i, known in enumerate(self.inputs):
+            if known is x:
+                return -1 - i
+        self.inputs.append(x)
+        return -len(self.inputs)
+
+    def step(self, *step, norm=None, **settings):
+        return self._add(Step(*step, **settings), norm)
+
+    def sum(self, terms, probabilities):
+        self.probabilities.append(probabilities)
+        return self._add(Sum(terms), None)
+
+    def _add(self, operation, norm):
+        self.operations.append(operation)
+        self.norms.append(norm)
+        return len(self.operations) - 1
+
+    def accepts(self, norms):
+        """Whether the settings of norms are those of all others; the first ones decide."""
+        self.settings = self.settings or next(map(_settings, norms), None)
+        return all(_settings(norm) == self.settings is not None for norm in norms)
+
+    def run(self, *outputs):
+        def number(value):
+            return -1 - value if value < 0 else value + len(self.inputs)
+
+        operations = [
+            Sum([number(term) for term in op.terms]) if isinstance(op, Sum) else op._replace(source=number(op.source))
+            for op in self.operations
+        ]
+        training, momentum, eps = self.settings or (False, 0.1, 1e-5)
+        if training:
+            torch._foreach_add_([norm.num_batches_tracked for norm in self.norms if norm], 1)
+        norms = [norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in self.norms]
+        norms = [None] * len(self.inputs) + norms
+        images = max(self.probabilities, key=torch.Tensor.dim).shape[1:]  # of which each has its own, or none
+        probabilities = torch.cat([p if p.dim() > len(images) else p[:, None].expand(-1, *images) for p in self.probabilities])
+        outputs = [number(value) for value in outputs]
+        settings = training, momentum, eps, self.recompute
+        return cell(self.inputs, operations, outputs, probabilities, norms, *settings)
 
 
-# Of the operations: `norms`, all of them; value(state), what they compute from a tensor; plain(x), by their layers.
+    def term(self, op, x):
+        """The value of op(x), x a tensor, as steps where that is possible."""
+        if not isinstance(op, _Fused):
+            return self.input(op(x))
+        return op.add_to(self, self.input(x)) if self.accepts(op.norms) else self.input(op.plain(x))
 
 
-class _FusedPool:
+def _settings(norm):
+    """Of a batch norm that is fused; None for others: without running statistics, with their mean, in 16 bits."""
+    fused = norm.track_running_stats and norm.momentum is not None
+    wide = fused and norm.running_mean.dtype in (torch.float32, torch.float64)
+    return (norm.training, norm.momentum, norm.eps) if wide else None
+
+
+def _sum(operations, probabilities, recompute):
+    """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
+    program = _Program(recompute)
+    terms = [program.term(op, x) for op, x in operations]
+    return program.run(program.sum(terms, probabilities))
+
+
+def _ones(x, *size):
+    return torch.ones(size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+class _Fused:
+    """An operation; add_to(program, value): what it computes from a value, as steps; norms: those of the steps."""
+
     norms = ()
+
+    def forward(self, x):
+        return _sum([(self, x)], _ones(x, 1), self.recompute)
+
+    def plain(self, x):
+        return super().forward(x)
+
+
+class _FusedPool(_Fused):
+    def forward(self, x):
+        return pool(x, self.kind, self.stride)
 
     @property
     def kind(self):
         return "max" if isinstance(self, nn.MaxPool2d) else "avg"
 
-    def forward(self, x):
-        return pool(x, self.kind, self.stride)
-
-    def value(self, state):
-        return _Value(source=state, kind=self.kind, stride=self.stride)
+    def add_to(self, program, value, norm=None):
+        return program.step(value, self.kind, stride=self.stride, norm=norm)
 
 
-class _FusedOperation:
+class _FusedOperation(_Fused):
     @property
     def norms(self):
         return [layer for layer in self.op if _is_norm(layer)]
 
-    def forward(self, x):
-        return _node([(self, x)], _ones(x, 1), self.recompute)
-
-    def plain(self, x):
-        return super().forward(x)
-
-    def value(self, state):
-        first, *others = self.op
-        if isinstance(first, _FusedPool):
-            value = first.value(state)
-            (value.norm,) = others
-            return value
-        for layer in self.op:
-            if _is_relu(layer):
-                step = {}
-            elif _is_norm(layer):
-                state = _Value(source=state, norm=layer, **step)
-            elif _is_pointwise(layer):
-                step["pointwise"] = layer.weight
-            else:
-                geometry = {name: getattr(layer, name)[0] for name in ("stride", "padding", "dilation")}
-                step |= geometry | {"depthwise": layer.weight}
-        return state
+    def add_to(self, program, value):
+        if isinstance(self.op[0], _FusedPool):
+            return self.op[0].add_to(program, value, self.op[1])
+        layers = [layer for layer in self.op if not _is_relu(layer)]
+        while layers:
+            weight, geometry = None, {}
+            if _is_depthwise(layers[0]):
+                depthwise = layers.pop(0)
+                weight = depthwise.weight
+                geometry = {name: getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation")}
+            pointwise, norm, *layers = layers
+            value = program.step(value, weights=(weight, pointwise.weight), norm=norm, **geometry)
+        return value
 
 
-class _FusedFactorizedReduce:
+class _FusedFactorizedReduce(_Fused):
     @property
     def norms(self):
         return [self.bn]
 
-    def forward(self, x):
-        return _node([(self, x)], _ones(x, 1), self.recompute)
-
-    def plain(self, x):
-        return super().forward(x)
-
-    def value(self, state):
-        # A convolution of stride 2 with a kernel of one pixel sees every second pixel.
-        halves = zip(_Diagonals.apply(state.x), (self.conv_1, self.conv_2))
-        reduced = [separable(x, None, conv.weight, recompute=self.recompute) for x, conv in halves]
-        return _Value(torch.cat(reduced, dim=1), norm=self.bn)
-
-
-class _Diagonals(torch.autograd.Function):
-    """x[:, :, ::2, ::2] and x[:, :, 1::2, 1::2], whose gradients are written into one tensor, not two that are added.
-
-    x: [N,C,H,W] -> two of [N,C,ceil(H/2),ceil(W/2)]; at odd sizes the second gets a row or column of zeros.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.shape = x.shape
-        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        return x[:, :, ::2, ::2].clone(), F.pad(x[:, :, 1::2, 1::2], odd)
-
-    @staticmethod
-    def backward(ctx, first, second):
-        _, _, h, w = ctx.shape
-        layout = torch.contiguous_format if first.is_contiguous() else torch.channels_last
-        gradient = torch.empty(ctx.shape, dtype=first.dtype, device=first.device, memory_format=layout)
-        gradient.zero_()[:, :, ::2, ::2] = first
-        gradient[:, :, 1::2, 1::2] = second[:, :, : h // 2, : w // 2]
-        return gradient
+    def add_to(self, program, value):
+        return program.step(value, "reduce", (self.conv_1.weight, self.conv_2.weight), norm=self.bn)
 
 
 class _FusedMixedOp:
     def forward(self, x, probabilities):
-        return _node([(op, x) for op in self.ops], probabilities[self.skip_none :], self.recompute)
+        return _sum([(op, x) for op in self.ops], probabilities[self.skip_none :], self.recompute)
 
 
 class _FusedSearchCell:
@@ -291,70 +368,73 @@ class _FusedSearchCell:
         """All candidates of all edges into a node are one sum."""
         operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
         probabilities = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
-        return _node(operations, probabilities, self.recompute)
+        return _sum(operations, probabilities, self.recompute)
 
 
 class _FusedEvaluationCell:
     def node(self, incoming, drop_path):
         """Both operations are one sum; drop-path weighs the images."""
-        ones = _ones(incoming[0][1], len(incoming[0][1]), 1, 1, 1)
-        kept = [ones if isinstance(op, nn.Identity) else self.edge(lambda _: ones, x, drop_path) for op, x in incoming]
-        dropped = any(k is not ones for k in kept)
-        probabilities = torch.stack([k.flatten() for k in kept]) if dropped else ones.new_ones(len(incoming))
-        return _node(incoming, probabilities, self.recompute)
+        probabilities = self.weights([op for op, _ in incoming], incoming[0][1], drop_path)
+        return _sum(incoming, probabilities, self.recompute)
+
+    def weights(self, operations, x, drop_path):
+        """Of the images, [operations,N]; [operations] if all are 1."""
+        ones = _ones(x, len(x), 1, 1, 1)
+        kept = [ones if _is_identity(op) else self.edge(lambda _: ones, x, drop_path) for op in operations]
+        if all(k is ones for k in kept):
+            return ones.new_ones(len(kept))
+        return torch.stack([k.flatten() for k in kept])
+
+
+class _Whole:
+    """A cell all of which is known: one program."""
+
+    def start(self, s0, s1):
+        """A program with the inputs of the nodes; None where single operations serve."""
+        program = _Program(self.recompute)
+        if not (serves_cells(s0) and program.accepts(self.norms)):
+            return None, None
+        pairs = (self.preprocess0, s0), (self.preprocess1, s1)
+        states = [program.sum([op.add_to(program, program.input(x))], _ones(x, 1)) for op, x in pairs]
+        return program, states
+
+
+class _WholeSearchCell(_Whole, _FusedSearchCell):
+    def forward(self, s0, s1, probabilities):
+        program, states = self.start(s0, s1)
+        if not program:
+            return super().forward(s0, s1, probabilities)
+        edges = iter(zip(self.edges, probabilities))
+        for _ in range(self.nodes):
+            incoming = list(zip(states, edges))
+            terms = [self.term(program, op, x, s1) for x, (edge, _) in incoming for op in edge.ops]
+            states.append(program.sum(terms, torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])))
+        return program.run(*states[2:])
+
+    def term(self, program, op, value, s1):
+        if not _is_skip_dropout(op):
+            return op.add_to(program, value)
+        # Skip-connects of stride 1 are between feature maps of the size of the nodes.
+        size = [(n + 1) // 2 if self.reduction else n for n in s1.shape[2:]]
+        ones = s1.new_ones(()).expand(len(s1), self.norms[-1].num_features, *size)
+        dropped = op(ones)
+        return value if dropped is ones else program.step(value, "product", (dropped, None))
+
+
+class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
+    def forward(self, s0, s1, drop_path):
+        program, states = self.start(s0, s1)
+        if not program:
+            return super().forward(s0, s1, drop_path)
+        edges = iter(zip(self._ops, self.sources))
+        for pair in zip(edges, edges):
+            terms = [states[source] if _is_identity(op) else op.add_to(program, states[source]) for op, source in pair]
+            states.append(program.sum(terms, self.weights([op for op, _ in pair], s1, drop_path)))
+        return program.run(*(states[i] for i in self.concat))
 
 
 def _in_layout(stem, inputs, output):
     return output.contiguous(memory_format=memory_format(output.device))
-
-
-def _ones(x, *size):
-    return torch.ones(size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-def _settings(norm):
-    """Of a batch norm that a node can take over; None for others: without running statistics, or with their mean."""
-    plain = norm.track_running_stats and norm.momentum is not None
-    return (norm.training, norm.momentum, norm.eps) if plain else None
-
-
-def _node(operations, probabilities, recompute):
-    """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
-    if len(operations) > MAX_CANDIDATES:
-        parts = slice(MAX_CANDIDATES), slice(MAX_CANDIDATES, None)
-        return sum(_node(operations[part], probabilities[part], recompute) for part in parts)
-    states, terms, settings = {}, [], None
-
-    def state(x):
-        return states.setdefault(id(x), _Value(x))
-
-    for op, x in operations:
-        known = isinstance(op, (_FusedPool, _FusedOperation, _FusedFactorizedReduce))
-        differ = {_settings(norm) for norm in op.norms} if known else set()
-        settings = settings or next(iter(differ), None)
-        if not known:
-            terms.append(state(op(x)))
-        elif differ - {settings} or None in differ:  # such as norms that are frozen
-            terms.append(state(op.plain(x)))
-        else:
-            terms.append(op.value(state(x)))
-    values = sorted(dict.fromkeys(v for term in terms for v in term.chain()), key=lambda v: v.source is not None)
-    number = {value: i for i, value in enumerate(values)}
-    norms = [value.norm for value in values]
-    training, momentum, eps = settings or (False, 0.1, 1e-5)
-    if training:
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms if norm], 1)
-    return node(
-        [value.x for value in values if value.source is None],
-        [Step(number[value.source], **value.step) for value in values if value.source],
-        [number[term] for term in terms],
-        probabilities,
-        [norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in norms],
-        training,
-        momentum,
-        eps,
-        recompute,
-    )
 
 
 _RULES = (
@@ -362,6 +442,8 @@ _RULES = (
     (_is_operation, _FusedOperation),
     (_is_factorized_reduce, _FusedFactorizedReduce),
     (_is_mixed_op, _FusedMixedOp),
+    (_is_whole_search_cell, _WholeSearchCell),
     (_is_search_cell, _FusedSearchCell),
+    (_is_whole_evaluation_cell, _WholeEvaluationCell),
     (_is_evaluation_cell, _FusedEvaluationCell),
 )

@@ -28,7 +28,7 @@ struct PdartsMixed {
   double eps;                 // invstd = 1 / sqrt(variance + eps)
   uint64_t batch;             // bit k: candidate k is normalised by the statistics of the batch
   const void* probabilities;  // [K] or [K,N]
-  void* statistics;           // [3,K,C]: mean, invstd and (only when it is written) the biased variance; or nullptr
+  void* statistics;           // [3,K,C]: mean, invstd and (only when it is written) the unbiased variance; or nullptr
   const void* x[PDARTS_MAX_CANDIDATES];
   const void* gamma[PDARTS_MAX_CANDIDATES];  // [C], or nullptr: 1
   const void* beta[PDARTS_MAX_CANDIDATES];   // [C], or nullptr: 0
@@ -53,10 +53,3 @@ struct PdartsMixedGradients {
 
 PDARTS_DECLARE(cpu)
 PDARTS_DECLARE(cuda)
-
-// On the CPU, a backward pass without the gradients of x, and instead the sums [2,K,C] that they depend on: of
-// p_kn * g * (x_k - mean_kc), and of p_kn * g, over images and pixels. With M = N * HW, scale = gamma * invstd:
-//
-//     grad_x_k = p_kn * scale * g    and, if k is in `batch`,    - scale / M * (invstd^2 * (x_k - mean_k) * s_0kc + s_1kc)
-extern "C" void mixed_sums_cpu(
-    const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, double* sums, void* scratch);

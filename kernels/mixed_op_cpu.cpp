@@ -326,7 +326,7 @@ void statistics_group(
       q += square + d * (2 * sum + n * d);
     });
     q = std::max(q, 0.0) / M;
-    mean[c] = s, invstd[c] = 1 / std::sqrt(q + m.eps), variance[c] = q;
+    mean[c] = s, invstd[c] = 1 / std::sqrt(q + m.eps), variance[c] = q * M / (M - 1);
   }
 }
 
@@ -618,16 +618,6 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
         if (m.batch >> k & 1) statistics_group<A>(l, m, k, group, at(group, 0, k), m.K * part);
       }
     }, apply);
-  });
-}
-
-void mixed_sums_cpu(
-    const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, double* sums, void* scratch) {
-  for_accumulator(m->type, [&](auto t) {
-    Backward<decltype(t)> b(*m, g, *gradients, ~uint64_t(0), sums, scratch);
-    one_pass(b.l, [&](int64_t group, int64_t unit) { b.add_up(group, unit); });
-    parallel(b.l.groups, [&](int64_t group) { b.finish(group); });
-    b.write_probabilities();
   });
 }
 

@@ -169,11 +169,9 @@ std::vector<Tensor> mixed_backward(
   return grads;
 }
 
-// Moves the running statistics of the outputs in `batch` towards those of the batch, like torch's batch_norm: the
-// variance unbiased, `count` values per channel.
+// Moves the running statistics of those in `batch` towards the statistics of the batch, like torch's batch_norm.
 void update_running(
-    at::TensorList running_means, at::TensorList running_vars, const Tensor& statistics, Flags batch, int64_t count,
-    double momentum) {
+    at::TensorList running_means, at::TensorList running_vars, const Tensor& statistics, Flags batch, double momentum) {
   TORCH_CHECK(
       statistics.dim() == 3 && statistics.size(0) == 3 && statistics.is_contiguous(), "statistics has shape ",
       statistics.sizes(), "; expected contiguous [3,K,C]");
@@ -184,15 +182,13 @@ void update_running(
     check_affine(name, running.vec(), statistics.size(2), statistics);
   };
   check("running_means", running_means), check("running_vars", running_vars);
-  if (!count) return;
-  double correction = static_cast<double>(count) / (count - 1);
   if (!statistics.is_cpu()) {
     std::vector<Tensor> means, vars;
     for (size_t k = 0; k < flags.size(); k++) {
       if (flags[k]) means.push_back(statistics[0][k]), vars.push_back(statistics[2][k]);
     }
     at::_foreach_mul_(running_means, 1 - momentum), at::_foreach_add_(running_means, means, momentum);
-    at::_foreach_mul_(running_vars, 1 - momentum), at::_foreach_add_(running_vars, vars, momentum * correction);
+    at::_foreach_mul_(running_vars, 1 - momentum), at::_foreach_add_(running_vars, vars, momentum);
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(statistics.scalar_type(), "update_running", [&] {
@@ -203,7 +199,7 @@ void update_running(
       scalar_t *mean = running_means[i].data_ptr<scalar_t>(), *var = running_vars[i++].data_ptr<scalar_t>();
       for (int64_t c = 0; c < C; c++) {
         mean[c] = momentum * batch_mean[c] + (1 - momentum) * mean[c];
-        var[c] = momentum * correction * batch_mean[variances + c] + (1 - momentum) * var[c];
+        var[c] = momentum * batch_mean[variances + c] + (1 - momentum) * var[c];
       }
     }
   });
@@ -296,7 +292,7 @@ TORCH_LIBRARY(pdarts, m) {
       "Tensor? statistics, bool[] batch, bool[] needs) -> Tensor[]");
   m.def(
       "update_running(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor statistics, bool[] batch, "
-      "int count, float momentum) -> ()");
+      "float momentum) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) {

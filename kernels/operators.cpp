@@ -1,6 +1,6 @@
 // The operators for torch: checks, memory formats, autograd. All in one source, since torch's headers take the longest
 // to compile.
 
+#include "cell_operators.h"
 #include "convolution_operators.h"
 #include "mixed_operators.h"
-#include "node_operators.h"

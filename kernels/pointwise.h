@@ -67,9 +67,10 @@ void multiply(const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, i
   });
 }
 
-// sum [out][padded in] += g^T x; g: [rows][out]; x: [rows][padded in]
+// sum [out][padded in] += g^T x; g: [rows][out], with rows `distance` apart; x: [rows][padded in]
 template <class A>
-void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t out, int64_t in, A* sum) {
+void multiply_transposed(
+    const A* g, int64_t distance, const A* x, int64_t rows, int64_t out, int64_t in, A* sum) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
   int64_t stride = padded<A>(in);
@@ -84,7 +85,7 @@ void multiply_transposed(const A* g, const A* x, int64_t rows, int64_t out, int6
         for (int64_t r = 0; r < rows; r++) {
           V values[NV];
           unroll<NV>([&](auto i) ALWAYS { values[i] = load<V>(x + r * stride + j + i * W); });
-          unroll<R * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] += g[r * out + o + i / NV] * values[i % NV]; });
+          unroll<R * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] += g[r * distance + o + i / NV] * values[i % NV]; });
         }
         unroll<R * NV>([&](auto i) ALWAYS { store(to + i / NV * stride + i % NV * W, total[i / NV][i % NV]); });
       }

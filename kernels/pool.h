@@ -31,16 +31,23 @@ void pool_forward(const PdartsPool& p, const A* x, A* y) {
       return a + b;
     }
   };
-  int64_t s = p.stride, OW = pooled(p.W, s), C = p.C, length = p.W * C;
+  int64_t s = p.stride, OW = pooled(p.W, s), C = p.C, length = p.W * C, line = p.W * p.pixel;
   std::vector<A> memory(length + 2 * C, MAX ? -std::numeric_limits<A>::infinity() : A(0));
   for (int64_t row = 0; row < pooled(p.H, s); row++) {
     Span rows(row, s, p.H);
-    const A* from = x + rows.first * length;
-    for_vectors<A>(length, [&](int64_t i, auto n) ALWAYS {
-      auto v = load_n(from + i, n);
-      for (int64_t h = 1; h < rows.size(); h++) v = join(v, load_n(from + h * length + i, n));
-      store_n(memory.data() + C + i, v, n);
-    });
+    auto join_rows = [&](const A* from, int64_t size, A* to) ALWAYS {
+      for_vectors<A>(size, [&](int64_t i, auto n) ALWAYS {
+        auto v = load_n(from + i, n);
+        for (int64_t h = 1; h < rows.size(); h++) v = join(v, load_n(from + h * line + i, n));
+        store_n(to + i, v, n);
+      });
+    };
+    const A* from = x + rows.first * line;
+    if (p.pixel == C) {
+      join_rows(from, length, memory.data() + C);
+    } else {
+      for (int64_t w = 0; w < p.W; w++) join_rows(from + w * p.pixel, C, memory.data() + (w + 1) * C);
+    }
     for (int64_t column = 0; column < OW; column++, y += C) {
       const A* three = memory.data() + column * s * C;
       A count = rows.size() * Span(column, s, p.W).size();
@@ -56,20 +63,20 @@ void pool_forward(const PdartsPool& p, const A* x, A* y) {
 // has the gradient.
 template <bool MAX, class A>
 void pool_backward(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x) {
-  int64_t s = p.stride, C = p.C, length = p.W * C;
+  int64_t s = p.stride, C = p.C, line = p.W * p.pixel;
   for (int64_t row = 0; row < pooled(p.H, s); row++) {
     Span rows(row, s, p.H);
     for (int64_t column = 0; column < pooled(p.W, s); column++, g += C) {
       Span columns(column, s, p.W);
-      int64_t first = rows.first * length + columns.first * C;
+      int64_t first = rows.first * line + columns.first * p.pixel;
       auto window = [&](int64_t i, auto n, int64_t height, int64_t width) ALWAYS {
         typename Simd<A>::vec zero{}, left = load_n(g + i, n), largest = zero;
         MAX ? largest = load_n(y + i, n) : left = left / A(height * width);
-        for (int64_t k = 0, at = first + i; k < height; k++, at += length) {
+        for (int64_t k = 0, at = first + i; k < height; k++, at += line) {
           for (int64_t j = 0; j < width; j++) {
-            A* to = grad_x + at + j * C;
+            A* to = grad_x + at + j * p.pixel;
             if (MAX) {
-              auto v = load_n(x + at + j * C, n);
+              auto v = load_n(x + at + j * p.pixel, n);
               auto found = (v == largest) | (v != v);
               store_n(to, load_n(to, n) + (found ? left : zero), n);
               left = found ? zero : left;

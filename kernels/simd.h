@@ -42,9 +42,10 @@ struct Buffer {
   struct Free {
     void operator()(A* p) const { ::operator delete(p, kLine); }
   };
+  int64_t size;
   std::unique_ptr<A, Free> memory;
 
-  explicit Buffer(int64_t n) : memory(static_cast<A*>(::operator new(n * sizeof(A), kLine))) {}
+  explicit Buffer(int64_t n) : size(n), memory(static_cast<A*>(::operator new(n * sizeof(A), kLine))) {}
   A* data() const { return memory.get(); }
 };
 

@@ -113,6 +113,40 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
         # A gradient of a probability is a sum in which much cancels.
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape, count", [((2, 3, 5, 7), 3), ((4, 36, 9, 9), 40), ((9, 36, 8, 8), 2), ((3, 2, 150, 150), 2),
+                                          ((2, 2100, 2, 3), 2), ((5, 70, 1, 1), 3), ((70, 20, 1, 33), 2)])
+@pytest.mark.parametrize("affine, norm", [(False, None), (True, "training"), (True, "evaluation"), (False, "training")])
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 4e-6)])
+def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_image(
+        device, memory, shape, count, affine, norm, images, dtype, bound):
+    torch.manual_seed(0)
+    tensors = [torch.randn(count, *[shape[0]] * images), *torch.randn(count, *shape), *torch.randn(2 * affine * count, shape[1])]
+    tensors = [t.double().to(device) for t in tensors]
+    gradient = torch.randn(shape).double().to(device)
+
+    def run(function, dtype):
+        leaves = [t.to(dtype) for t in tensors]
+        leaves = [t.contiguous(memory_format=memory) if t.dim() == 4 else t for t in leaves]
+        p, *ys = [t.detach().requires_grad_() for t in leaves]
+        ys, values = ys[:count], ys[count:]
+        if norm:  # the first is an identity, the second has neither gamma nor beta
+            running = [[None, *(f(shape[1], dtype=dtype, device=device) for _ in ys[1:])] for f in FRESH]
+            values = [[None, None, *v[2:]] for v in (values[:count], values[count:])] if affine else [None, None]
+            y = function(ys, p, *running, norm == "training", gammas=values[0], betas=values[1])
+            values = [v for v in (values[0] or []) + (values[1] or []) if v is not None]
+        else:
+            y, running = function(ys, p), [[], []]
+        gradients = torch.autograd.grad(y, [p, *ys, *values], gradient.to(dtype))
+        return [y.detach(), *gradients, *(t for statistics in running for t in statistics if t is not None)]
+
+    fused, plain = ((kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else
+                    (kernels.mixed_sum, kernels.mixed_sum_ref))
+    for i, (mine, right) in enumerate(zip(run(fused, dtype), run(plain, torch.float64), strict=True)):
+        assert mine.shape == right.shape
+        assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
+
 def test_second_derivative_of_the_fused_sum_is_refused(device):
     probabilities, y = leaves(device, 1)
     (gradient,) = torch.autograd.grad(summed(probabilities, y).sum(), probabilities, create_graph=True)
@@ -136,7 +170,7 @@ def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, messa
         kernels.mixed_sum([y.to(device) for y in outputs], probabilities.to(device))
 
 @pytest.mark.parametrize("means, variances, message", [
-    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries; expected 2"),
+    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries; exp"),
     ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
     ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
     ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
@@ -154,6 +188,17 @@ def test_fused_norm_refuses_a_single_value_per_channel(device):
 def test_fused_gradients_are_numerical_derivatives(device, function):
     assert torch.autograd.gradcheck(function, leaves(device, 3, dtype=torch.float64))
 
+def test_fused_gradients_of_affine_norms_and_probabilities_of_each_image_are_numerical_derivatives(device):
+    _, *outputs = leaves(device, 3, dtype=torch.float64)
+    others = [torch.rand(shape, dtype=torch.float64, device=device).requires_grad_() for shape in ((3, 2), (3,), (3,), (3,))]
+
+    def function(p, gamma_1, gamma_2, beta_2, *ys):
+        running = [[None, *(f(3, dtype=torch.float64, device=device) for _ in ys[1:])] for f in FRESH]
+        affine = {"gammas": [None, gamma_1, gamma_2], "betas": [None, None, beta_2]}
+        return kernels.mixed_norm_sum(list(ys), p, *running, True, **affine)
+
+    assert torch.autograd.gradcheck(function, [*others, *outputs])
+
 @pytest.mark.parametrize("function", [summed, normed])
 def test_fused_mixed_operation_compiles_without_graph_breaks(device, function):
     inputs = leaves(device, 3)
@@ -165,14 +210,13 @@ def test_fused_mixed_operators_pass_opcheck(device):
     ops, (probabilities, *outputs) = torch.ops.pdarts, leaves(device, 3)
     detached, statistics, batch = [y.detach() for y in outputs], torch.rand(3, 3, 3, device=device), [False, True, True]
     running = [[f(3, device=device), f(3, device=device)] for f in FRESH]
-    affine = [None, *torch.rand(2, 3, device=device)]
+    affine, needs = [None, *torch.rand(2, 3, device=device)], [True] * 4 + [False, True, True] + [False] * 3
     assert_passes_opcheck(
         (ops.mixed, (outputs, probabilities, [], [], None, [False] * 3, 0.0)),
         (ops.mixed, (outputs, probabilities, [], affine, statistics, [False] * 3, 0.0)),
         (ops.mixed, (outputs, torch.rand(3, 2, device=device), affine, affine, None, batch, 1e-5)),
-        (ops.update_running, (*running, statistics, batch, 10, 0.1)),
-        (ops.mixed_backward,
-         (detached[0], detached, probabilities.detach(), affine, [], statistics, batch, [True] * 4 + [False, True, True] + [False] * 3)))
+        (ops.update_running, (*running, statistics, batch, 0.1)),
+        (ops.mixed_backward, (detached[0], detached, probabilities.detach(), affine, [], statistics, batch, needs)))
 
 def test_fused_mixed_operation_gives_the_same_bits_with_any_number_of_threads(device):
     inputs = leaves(device, 3, (32, 16, 32, 32))
@@ -306,11 +350,16 @@ def test_fused_separable_convolution_equals_plain_torch(
     inputs = [torch.randn(shape).to(place, dtype) for shape in shapes]
     settings = [stride, dilation * (size // 2), dilation]
 
+    affine = 2 if norm and channels > 1 else 0  # gamma and beta
+    inputs += [torch.randn(channels).to(place, dtype) for _ in range(affine)]
+
     def run(function, dtype):
-        x, pointwise, *depthwise = leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        x, pointwise, *others = leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        depthwise, values = others[: len(others) - affine], dict(zip(("gamma", "beta"), others[len(others) - affine :]))
         between = ((-1, 1), (0.5, 2)) if norm else ()
         running = [torch.linspace(*ends, channels, dtype=torch.float64).to(place, dtype) for ends in between]
-        y = function(x, *depthwise or [None], pointwise, *settings, *running, training=norm == "training", momentum=0.3)
+        values |= {"training": norm == "training", "momentum": 0.3}
+        y = function(x, *depthwise or [None], pointwise, *settings, *running, **values)
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(place, dtype)
         return [y, *torch.autograd.grad(y, leaves, gradient), *running]
 
@@ -375,7 +424,7 @@ def test_fused_separable_convolution_passes_gradcheck_opcheck_and_compiles():
         (ops.separable, (x, None, pointwise, None, None, None, False, 0.0, 1, 0, 1)),
         (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] * 3 + [False] * 2)),
         (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] + [False] * 4)),
-        (ops.separable_backward, (gradient, *detached, *affine, statistics, True, 1, 1, 1, [True, False, True] + [True] * 2)))
+        (ops.separable_backward, (gradient, *detached, *affine, statistics, True, 1, 1, 1, [True, False] + [True] * 3)))
     for f in function, after_norm:
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
         mine, right = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, f))

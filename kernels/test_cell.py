@@ -1,0 +1,247 @@
+"""The fused cell against its plain twin in torch: values, gradients, statistics, what is kept, messages."""
+
+import functools
+
+import pytest
+import torch
+
+import kernels
+from kernels import Norm, Step, Sum, cell, cell_ref
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fused():
+    before = kernels.use("on")
+    yield
+    kernels.use(before)
+
+
+class Case:
+    """A cell with all that there is: every kind of step, sums as terms, a sum that is no output, two outputs.
+
+    tensors: those that gradients are asked for; arguments(tensors, dtype): of `cell`; running: the statistics in them.
+    """
+
+    def __init__(self, shape=(2, 4, 5, 6), stride=1, affine=True, images=False, training=True):
+        torch.manual_seed(0)
+        n, c, h, w = shape
+        self.training, self.tensors = training, []
+        large = (h, w) if stride == 1 else (2 * h - 1, 2 * w)
+        a, b, small = (self.leaf(n, *size) for size in ((c, *large), (c + 3, *large), (c, h, w)))
+        depthwise = [self.leaf(channels, 1, k, k) for channels, k in ((c, 3), (c, 5), (c + 3, 3), (c, 3))]
+        pointwise = [self.leaf(*size, 1, 1) for size in ((c, c), (c, c), (c, c + 3), (c, c), (c, c))]
+        halves = [self.leaf(half, c + 3, 1, 1) for half in (c // 2, c - c // 2)]
+        mask = (torch.rand(shape, dtype=torch.float64) < 0.7) / 0.7
+        self.inputs = [a, b, small]
+        self.operations = [
+            Step(0, "separable", (depthwise[0], pointwise[0]), stride, 1, 1),  # 3
+            Step(3, "separable", (depthwise[1], pointwise[1]), 1, 2, 1),  # 4
+            Step(1, "separable", (depthwise[2], pointwise[2]), stride, 2, 2),  # 5
+            Step(0, "max", stride=stride),  # 6
+            Sum([4, 2, 5, 6, 2]),  # 7
+            Step(7, "avg"),  # 8
+            Step(2, "separable", (None, pointwise[3])),  # 9
+            Step(7, "product", (mask, None)),  # 10
+            Sum([8, 7, 9, 10]),  # 11
+            Step(11, "separable", (depthwise[3], pointwise[4]), 1, 1, 1),  # 12
+            Sum([12, 11]),  # 13
+            Sum([7]),  # 14, not an output, as the first
+            Step(14, "max"),  # 15
+            Sum([15, 13]),  # 16
+        ]
+        if stride == 2:
+            self.operations += [Step(1, "reduce", halves), Sum([17])]  # 18
+        else:
+            del self.tensors[-2:]
+        self.outputs = [11, 16, 18][: stride + 1]
+        normed = [3, 4, 5, 6, 8, 9, 12, 17][: 7 + (stride == 2)]
+        self.norms = [None] * (len(self.inputs) + len(self.operations))
+        self.running = []
+        for value in normed:
+            self.running += [torch.randn(c, dtype=torch.float64), torch.rand(c, dtype=torch.float64) + 0.5]
+            gamma, beta = (self.leaf(c), self.leaf(c)) if affine and value % 4 else (None, None)
+            self.norms[value] = Norm(*self.running[-2:], gamma, beta)
+        terms = sum(len(op.terms) for op in self.operations if isinstance(op, Sum))
+        self.probabilities = self.leaf(terms, *[n] * images)
+
+    def leaf(self, *size):
+        self.tensors.append(torch.randn(size, dtype=torch.float64))
+        return self.tensors[-1]
+
+    def arguments(self, tensors, running):
+        """Of `cell`, with these instead of its own."""
+        known = {id(mine): other for mine, other in zip(self.tensors + self.running, [*tensors, *running])}
+        dtype = tensors[0].dtype
+
+        def swap(t):
+            return t if t is None else known.get(id(t), t.to(dtype))
+
+        operations = [
+            op if isinstance(op, Sum) else op._replace(weights=tuple(map(swap, op.weights))) for op in self.operations
+        ]
+        norms = [norm and Norm(*map(swap, norm)) for norm in self.norms]
+        inputs = [swap(x) for x in self.inputs]
+        return inputs, operations, self.outputs, swap(self.probabilities), norms, self.training, 0.3
+
+    def run(self, function, dtype=torch.float64, needed=None):
+        """Result, gradients and running statistics."""
+        tensors = [t.detach().to(dtype).requires_grad_(needed is None or i in needed) for i, t in enumerate(self.tensors)]
+        running = [t.to(dtype, copy=True) for t in self.running]
+        y = function(*self.arguments(tensors, running))
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(dtype)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], gradient), *running]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 16, 8, 8), (4, 36, 9, 9), (2, 20, 1, 33), (5, 64, 4, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("affine, images", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_cell_equals_plain_torch(shape, stride, affine, images, training):
+    case = Case(shape, stride, affine, images, training)
+    for mine, right in zip(case.run(cell), case.run(cell_ref), strict=True):
+        assert mine.shape == right.shape and (mine - right).norm() <= 1e-11 * right.norm().clamp_min(1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fused_cell_in_float32_is_about_as_exact_as_plain_torch(stride):
+    case = Case((4, 36, 16, 16), stride)
+    right, mine, plain = case.run(cell_ref), case.run(cell, torch.float32), case.run(cell_ref, torch.float32)
+    for a, b, r in zip(mine, plain, right, strict=True):
+        errors = [float((t.double() - r).norm() / r.norm()) for t in (a, b)]
+        assert errors[0] <= 3 * errors[1] + 1e-6
+
+
+def test_fused_cell_gradients_are_numerical_derivatives():
+    case = Case((2, 2, 3, 3), 2, images=True)
+
+    def function(*tensors):  # every call finds the same running statistics
+        return cell(*case.arguments(tensors, [t.clone() for t in case.running]))
+
+    assert torch.autograd.gradcheck(function, [t.clone().requires_grad_() for t in case.tensors])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
+    case, calls = Case((2, 3, 4, 4), 2, training=training), []
+    tensors = [t.clone().requires_grad_() for t in case.tensors]
+    operator = torch.ops.pdarts.cell
+    monkeypatch.setattr(torch.ops.pdarts, "cell", lambda *arguments: calls.append(arguments) or operator(*arguments))
+    cell(*case.arguments(tensors, [t.clone() for t in case.running]))
+    monkeypatch.undo()
+    (arguments,) = calls
+    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    assert set(check(torch.ops.pdarts.cell, (*arguments[:-1], True)).values()) == {"SUCCESS"}
+    with torch.no_grad():
+        y, statistics, values = operator(*arguments[:-1], True)
+        inputs, weights, gammas, betas, probabilities, given, program, outputs, batch, *_ = arguments
+        detached = [[t if t is None else t.detach() for t in some] for some in (inputs, weights, gammas, betas)]
+        given = statistics if given is None else given
+        needs = [t is not None and t.requires_grad for some in (inputs, weights, gammas, betas) for t in some] + [True]
+        tail = *detached, probabilities.detach(), given, program, outputs, batch, needs
+    assert set(torch.library.opcheck(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail)).values()) == {"SUCCESS"}
+
+
+def test_fused_cell_compiles_without_graph_breaks():
+    case = Case((2, 3, 4, 4))
+    tensors = [t.clone().requires_grad_() for t in case.tensors]
+
+    def function(*tensors):
+        return cell(*case.arguments(tensors, [t.clone() for t in case.running]))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mine, right = (torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (compiled, function))
+    assert all(map(torch.equal, mine, right))
+
+
+def test_fused_cell_gives_the_same_bits_with_any_number_of_threads():
+    case, threads, results = Case((9, 16, 16, 16), 2, images=True), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(case.run(cell, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_fused_cell_computes_only_the_gradients_that_are_asked_for():
+    case = Case((3, 5, 6, 6), 2)
+    y, *every = case.run(cell)
+    count = len(case.tensors)
+    for needed in ([0], [count - 1], [1, 4], [3], range(2), range(3, count), *([i] for i in range(5, count - 1))):
+        _, *some = case.run(cell, needed=set(needed))
+        for mine, i in zip(some, needed):
+            assert torch.allclose(mine, every[i], rtol=1e-12, atol=1e-14)
+
+
+def test_fused_cell_without_gradients_keeps_nothing_and_computes_the_same():
+    for training in True, False:
+        case = Case((9, 5, 6, 6), 2, training=training)
+        y, *_ = case.run(cell)
+        with torch.no_grad():
+            other = cell(*case.arguments(case.tensors, [t.clone() for t in case.running]))
+        assert torch.equal(y, other)
+
+
+def test_fused_cell_keeps_its_values_inputs_and_result_only():
+    case, kept = Case((2, 4, 5, 6)), {}
+    tensors = [t.clone().requires_grad_() for t in case.tensors]
+    channels_last = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        cell(*case.arguments(channels_last, case.running))
+    values = len(case.operations) * 2 * 4 * 5 * 6
+    others = sum(t.numel() for t in tensors) + 3 * len(case.norms) * 4 + 2 * 4 * 5 * 6  # weights, statistics, the mask
+    assert sum(kept.values()) <= values + others
+
+
+def test_second_derivative_of_the_fused_cell_is_refused():
+    case = Case()
+    tensors = [t.clone().requires_grad_() for t in case.tensors]
+    y = cell(*case.arguments(tensors, case.running))
+    (gradient,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+
+X = torch.rand(2, 4, 6, 6)
+ONE = torch.ones(1)
+POINTWISE = (None, torch.rand(4, 4, 1, 1))
+NORM = Norm(torch.zeros(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("inputs, operations, outputs, probabilities, norms, message", [
+    ([X, X.double()], [Sum([0])], [2], ONE, None, "inputs.1. is a Double .2, 4, 6, 6. on cpu; expected a Float"),
+    ([X, X[:1]], [Sum([0])], [2], ONE, None, "inputs.1. is a Float .1, 4, 6, 6. on cpu; expected a Float .2,C,H,W."),
+    ([X[0]], [Sum([0])], [1], ONE, None, "inputs.0. is a Float .4, 6, 6. on cpu; expected"),
+    ([X], [Sum([0, 1])], [1], torch.ones(2), None, "operation 0 reads value 1; expected 0 to 0"),
+    ([X], [Sum([])], [1], torch.ones(0), None, "operation 0 is a sum of 0 terms; expected 1 or more"),
+    ([X, X[:, :, 1:]], [Sum([0, 1])], [2], torch.ones(2), None, "terms of operation 0 differ in size"),
+    ([X], [Step(0, "mean"), Sum([1])], [2], ONE, None, "a step is of kind 'mean'; expected one of"),
+    ([X], [Step(0, "max"), Sum([0])], [2], ONE, None, "value 1 is used 0 times; expected 1"),
+    ([X], [Step(0, "max"), Sum([1, 1])], [2], torch.ones(2), None, "value 1 is used 2 times; expected 1"),
+    ([X], [Step(0, "max"), Sum([1])], [1], ONE, None, "outputs.0. is 1; expected sums of one size, each once"),
+    ([X], [Sum([0])], [1, 1], ONE, None, "outputs.0. is 1; expected sums of one size, each once"),
+    ([X], [Sum([0])], [], ONE, None, "outputs has 0 entries; expected 1 or more"),
+    ([X], [Sum([0])], [1], torch.ones(2), None, "probabilities has shape .2.; expected .1."),
+    ([X], [Sum([0])], [1], torch.ones(1, 3), None, "probabilities has shape .1, 3.; expected .1."),
+    ([X], [Sum([0])], [1], ONE, [NORM, None], "value 0 has a norm; expected none, since it is an input"),
+    ([X], [Sum([0])], [1], ONE, [None], "norms has 1 entries; expected 1 . 1, one for each value"),
+    ([X], [Step(0), Sum([1])], [2], ONE, None, "weights.1. is None; expected a Float .-1, 4, 1, 1., -1: any"),
+    ([X], [Step(0, "separable", (X, POINTWISE[1])), Sum([1])], [2], ONE, None, "weights.0. is a Float .2, 4, 6, 6."),
+    ([X], [Step(0, "separable", (torch.rand(4, 1, 7, 7), POINTWISE[1])), Sum([1])], [2], ONE, None, "not larger than"),
+    ([X], [Step(0, "max", stride=0), Sum([1])], [2], ONE, None, "stride, padding and dilation of operation 0 are 0"),
+    ([X], [Step(0, "max", stride=2**32), Sum([1])], [2], ONE, None, "expected at least 1, 0 and 1, and at most 256"),
+    ([X], [Step(0, "product", (X[:1], None)), Sum([1])], [2], ONE, None, "weights.0. does not fit; expected a Float"),
+    ([X], [Step(0, "reduce", POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is None; expected a Float"),
+    ([X], [Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [3], ONE, [None, NORM, None, None],
+     "operation 1 reads value 1, which has a norm; expected that of a separable convolution only"),
+    ([X], [Step(0, "separable", (None, torch.rand(3, 4, 1, 1))), Sum([1]), Step(0, "max"), Sum([3])], [2], ONE, None,
+     "operation 2 computes 4 channels; expected 3 as the first one does"),
+    ([X[:1, :, :1, :1]], [Step(0, "max"), Sum([1])], [2], ONE, [None, NORM, None],
+     "value 1 has shape .1,4,1,1.; expected more than one value per channel"),
+])
+def test_fused_cell_names_what_does_not_fit(inputs, operations, outputs, probabilities, norms, message):
+    with pytest.raises(RuntimeError, match=message):
+        cell(inputs, operations, outputs, probabilities, norms, training=True)
