@@ -9,8 +9,6 @@
 // Units depend on the shape alone, and what they add up is added in their order, in double: the number of threads does
 // not matter.
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <memory>
 
@@ -21,6 +19,8 @@
 using namespace pdarts;
 
 namespace {
+
+constexpr int64_t kAtOnce = 4096;  // elements of a gradient that stay in the first-level cache
 
 using Operation = PdartsOperation;
 using Value = PdartsValue;
@@ -104,15 +104,6 @@ class Cell {
     return static_cast<const A*>(cell.probabilities)[cell.per_image ? place * cell.N + n : place];
   }
 
-  // f(workspace, unit, its first image, how many)
-  template <class F>
-  void for_units(F f) const {
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      Workspace<A> work;
-      for (int64_t i = begin; i < end; i++) f(work, i, i * images, std::min(images, cell.N - i * images));
-    });
-  }
-
   void prepare(const std::vector<int64_t>& some, bool forward) {
     parallel(some.size(), [&](int64_t j) {
       int64_t i = some[j];
@@ -126,6 +117,30 @@ class Cell {
                         op.weight, reduce ? op.weight : op.pointwise, reduce ? op.pointwise : nullptr};
       calls[i] = std::make_unique<Separable<A>>(s, forward, !forward);
     });
+    for (int64_t v = 0; v < count; v++) {
+      std::vector<Separable<A>*> readers;
+      for (int64_t i : some) {
+        if (calls[i] && operation(i).source == v && operation(i).kernel) readers.push_back(calls[i].get());
+      }
+      if (value(v).x && readers.size() > 1) Separable<A>::share(readers);
+    }
+  }
+
+  // The operations of a phase, in the order in which a unit goes through them; in a backward pass they come last first.
+  // Between sums those that read the same value stand side by side. None comes before one that it depends on, since
+  // values are numbered in the order in which they are computed.
+  std::vector<int64_t> in_phase(const std::vector<int64_t>& phase, int64_t p, bool backward) const {
+    std::vector<int64_t> some;
+    for (int64_t i = 0; i < operations(); i++) {
+      if (phase[i] == p) some.push_back(i);
+    }
+    auto sum = [&](int64_t i) { return sums_up(i); };
+    for (auto begin = some.begin(), end = begin; begin != some.end(); begin = std::find_if_not(end, some.end(), sum)) {
+      end = std::find_if(begin, some.end(), sum);
+      std::stable_sort(begin, end, [&](int64_t a, int64_t b) { return operation(a).source < operation(b).source; });
+    }
+    if (backward) std::reverse(some.begin(), some.end());
+    return some;
   }
 
   PdartsPool pool(int64_t i) const {
@@ -154,33 +169,33 @@ class Cell {
       if (!sums_up(i)) after(operation(i).source);
       for (int64_t term : operation(i).terms) after(term);
     }
-    find_offsets();
+    std::vector<std::vector<int64_t>> phases;
     for (int64_t p = 0, last = *std::max_element(phase.begin(), phase.end()); p <= last; p++) {
-      std::vector<int64_t> some;
-      for (int64_t i = 0; i < operations(); i++) {
-        if (phase[i] == p) some.push_back(i);
-      }
-      forward_phase(some);
+      phases.push_back(in_phase(phase, p, false));
     }
+    find_offsets(phases);
+    for (const std::vector<int64_t>& some : phases) forward_phase(some);
   }
 
  private:
   // A value that is not kept takes the place of one that is not needed any more.
-  void find_offsets() {
+  void find_offsets(const std::vector<std::vector<int64_t>>& phases) {
     struct Place {
-      int64_t offset, size, last;  // last: the last operation that reads what lies there
+      int64_t offset, size, last;  // last: when what lies there is read last
     };
     std::vector<Place> places;
-    std::vector<int64_t> last(count, -1);
-    for (int64_t i = 0; i < operations(); i++) {
-      if (!sums_up(i)) last[operation(i).source] = i;
-      for (int64_t term : operation(i).terms) last[term] = i;
+    std::vector<int64_t> order, last(count, -1);
+    for (const std::vector<int64_t>& some : phases) order.insert(order.end(), some.begin(), some.end());
+    for (int64_t now = 0; now < operations(); now++) {
+      const Operation& op = operation(order[now]);
+      if (op.kind != Operation::kSum) last[op.source] = now;
+      for (int64_t term : op.terms) last[term] = now;
     }
     offset.assign(count, 0);
-    for (int64_t i = 0; i < operations(); i++) {
-      int64_t v = result(i), size = images * image(value(v));
+    for (int64_t now = 0; now < operations(); now++) {
+      int64_t v = result(order[now]), size = images * image(value(v));
       if (value(v).x) continue;
-      auto free = std::find_if(places.begin(), places.end(), [&](Place p) { return p.last < i && p.size >= size; });
+      auto free = std::find_if(places.begin(), places.end(), [&](Place p) { return p.last < now && p.size >= size; });
       if (free == places.end()) free = places.insert(free, {not_kept, size, 0}), not_kept += size;
       free->last = last[v], offset[v] = free->offset;
     }
@@ -195,7 +210,7 @@ class Cell {
     int64_t size = some.size();
     prepare(some, true);
     sums.assign(units * size * 2 * C, 0.0), pivots.assign(units * size * wide, A(0));
-    for_units([&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
+    for_units<A>(cell.N, images, [&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
       for (int64_t j = 0; j < size; j++) {
         forward_operation(work, some[j], n, number, &sums[(unit * size + j) * 2 * C], &pivots[(unit * size + j) * wide]);
       }
@@ -295,7 +310,10 @@ class Cell {
             const Value& term = value(op.terms[k]);
             const A* x = elements(op.terms[k], j, n, local) + pixel * term.pixel + c;
             V mean = load<V>(means + k * wide + c), scale = load<V>(scales + k * wide + c);
-            unroll<S>([&](auto s) ALWAYS { sum[s] += scale * (load_n(x + s * term.pixel, left) - mean); });
+            unroll<S>([&](auto s) ALWAYS {
+              __builtin_prefetch(x + (S + s) * term.pixel);  // terms are too many for the processor to see it coming
+              sum[s] += scale * (load_n(x + s * term.pixel, left) - mean);
+            });
           }
           unroll<S>([&](auto s) ALWAYS { store_n(y + (pixel + s) * v.pixel + c, sum[s], left); });
         };
@@ -380,12 +398,12 @@ class Cell {
       }
     }
     for (int64_t p = 0; p <= last_phase(); p++) {
-      for (int64_t i = operations() - 1; i >= 0; i--) {
+      for (int64_t i : in_phase(phase, p, true)) {
         for (int64_t u : terms[i].values) {
           Gradient& mine = gradient[u];
           // A term that an operation computes has that of the sum; all others have one of their own.
           bool own = !(sums_up(i) && intermediate(u));
-          if (phase[i] == p && own && mine.wanted && mine.first < 0) mine.first = i;
+          if (own && mine.wanted && mine.first < 0) mine.first = i;
         }
       }
     }
@@ -407,11 +425,9 @@ class Cell {
   int64_t last_phase() const { return *std::max_element(phase.begin(), phase.end()); }
 
   void backward_phase(int64_t p) {
-    std::vector<int64_t> some;
+    std::vector<int64_t> some = in_phase(phase, p, true);
     int64_t size = 0;
-    for (int64_t i = operations() - 1; i >= 0; i--) {
-      if (phase[i] != p) continue;
-      some.push_back(i);
+    for (int64_t i : some) {
       std::vector<int32_t>& values = terms[i].values;
       terms[i].any = std::any_of(values.begin(), values.end(), [&](int64_t v) { return sum_needed(i, v); });
       terms[i].sums = size;
@@ -424,7 +440,7 @@ class Cell {
       if (intermediate(result(i)) && !value(result(i)).batch) find_coefficients(result(i), nullptr, nullptr);
     });
     sums.assign(size, 0.0);
-    for_units([&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
+    for_units<A>(cell.N, images, [&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
       if (p == 0) copy_given(n, number);
       for (int64_t i : some) {
         sums_up(i) ? pass_on(i, n, number) : backward_operation(work, i, unit, n, number);
@@ -523,6 +539,7 @@ class Cell {
     bool batch = value(v).batch;
     for (int64_t row = first; row < first + rows; row++, g += value(other).pixel, x += C, to += C) {
       A p = place[v] < 0 ? A(1) : probability(place[v], n + row / pixels(value(v)));
+      __builtin_prefetch(x + rows * C);
       for_vectors<A>(C, [&](int64_t k, auto left) ALWAYS {
         V all = p * load<V>(a + k) * load_n(g + k, left);
         if (batch) all += load<V>(b + k) * (load_n(x + k, left) - load<V>(mean + k)) + load<V>(c + k);
@@ -541,7 +558,7 @@ class Cell {
       double* mine = &sums[terms[i].sums + j * (size + 1) * C];
       const A* g = complete(own, j);
       for (int64_t row = 0, rows; row < pixels(of); row += rows, g += rows * of.pixel) {
-        rows = std::min(kRowsAtOnce, pixels(of) - row);
+        rows = std::min(std::max<int64_t>(16, kAtOnce / C), pixels(of) - row);
         for (int64_t k = 0; k < size; k++) {
           if (!sum_needed(i, values[k])) continue;
           const Value& term = value(values[k]);

@@ -17,9 +17,11 @@ constexpr int kRegisterRows = kVector == 64 ? (NV <= 3 ? 8 : 4) : NV == 1 ? 8 : 
 template <class A, class F>
 void for_register_vectors(int64_t n, F f) {
   int64_t vectors = padded<A>(n) / Simd<A>::W;
-  if (vectors % 5 == 0) return f(std::integral_constant<int, 5>());
-  if (vectors % 4 == 0) return f(std::integral_constant<int, 4>());
-  if (vectors % 3 == 0) return f(std::integral_constant<int, 3>());
+  if constexpr (std::is_same_v<A, float>) {  // each takes a second to compile
+    if (vectors % 5 == 0) return f(std::integral_constant<int, 5>());
+    if (vectors % 4 == 0) return f(std::integral_constant<int, 4>());
+    if (vectors % 3 == 0) return f(std::integral_constant<int, 3>());
+  }
   if (vectors % 2 == 0) return f(std::integral_constant<int, 2>());
   f(std::integral_constant<int, 1>());
 }
@@ -34,10 +36,10 @@ INLINE void for_register_rows(int64_t n, F f) {
   for (; row < n; row++) f(row, std::integral_constant<int, 1>());
 }
 
-// put(row, j, v, n) for all vectors v of the product a [rows][K], with rows `stride` apart, times b [K][padded J]; n is
-// the number of elements, from j on, as `for_vectors` gives it.
-template <class A, class Put>
-void multiply(const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, int64_t J, Put put) {
+// y [rows][J] = a [rows][K] * b [K][padded J]; stride, distance: from a row of a, of y, to the next.
+template <class A>
+void multiply(
+    const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, int64_t J, A* y, int64_t distance) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
   int64_t columns = padded<A>(J);
@@ -56,11 +58,8 @@ void multiply(const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, i
         }
         unroll<R * NV>([&](auto i) ALWAYS {
           int64_t at = j + i % NV * W;
-          if (at + W <= J) {
-            put(first + i / NV, at, sum[i / NV][i % NV], std::integral_constant<int64_t, W>());
-          } else {
-            put(first + i / NV, at, sum[i / NV][i % NV], J - at);
-          }
+          A* to = y + (first + i / NV) * distance + at;
+          at + W <= J ? store(to, sum[i / NV][i % NV]) : store_some(to, sum[i / NV][i % NV], J - at);
         });
       }
     });
