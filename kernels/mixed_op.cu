@@ -5,7 +5,8 @@
 // the same bits at every call, on any GPU.
 //
 // Where the statistics of the batch, or their part in the gradients, come first, the candidates are read twice, and g
-// too: sums, then results. The least is once, and the cache makes it that if it holds them. All else is small.
+// too: sums, then results. The least is once, and the cache makes it that if it holds them. All else is small; where
+// images have their own probabilities, the sums of each are an HW-th of the candidates, in float.
 
 // torch compiles without the conversions of half and bfloat16, which this file needs.
 #undef __CUDA_NO_HALF_CONVERSIONS__
@@ -77,70 +78,97 @@ __device__ __forceinline__ void store(void* p, int64_t i, const A (&values)[V]) 
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A row is what a thread takes at once: V elements of a channel, or in channels-last V channels of a pixel. A block is
-// [y, x] threads: x lie side by side on the channels of a pixel (1 in other layouts), y take rows in turn, together
-// with the blocks of other splits.
+// [y, x] threads: x lie side by side on channels, y take rows in turn, together with the blocks of other splits. Images
+// with probabilities of their own are divided one by one, each into splits of its own.
 struct Division {
   int x, y;
   int64_t channels;        // 1 in a plain tensor
-  int64_t rows, plane;     // of a channel, or in channels-last of all pixels; and of a plane in [N,C,HW]
+  int images;              // that are divided one by one; 1: all of them together. 64 bits would cost registers
+  int64_t rows, plane;     // of a channel of these, or in channels-last of all channels; and of a plane in [N,C,HW]
   int64_t width;           // elements of a row that are of one channel
   int64_t blocks, splits;  // blocks for all channels; and how many share the same rows
-  int64_t images, rest;  // from a thread's row to its next in [N,C,HW]: whole planes, and rows
+  int shift;               // split s of all is of image s >> shift
+  int64_t first;           // image of a launch
+  int turns;               // in which all threads of all splits have a row,
+  int64_t left;            // and the rows left after them
+  int64_t step, rest;      // from a thread's row to its next: elements, and in [N,C,HW] rows within a plane,
+  int64_t jump;            // and the elements to add where that leaves the plane
 
-  // The elements that a channel has in a split.
+  // The elements that a channel has in a split of all images together.
   __device__ int64_t count(int64_t split) const {
-    int64_t turns = rows / (splits * y), left = rows - turns * splits * y - split * y;
-    return (turns * y + (left < 0 ? 0 : left < y ? left : y)) * width;
+    int64_t more = left - split * y;
+    return (static_cast<int64_t>(turns) * y + (more < 0 ? 0 : more < y ? more : y)) * width;
   }
 };
+
+// The most threads that lie side by side on channels. In [N,C,HW] a warp then reads at least two rows of a channel: 32
+// bytes, the least that is read from memory at once.
+template <Layout L>
+constexpr int kLanes = L == kPixels ? 32 : L == kPlanes ? 16 : 1;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // For a launch that does this `others` times over, and whose threads take `each` rows (0: any number) where they are
-// enough to fill the GPU.
+// enough to fill the GPU. In [N,C,HW] channels share a block if it has threads for all their rows.
 template <Layout L, int V>
-Division division_of(const PdartsMixed& m, int64_t others, int64_t each) {
+Division division_of(const PdartsMixed& m, bool per_image, int64_t others, int64_t each) {
   Division d;
-  int64_t wide = L == kPixels ? quotient_up(m.C, V) : 1;
-  d.x = 1;
-  while (d.x < 32 && d.x < wide) d.x *= 2;
-  d.y = kThreads / d.x;
+  int64_t pixels = (per_image ? 1 : m.N) * m.HW, wide = L == kPlain ? 1 : L == kPlanes ? m.C : quotient_up(m.C, V);
   d.channels = L == kPlain ? 1 : m.C;
+  d.images = per_image ? static_cast<int>(m.N) : 1;
+  d.rows = L == kPlain ? pixels * m.C / V : L == kPlanes ? pixels / V : pixels;
   d.plane = L == kPlanes ? std::max<int64_t>(1, m.HW / V) : 1;
   d.width = L == kPixels ? 1 : V;
-  d.rows = L == kPlain ? m.N * m.C * m.HW / V : L == kPlanes ? m.N * m.HW / V : m.N * m.HW;
-  d.blocks = L == kPixels ? quotient_up(wide, d.x) : d.channels;
-  int64_t most = quotient_up(d.rows, d.y), splits = quotient_up(kBlocks, std::max<int64_t>(1, d.blocks * others));
+  d.x = 1;
+  while (d.x < kLanes<L> && d.x < wide && (L == kPixels || 2 * d.x * d.rows <= kThreads)) d.x *= 2;
+  d.y = kThreads / d.x;
+  d.blocks = quotient_up(wide, d.x);
+  int64_t images = std::max(1, d.images), most = std::min(quotient_up(d.rows, d.y), kMaxSplits / images);
+  int64_t splits = quotient_up(kBlocks, std::max<int64_t>(1, d.blocks * others * images));
   if (each) splits = std::max(splits, quotient_up(most, each));
-  d.splits = std::max<int64_t>(1, std::min({splits, most, kMaxSplits}));
-  d.images = d.splits * d.y / d.plane;
-  d.rest = d.splits * d.y - d.images * d.plane;
+  if (per_image) {  // a power of two, so that a block finds its image without a division
+    for (d.splits = 1, d.shift = 0; d.splits < splits && 2 * d.splits <= most; d.shift++) d.splits *= 2;
+  } else {
+    d.splits = std::max<int64_t>(1, std::min(splits, most)), d.shift = 31;
+  }
+  d.first = 0;
+  int64_t apart = d.splits * d.y;  // rows from a thread's row to its next
+  d.turns = static_cast<int>(d.rows / apart), d.left = d.rows % apart, d.rest = apart % d.plane;
+  d.step = L == kPlain ? apart * V : L == kPixels ? apart * m.C : apart / d.plane * m.C * m.HW + d.rest * V;
+  d.jump = m.C * m.HW - d.plane * V;
   return d;
 }
 
-// The rows of a thread, one after another.
-template <Layout L, int V>
+// The rows of a thread, one after another, and what belongs to their channels and their image.
+template <Layout L, int V, class A>
 struct Rows {
   const PdartsMixed& m;
   const Division& d;
-  int64_t c, row, n, p;  // (first) channel, and in [N,C,HW] image and row of its plane
+  int c, turns;            // (first) channel, and how many rows are left
+  int64_t at, p;           // offset of the next row, and in [N,C,HW] which of its plane it is
+  const A* probabilities;  // of the image; that of candidate k is [k * d.images]
 
-  __device__ Rows(const PdartsMixed& m, const Division& d, int64_t split) : m(m), d(d), n(0), p(0) {
-    c = (static_cast<int64_t>(blockIdx.x) * d.x + threadIdx.x % d.x) * (L == kPixels ? V : 1);
-    row = c < d.channels ? split * d.y + threadIdx.x / d.x : d.rows;
-    if (L == kPlanes) n = row / d.plane, p = row % d.plane;
+  __device__ Rows(const PdartsMixed& m, const Division& d, unsigned split) : m(m), d(d), p(0) {
+    int64_t image = d.first + (split >> d.shift), row = (split & ((1u << d.shift) - 1)) * d.y + threadIdx.x / d.x;
+    c = (blockIdx.x * d.x + threadIdx.x % d.x) * (L == kPixels ? V : 1);
+    turns = c < d.channels ? d.turns + (row < d.left) : 0;
+    at = L == kPlain ? row * V : L == kPixels ? row * m.C + c : (row / d.plane * m.C + c) * m.HW;
+    if (L == kPlanes) p = row % d.plane, at += p * V;
+    at += image * m.C * m.HW;
+    probabilities = static_cast<const A*>(m.probabilities) + image;
   }
 
   // The offset of the next row; -1 if there is none.
   __device__ __forceinline__ int64_t next() {
-    if (row >= d.rows) return -1;
-    int64_t at = L == kPlain ? row * V : L == kPixels ? row * m.C + c : (n * m.C + c) * m.HW + p * V;
-    row += d.splits * d.y;
+    if (!turns) return -1;
+    turns--;
+    int64_t here = at;
+    at += d.step;
     if (L == kPlanes) {
-      n += d.images, p += d.rest;
-      if (p >= d.plane) n++, p -= d.plane;
+      p += d.rest;
+      if (p >= d.plane) p -= d.plane, at += d.jump;
     }
-    return at;
+    return here;
   }
 
   template <int U>
@@ -151,15 +179,32 @@ struct Rows {
   }
 
   // The values [C] of the channels of a row's elements: V channels', or one channel's.
-  template <class A>
-  __device__ __forceinline__ Pack<A, V> values(const A* from) const {
+  __device__ __forceinline__ Pack<A, V> values(const void* from) const {
     Pack<A, V> all;
     if constexpr (L == kPixels) {
       all = load<V, A>(from, c);
     } else {
 #pragma unroll
-      for (int l = 0; l < V; l++) all.v[l] = from[c];
+      for (int l = 0; l < V; l++) all.v[l] = static_cast<const A*>(from)[c];
     }
+    return all;
+  }
+
+  __device__ __forceinline__ Pack<A, V> mean(int k) const {
+    if (L == kPlain) return {};
+    return values(static_cast<const A*>(m.statistics) + k * m.C);
+  }
+
+  // factor * gamma * invstd
+  __device__ __forceinline__ Pack<A, V> scale(int k, A factor) const {
+    Pack<A, V> all = {};
+    if (L != kPlain) all = values(static_cast<const A*>(m.statistics) + (m.K + k) * m.C);
+#pragma unroll
+    for (int l = 0; l < V; l++) all.v[l] = L == kPlain ? factor : factor * all.v[l];
+    if (L == kPlain || !m.gamma[k]) return all;
+    Pack<A, V> gamma = values(m.gamma[k]);
+#pragma unroll
+    for (int l = 0; l < V; l++) all.v[l] *= gamma.v[l];
     return all;
   }
 };
@@ -188,9 +233,9 @@ __device__ __forceinline__ A total(const A* shared, int entries, int i) {
   return sum;
 }
 
-// Channels whose parts a block adds up side by side: 8 floats are the least that is read from memory at once.
+// Of n sums, how many a block adds up side by side: 8 floats are the least that is read from memory at once.
 constexpr int kColumns = 8;
-__host__ __device__ int columns(int64_t C) { return C < kColumns ? 1 : kColumns; }
+__host__ __device__ int columns(int64_t n) { return n < kColumns ? 1 : kColumns; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
@@ -202,11 +247,11 @@ __host__ __device__ int columns(int64_t C) { return C < kColumns ? 1 : kColumns;
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Division d, double* moments) {
   using A = typename Accumulated<T>::type;
-  constexpr int S = L == kPixels ? V : 1, kLanes = L == kPixels ? 32 : 1;  // element i of a row is of channel c + i % S
-  __shared__ A firsts[kWarps * S * kLanes], shared[kWarps * 2 * S * kLanes];
+  constexpr int S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
+  __shared__ A firsts[kWarps * S * kLanes<L>], shared[kWarps * 2 * S * kLanes<L>];
   int k = blockIdx.y, split = blockIdx.z, channels = d.x * S;
   if (!(m.batch >> k & 1)) return;
-  Rows<L, V> rows(m, d, split), first = rows;
+  Rows<L, V, A> rows(m, d, split), first = rows;
   A sample[1][S] = {}, pivot[S], sum[2][S] = {};
   if (int64_t at = first.next(); at >= 0) {
     Pack<T, V> x = load<V, T>(m.x[k], at);
@@ -273,17 +318,16 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
   to[0] = mean, to[m.K * m.C] = known ? 1 / sqrt(variance + m.eps) : 1, to[2 * m.K * m.C] = variance;
 }
 
-// Grid [splits, 1, channels]. y = sum_k probabilities[k] * invstd_k * (x_k - mean_k), added up in float or double.
-// Reads each candidate once and writes y, the least. Splits go backwards: what the statistics read last may still be
-// cached.
+// Grid [splits, 1, channels]. y = sum_k p_k * (gamma_k * invstd_k * (x_k - mean_k) + beta_k), added up in float or
+// double. Reads each candidate once and writes y, the least. Splits go backwards: what the statistics read last may
+// still be cached.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Division d, void* y) {
   using A = typename Accumulated<T>::type;
-  const A *w = static_cast<const A*>(m.probabilities), *means = static_cast<const A*>(m.statistics);
-  const A* invstds = means + m.K * m.C;
-  Rows<L, V> rows(m, d, d.splits - 1 - blockIdx.z);
+  Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
     A sum[kRows][V] = {};
+    const A* next = rows.probabilities;
     for (int k0 = 0; k0 < m.K; k0 += kLoads) {
       Pack<T, V> x[kLoads][kRows] = {};
 #pragma unroll
@@ -297,13 +341,20 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Divisi
       for (int j = 0; j < kLoads; j++) {
         int k = k0 + j;
         if (k >= m.K) break;
-        Pack<A, V> mean = {}, scale = {};
-        if (L != kPlain) mean = rows.values(means + k * m.C), scale = rows.values(invstds + k * m.C);
+        A p = *next;
+        next += d.images;
+        Pack<A, V> mean = rows.mean(k), scale = rows.scale(k, p);
 #pragma unroll
         for (int l = 0; l < V; l++) {
-          scale.v[l] = L == kPlain ? w[k] : w[k] * scale.v[l];
 #pragma unroll
           for (int u = 0; u < kRows; u++) sum[u][l] += scale.v[l] * (element<A>(x[j][u], l) - mean.v[l]);
+        }
+        if (L == kPlain || !m.beta[k]) continue;
+        Pack<A, V> beta = rows.values(m.beta[k]);
+#pragma unroll
+        for (int l = 0; l < V; l++) {
+#pragma unroll
+          for (int u = 0; u < kRows; u++) sum[u][l] += p * beta.v[l];
         }
       }
     }
@@ -318,23 +369,32 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Divisi
 // Backward
 // ---------------------------------------------------------------------------------------------------------------------
 
+// gamma * invstd
+template <class A>
+__device__ __forceinline__ A scale_of(const PdartsMixed& m, int k, int64_t c) {
+  A invstd = static_cast<const A*>(m.statistics)[(m.K + k) * m.C + c];
+  return m.gamma[k] ? static_cast<const A*>(m.gamma[k])[c] * invstd : invstd;
+}
+
 // Candidates whose sums a block takes together, so that it reads the gradient once for them: as registers allow.
 template <Layout L, int V>
 constexpr int kTogether = L == kPixels && V > 1 ? 4 : 8;
 
-// Grid [splits, groups of candidates, channels]. partial [splits][K+1][C]: sum of g * (x_k - mean_k) for the candidates
-// in `needed`, and in the last row sum of g, in float or double. Reads each of them once, the least, and g once for a
-// group; the groups of a split follow each other, so that the cache serves all but the first.
+// Grid [splits, groups of candidates, channels]. For the candidates in `needed`, in float or double:
+//     partial [splits][K+1][C]      sum of g * (x_k - mean_k), and in the last row sum of g; not in a plain tensor
+//     weighted [K][splits][blocks]  what a block adds to the gradient of p_k; nullptr if it is not asked for
+// Reads each of them once, the least, and g once for a group; the groups of a split follow each other, so that the
+// cache serves all but the first.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
-    PdartsMixed m, Division d, const void* g, uint64_t needed, typename Accumulated<T>::type* partial) {
+    PdartsMixed m, Division d, const void* g, uint64_t needed, typename Accumulated<T>::type* partial,
+    typename Accumulated<T>::type* weighted) {
   using A = typename Accumulated<T>::type;
   constexpr int J = kTogether<L, V>, S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
-  __shared__ A shared[kWarps * (J + 1) * S * (L == kPixels ? 32 : 1)];
+  __shared__ A shared[kWarps * (J + 1) * S * kLanes<L>];
   int k0 = blockIdx.y * J;
   needed >>= k0;
-  Rows<L, V> rows(m, d, blockIdx.z);
-  const A* means = static_cast<const A*>(m.statistics);
+  Rows<L, V, A> rows(m, d, blockIdx.z);
   A sum[J + 1][S] = {};
   for (int64_t at[1]; rows.next(at);) {
     Pack<T, V> gradient = load<V, T>(g, at[0]), x[J];
@@ -345,8 +405,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
 #pragma unroll
     for (int j = 0; j < J; j++) {
       if (!(needed >> j & 1)) continue;
-      Pack<A, V> mean = {};
-      if (L != kPlain) mean = rows.values(means + (k0 + j) * m.C);
+      Pack<A, V> mean = rows.mean(k0 + j);
 #pragma unroll
       for (int i = 0; i < V; i++) {
         sum[j][i % S] += element<A>(gradient, i) * (element<A>(x[j], i) - mean.v[i]);
@@ -357,76 +416,92 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
   }
   gather(sum, shared, d.x);
   int channels = d.x * S, entries = (J + 1) * channels;
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
+  int64_t split = d.first * d.splits + blockIdx.z, c0 = static_cast<int64_t>(blockIdx.x) * channels;
+  for (int i = threadIdx.x; L != kPlain && i < entries; i += kThreads) {
     int j = i / channels, k = j < J ? k0 + j : m.K;
-    int64_t c = static_cast<int64_t>(blockIdx.x) * channels + i % channels;
-    if (c >= d.channels || (j < J ? !(needed >> j & 1) : k0 > 0)) continue;
-    partial[(static_cast<int64_t>(blockIdx.z) * (m.K + 1) + k) * d.channels + c] = total(shared, entries, i);
+    int64_t c = c0 + i % channels;
+    if (c >= m.C || (j < J ? !(needed >> j & 1) : k0 > 0)) continue;
+    partial[(split * (m.K + 1) + k) * m.C + c] = total(shared, entries, i);
+  }
+  for (int j = threadIdx.x / 32; weighted && j < J; j += kWarps) {  // a warp adds up a candidate's channels
+    int k = k0 + j;
+    if (!(needed >> j & 1)) continue;
+    A all = 0;
+    for (int i = threadIdx.x % 32; i < channels && c0 + i < d.channels; i += 32) {
+      A with_x = total(shared, entries, j * channels + i), with_1 = total(shared, entries, J * channels + i);
+      all += L == kPlain ? with_x : scale_of<A>(m, k, c0 + i) * with_x;
+      if (L != kPlain && m.beta[k]) all += static_cast<const A*>(m.beta[k])[c0 + i] * with_1;
+    }
+    for (int other = 16; other > 0; other /= 2) all += __shfl_xor_sync(0xffffffff, all, other);
+    if (threadIdx.x % 32 == 0) weighted[(split + k * (d.splits * d.images)) * d.blocks + blockIdx.x] = all;
   }
 }
 
-// Grid [K, columns of C]. coefficients [3][K][C]: a, b and c in grad_x_k = a * g + b * (x_k - mean_k) + c; weighted
-// [K][C]: what a channel adds to grad_probabilities[k]. Reads a candidate's partial sums once and those of g K times,
-// from the cache, and adds up in double.
+// Grid [K, columns of C]. The gradients of gamma and beta, and coefficients [2][K][C] of the candidates in `batch`: b
+// and c in grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c. Reads a candidate's partial sums once and
+// those of g K times, from the cache, and adds up in double.
 template <class A>
-__global__ void __launch_bounds__(kThreads) coefficients_kernel(
-    PdartsMixed m, Division d, uint64_t needed, const A* partial, A* coefficients, double* weighted) {
+__global__ void __launch_bounds__(kThreads) channels_kernel(
+    PdartsMixed m, Division d, uint64_t needed, const A* partial, A* coefficients, PdartsMixedGradients gradients) {
   __shared__ double shared[kWarps * 2 * kColumns];
-  int64_t C = d.channels;
-  int x = columns(C), k = blockIdx.y, i = threadIdx.x % x;
-  int64_t c = static_cast<int64_t>(blockIdx.x) * x + i, splits = needed >> k & 1 && c < C ? d.splits : 0;
+  int x = columns(m.C), k = blockIdx.y, i = threadIdx.x % x;
+  bool batch = m.batch >> k & 1;
+  if (!batch && !gradients.gamma[k] && !gradients.beta[k]) return;
+  int64_t c = static_cast<int64_t>(blockIdx.x) * x + i, splits = c < m.C ? d.images * d.splits : 0;
+  const A* p = static_cast<const A*>(m.probabilities) + static_cast<int64_t>(k) * d.images;
   double sum[2][1] = {};
 #pragma unroll 4
   for (int64_t s = threadIdx.x / x; s < splits; s += kThreads / x) {
-    const A* part = partial + s * (m.K + 1) * C + c;
-    sum[0][0] += part[k * C], sum[1][0] += part[m.K * C];
+    const A* part = partial + s * (m.K + 1) * m.C + c;
+    double weight = p[s >> d.shift];
+    if (needed >> k & 1) sum[0][0] += weight * part[k * m.C];
+    sum[1][0] += weight * part[m.K * m.C];
   }
   gather(sum, shared, x);
-  if (threadIdx.x >= x || c >= C) return;
-  const A *w = static_cast<const A*>(m.probabilities), *statistics = static_cast<const A*>(m.statistics);
-  double M = static_cast<double>(m.N) * m.HW, all = total(shared, 2 * x, i), gradient = total(shared, 2 * x, x + i);
-  bool batch = m.batch >> k & 1;
-  A invstd = statistics ? statistics[(m.K + k) * C + c] : A(1), a = w[k] * invstd;
-  A* to = coefficients + k * C + c;
-  to[0] = a;
-  to[m.K * C] = batch ? -a * invstd * invstd * all / M : 0;
-  to[2 * m.K * C] = batch ? -a * gradient / M : 0;
-  weighted[k * C + c] = all * invstd;
+  if (threadIdx.x >= x || c >= m.C) return;
+  double M = static_cast<double>(m.N) * m.HW, with_x = total(shared, 2 * x, i), with_1 = total(shared, 2 * x, x + i);
+  A invstd = static_cast<const A*>(m.statistics)[(m.K + k) * m.C + c], scale = scale_of<A>(m, k, c);
+  A* to = coefficients + k * m.C + c;
+  if (batch) to[0] = -scale * invstd * invstd * with_x / M, to[m.K * m.C] = -scale * with_1 / M;
+  if (gradients.gamma[k]) static_cast<A*>(gradients.gamma[k])[c] = invstd * with_x;
+  if (gradients.beta[k]) static_cast<A*>(gradients.beta[k])[c] = with_1;
 }
 
-// Grid [K]. grad_probabilities[k]: the sum of weighted [K][C] over channels, in double.
+// Grid [columns of K * images]. grad_probabilities [K][images]: the sums of weighted [K][images][splits * blocks], in
+// double.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    probabilities_kernel(int64_t C, const double* weighted, A* grad_probabilities) {
-  __shared__ double shared[kWarps];
+    probabilities_kernel(int K, Division d, const A* weighted, A* grad_probabilities) {
+  __shared__ double shared[kWarps * kColumns];
+  int x = columns(d.images);
+  int64_t i = static_cast<int64_t>(blockIdx.x) * x + threadIdx.x % x, n = static_cast<int64_t>(K) * d.images;
+  int64_t count = i < n ? d.splits * d.blocks : 0;
   double sum[1][1] = {};
-  for (int64_t c = threadIdx.x; c < C; c += kThreads) sum[0][0] += weighted[blockIdx.x * C + c];
-  gather(sum, shared, 1);
-  if (threadIdx.x == 0) grad_probabilities[blockIdx.x] = total(shared, 1, 0);
+#pragma unroll 4
+  for (int64_t s = threadIdx.x / x; s < count; s += kThreads / x) sum[0][0] += weighted[i * count + s];
+  gather(sum, shared, x);
+  if (threadIdx.x < x && i < n) grad_probabilities[i] = total(shared, x, threadIdx.x);
 }
 
-struct Gradients {
-  void* x[PDARTS_MAX_CANDIDATES];
-};
-
-// Grid [splits, 1, channels]. grad_x_k = a * g + b * (x_k - mean_k) + c where it is asked for, in float or double.
-// Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go backwards, as in forward.
+// Grid [splits, 1, channels]. grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c where it is asked for,
+// in float or double. Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go
+// backwards, as in forward.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
-    PdartsMixed m, Division d, const void* g, const typename Accumulated<T>::type* coefficients, Gradients gradients) {
+    PdartsMixed m, Division d, const void* g, const typename Accumulated<T>::type* coefficients,
+    PdartsMixedGradients gradients) {
   using A = typename Accumulated<T>::type;
-  const A* means = static_cast<const A*>(m.statistics);
-  int64_t step = m.K * d.channels;
-  Rows<L, V> rows(m, d, d.splits - 1 - blockIdx.z);
+  Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
     Pack<T, V> gradient[kRows] = {};
 #pragma unroll
     for (int u = 0; u < kRows; u++) {
       if (at[u] >= 0) gradient[u] = load<V, T>(g, at[u]);
     }
-    for (int k = 0; k < m.K; k++) {
+    const A* next = rows.probabilities;
+    for (int k = 0; k < m.K; k++, next += d.images) {
       if (!gradients.x[k]) continue;
-      Pack<A, V> a = rows.values(coefficients + k * d.channels);
+      Pack<A, V> a = rows.scale(k, *next);
       A value[kRows][V];
 #pragma unroll
       for (int u = 0; u < kRows; u++) {
@@ -439,9 +514,8 @@ __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
         for (int u = 0; u < kRows; u++) {
           if (at[u] >= 0) x[u] = load<V, T>(m.x[k], at[u]);
         }
-        Pack<A, V> mean = rows.values(means + k * m.C);
-        Pack<A, V> b = rows.values(coefficients + step + k * m.C);
-        Pack<A, V> c = rows.values(coefficients + 2 * step + k * m.C);
+        Pack<A, V> mean = rows.mean(k), b = rows.values(coefficients + k * m.C);
+        Pack<A, V> c = rows.values(coefficients + (m.K + k) * m.C);
 #pragma unroll
         for (int u = 0; u < kRows; u++) {
 #pragma unroll
@@ -472,20 +546,21 @@ struct Plan {
   using accumulated = typename Accumulated<T>::type;
 
   Division statistics, sums, elements;
-  double *moments, *weighted;
-  accumulated *coefficients, *partial;
+  double* moments;
+  accumulated *coefficients, *partial, *weighted;
   int64_t bytes;  // of scratch
 
   Plan(const PdartsMixed& m, void* scratch)
-      : statistics(division_of<L, V>(m, m.K, 0)),
-        sums(division_of<L, V>(m, quotient_up(m.K, together), 0)),
-        elements(division_of<L, V>(m, 1, kRows)) {
-    int64_t KC = m.K * sums.channels;
-    moments = weighted = static_cast<double*>(scratch);
-    coefficients = reinterpret_cast<accumulated*>(weighted + KC);  // on 16 bytes where V channels lie side by side
-    partial = coefficients + 3 * KC;
-    void* forward = moments + (m.batch ? statistics.splits * 2 * KC : 0);
-    void* backward = partial + sums.splits * (KC + sums.channels);
+      : statistics(division_of<L, V>(m, false, m.K, 0)),
+        sums(division_of<L, V>(m, m.per_image, quotient_up(m.K, together), 0)),
+        elements(division_of<L, V>(m, m.per_image, 1, kRows)) {
+    int64_t C = L == kPlain ? 0 : m.C, splits = sums.images * sums.splits;
+    moments = static_cast<double*>(scratch);
+    coefficients = static_cast<accumulated*>(scratch);  // on 16 bytes where V channels lie side by side
+    partial = coefficients + 2 * m.K * C;
+    weighted = partial + splits * (m.K + 1) * C;
+    void* forward = moments + (m.batch ? statistics.splits * 2 * m.K * C : 0);
+    void* backward = weighted + splits * m.K * sums.blocks;
     bytes = static_cast<char*>(std::max(forward, backward)) - static_cast<char*>(scratch);
   }
 };
@@ -495,9 +570,11 @@ template <class T, class F>
 void with_layout(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
   constexpr int V = 16 / sizeof(T);
   all_aligned = all_aligned && aligned(scratch) && aligned(m.statistics);
-  for (int k = 0; k < m.K; k++) all_aligned = all_aligned && aligned(m.x[k]);
+  for (int k = 0; k < m.K; k++) {
+    all_aligned = all_aligned && aligned(m.x[k]) && aligned(m.gamma[k]) && aligned(m.beta[k]);
+  }
   if (!m.statistics) {
-    bool vectors = all_aligned && m.N * m.C * m.HW % V == 0;
+    bool vectors = all_aligned && (m.per_image ? 1 : m.N) * m.C * m.HW % V == 0;
     vectors ? f(Plan<kPlain, V, T>(m, scratch)) : f(Plan<kPlain, 1, T>(m, scratch));
   } else if (m.channels_last) {
     bool vectors = all_aligned && m.C % V == 0;
@@ -518,11 +595,16 @@ void with_plan(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
   }
 }
 
-dim3 grid_of(const Division& d, int64_t beside) {
-  return dim3(static_cast<unsigned>(d.blocks), static_cast<unsigned>(beside), static_cast<unsigned>(d.splits));
+// launch(grid, d) for all splits: at once, unless there are more images than a grid takes.
+template <class F>
+void divided(Division d, int64_t others, F launch) {
+  for (; d.blocks && d.first < d.images; d.first += kMaxSplits) {
+    int64_t splits = std::min(d.images - d.first, kMaxSplits) * d.splits;
+    launch(dim3(static_cast<unsigned>(d.blocks), static_cast<unsigned>(others), static_cast<unsigned>(splits)), d);
+  }
 }
 
-dim3 finish_grid(int64_t C, int K) { return dim3(static_cast<unsigned>(quotient_up(C, columns(C))), K); }
+unsigned blocks_of(int64_t sums, int x) { return static_cast<unsigned>(quotient_up(sums, x)); }
 
 }  // namespace
 
@@ -546,49 +628,65 @@ void mixed_forward_cuda(const PdartsMixed* call, void* y, void* scratch, void* s
     using A = typename P::accumulated;
     if constexpr (L != kPlain) {
       if (m.batch && m.C) {
-        dim3 grid = grid_of(plan.statistics, m.K), finish = finish_grid(m.C, m.K);
-        if (any) statistics_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
-        statistics_finish<A><<<finish, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
+        if (any) {
+          divided(plan.statistics, m.K, [&](dim3 grid, const Division& d) {
+            statistics_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, plan.moments);
+          });
+        }
+        dim3 grid(blocks_of(m.C, columns(m.C)), m.K);
+        statistics_finish<A><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
       }
     }
-    if (any) forward_kernel<L, V, T><<<grid_of(plan.elements, 1), kThreads, 0, stream>>>(m, plan.elements, y);
+    if (!any) return;
+    divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
+      forward_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, y);
+    });
   });
 }
 
 void mixed_backward_cuda(
-    const PdartsMixed* call, const void* g, void* const* grad_x, void* grad_probabilities, void* scratch,
-    void* stream_) {
+    const PdartsMixed* call, const void* g, const PdartsMixedGradients* asked, void* scratch, void* stream_) {
   PdartsMixed m = *call;
+  const PdartsMixedGradients& gradients = *asked;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  Gradients gradients = {};
-  uint64_t inputs = 0;  // the candidates whose gradient is asked for
+  uint64_t inputs = 0, gammas = 0, betas = 0;  // the candidates whose gradients are asked for
   bool all_aligned = aligned(g), any = m.N * m.C * m.HW;
   for (int k = 0; k < m.K; k++) {
-    gradients.x[k] = grad_x[k];
-    all_aligned = all_aligned && aligned(grad_x[k]);
-    if (grad_x[k]) inputs |= uint64_t(1) << k;
+    all_aligned = all_aligned && aligned(gradients.x[k]);
+    inputs |= uint64_t(gradients.x[k] != nullptr) << k;
+    gammas |= uint64_t(gradients.gamma[k] != nullptr) << k;
+    betas |= uint64_t(gradients.beta[k] != nullptr) << k;
   }
   m.batch &= inputs;
-  uint64_t needed = grad_probabilities ? ~uint64_t(0) >> (64 - m.K) : m.batch;  // those whose sums are needed
+  // The candidates whose sums with g are needed.
+  uint64_t needed = gradients.probabilities ? ~uint64_t(0) >> (64 - m.K) : m.batch | gammas;
   with_plan(m, all_aligned, scratch, [&](auto plan) {
     using P = decltype(plan);
     constexpr Layout L = P::layout;
     constexpr int V = P::vector;
     using T = typename P::type;
     using A = typename P::accumulated;
-    int64_t C = plan.sums.channels;
-    if (C) {
-      dim3 grid = grid_of(plan.sums, quotient_up(m.K, P::together)), finish = finish_grid(C, m.K);
-      if (needed) backward_sums_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, plan.sums, g, needed, plan.partial);
-      coefficients_kernel<A>
-          <<<finish, kThreads, 0, stream>>>(m, plan.sums, needed, plan.partial, plan.coefficients, plan.weighted);
+    if (needed | betas) {
+      A* weighted = gradients.probabilities ? plan.weighted : nullptr;
+      int groups = 1;
+      while (groups * P::together < m.K && needed >> groups * P::together) groups++;
+      divided(plan.sums, groups, [&](dim3 grid, const Division& d) {
+        backward_sums_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, g, needed, plan.partial, weighted);
+      });
+    }
+    if (m.C && m.batch | gammas | betas) {
+      dim3 grid(blocks_of(m.C, columns(m.C)), m.K);
+      channels_kernel<A>
+          <<<grid, kThreads, 0, stream>>>(m, plan.sums, needed, plan.partial, plan.coefficients, gradients);
     }
     if (inputs && any) {
-      backward_inputs_kernel<L, V, T>
-          <<<grid_of(plan.elements, 1), kThreads, 0, stream>>>(m, plan.elements, g, plan.coefficients, gradients);
+      divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
+        backward_inputs_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, g, plan.coefficients, gradients);
+      });
     }
-    if (grad_probabilities) {
-      probabilities_kernel<A><<<m.K, kThreads, 0, stream>>>(C, plan.weighted, static_cast<A*>(grad_probabilities));
+    if (int64_t images = plan.sums.images; gradients.probabilities && images) {
+      probabilities_kernel<A><<<blocks_of(m.K * images, columns(images)), kThreads, 0, stream>>>(
+          m.K, plan.sums, plan.weighted, static_cast<A*>(gradients.probabilities));
     }
   });
 }
