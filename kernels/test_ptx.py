@@ -12,9 +12,13 @@ FLAGS = ["-std=c++17", f"-arch={ARCHITECTURE}"] + [  # the -D are torch's
     f"-D__CUDA_NO_{name}__"
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
-LAYOUTS = 3
+LAYOUTS, PLANES = 3, "LayoutE1E"  # where a row is of one channel, whose values are single ones
+IN_FLIGHT = 4  # candidates whose elements a thread loads at once, and with them their probabilities
+MOST_BYTES = 4096  # of parameters, before CUDA 12.1
 VECTORS = {"float": ("f", 4), "double": ("d", 2), "bfloat16": ("13__nv_bfloat16", 8), "half": ("6__half", 8)}
 STORE = re.compile(r"\bst\.(?:\w+\.)*?global\.([\w.]+)")
+LOAD = re.compile(r"\bld\.(?:\w+\.)*?global\.(?:nc\.)?([\w.]+)")
+PARAMETER = re.compile(r"\.param \.(?:align \d+ \.b8 \w+\[(\d+)\]|\w+)")
 ONE_HALF = re.compile(r"\bld\.(?:\w+\.)*?global\.(?:nc\.)?[bfus]16\b")
 SIXTEEN_BYTES = re.compile(r"(?:\w+\.)*(?:v4\.[bfus]32|v2\.[bfus]64|v8\.[bus]16|b128)")
 
@@ -36,8 +40,8 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernels(compiled):
-    """The PTX of every kernel by its mangled name."""
-    pattern = r"^(?:\.visible )?\.entry (\w+)\(.*?^\{(.*?)^\}"
+    """The PTX of every kernel by its mangled name, parameters first."""
+    pattern = r"^(?:\.visible )?\.entry (\w+)\((.*?^\{.*?)^\}"
     return dict(re.findall(pattern, compiled[0].read_text(), re.MULTILINE | re.DOTALL))
 
 
@@ -67,6 +71,20 @@ def test_results_are_stored_by_16_bytes(kernels, name, dtype):
 def test_elements_are_not_loaded_one_by_one(kernels, name, dtype):
     for kernel, ptx in vectorised(kernels, name, dtype):
         assert not ONE_HALF.findall(ptx), kernel
+
+
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_inputs_kernel"])
+@pytest.mark.parametrize("dtype", VECTORS)
+def test_means_scales_and_shifts_are_loaded_by_16_bytes_where_channels_lie_side_by_side(kernels, name, dtype):
+    for kernel, ptx in vectorised(kernels, name, dtype):
+        single = [load for load in LOAD.findall(ptx) if not SIXTEEN_BYTES.fullmatch(load)]
+        assert PLANES in kernel or len(single) <= IN_FLIGHT, f"{kernel}: {single}"
+
+
+def test_parameters_are_no_more_than_older_toolkits_take(kernels):
+    for kernel, ptx in kernels.items():
+        sizes = [int(size or 8) for size in PARAMETER.findall(ptx.partition("{")[0])]
+        assert sizes and sum(sizes) <= MOST_BYTES, f"{kernel}: {sizes}"
 
 
 def test_no_kernel_spills_registers(compiled, tmp_path):
