@@ -291,8 +291,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Div
   }
 }
 
-// Grid [K, columns of C]. statistics: mean, invstd and variance of the candidates in `batch`; 0, 1 and 0 of the others.
-// Reads the moments twice, from the cache, and adds up in double.
+// Grid [K, columns of C]. statistics: mean, invstd and unbiased variance of the candidates in `batch`; 0, 1 and 0 of
+// the others. Reads the moments twice, from the cache, and adds up in double.
 template <class A>
 __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Division d, const double* moments) {
   __shared__ double means[kWarps * kColumns], squares[kWarps * kColumns];
@@ -315,7 +315,8 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
   if (threadIdx.x >= x || c >= m.C) return;
   double variance = known ? total(squares, x, i) / M : 0;
   A* to = static_cast<A*>(m.statistics) + k * m.C + c;
-  to[0] = mean, to[m.K * m.C] = known ? 1 / sqrt(variance + m.eps) : 1, to[2 * m.K * m.C] = variance;
+  to[0] = mean, to[m.K * m.C] = known ? 1 / sqrt(variance + m.eps) : 1;
+  to[2 * m.K * m.C] = known ? variance * M / (M - 1) : 0;
 }
 
 // Grid [splits, 1, channels]. y = sum_k p_k * (gamma_k * invstd_k * (x_k - mean_k) + beta_k), added up in float or
