@@ -584,8 +584,7 @@ class Search:
 
     def batches(self, seed: int):
         """(train batch, validation batch) of the steps that are left of the epoch; the latter is () in the warm-up."""
-        warming_up = self.epoch < self.config.warmup
-        val = itertools.repeat(()) if warming_up else endless(self.data.val, seed, self.batch)
+        val = itertools.repeat(()) if self.epoch < self.config.warmup else endless(self.data.val, seed, self.batch)
         return zip(self.data.train.epoch(seed, self.batch), val)
 
     def alternate(self, images, labels, *alpha_batch):
@@ -657,7 +656,7 @@ class Cell(nn.Module):
             states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
         return torch.cat([states[i] for i in self.concat], dim=1)
 
-    def node(self, incoming, drop_path):
+    def node(self, incoming, drop_path):  # incoming: (operation, state) of each edge
         return sum(self.edge(op, x, drop_path) for op, x in incoming)
 
     def edge(self, op, x, drop_path):
@@ -679,8 +678,7 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, channels, num_classes):
         super().__init__()
         self.features = nn.Sequential(
-            nn.ReLU(), PoolTo2x2(),
-            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.ReLU(), PoolTo2x2(), nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU())
         self.classifier = nn.Linear(768, num_classes)
 
@@ -739,10 +737,9 @@ class Network(nn.Module):
 @torch.no_grad()
 def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
     """Parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head; before fusion."""
-    was_training = network.training
-    image = (1, in_channels, size, size) if isinstance(size, int) else (1, in_channels, *size)
+    was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter:
-        network.eval()(network.classifier.weight.new_zeros(image))
+        network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
     network.train(was_training)
     parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head"))
     return parameters, (counter.get_total_flops() // 2)

@@ -152,8 +152,8 @@ def separable(
 
     x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
     [channels,C,1,1]. Where running_mean and running_var [C] are given, x is first normalised as by a batch norm, with
-    gamma and beta [C] if given; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the weights; the rest
-    is computed again. Differentiable once.
+    gamma and beta [C] if given; training, momentum and eps as in `mixed_norm_sum`. Kept for backward: x and the
+    weights; the rest is computed again. Differentiable once.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
     Elsewhere torch's own convolutions serve, which compute the rest again only if `recompute`.

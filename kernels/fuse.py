@@ -274,10 +274,10 @@ class _Program:
         norms = [norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in self.norms]
         norms = [None] * len(self.inputs) + norms
         images = max(self.probabilities, key=torch.Tensor.dim).shape[1:]  # of which each has its own, or none
-        probabilities = torch.cat([p if p.dim() > len(images) else p[:, None].expand(-1, *images) for p in self.probabilities])
+        spread = [p if p.dim() > len(images) else p[:, None].expand(-1, *images) for p in self.probabilities]
         outputs = [number(value) for value in outputs]
         settings = training, momentum, eps, self.recompute
-        return cell(self.inputs, operations, outputs, probabilities, norms, *settings)
+        return cell(self.inputs, operations, outputs, torch.cat(spread), norms, *settings)
 
 
     def term(self, op, x):

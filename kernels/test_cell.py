@@ -87,7 +87,9 @@ class Case:
 
     def run(self, function, dtype=torch.float64, needed=None):
         """Result, gradients and running statistics."""
-        tensors = [t.detach().to(dtype).requires_grad_(needed is None or i in needed) for i, t in enumerate(self.tensors)]
+        tensors = [t.detach().to(dtype) for t in self.tensors]
+        for i in needed if needed is not None else range(len(tensors)):
+            tensors[i].requires_grad_()
         running = [t.to(dtype, copy=True) for t in self.running]
         y = function(*self.arguments(tensors, running))
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(dtype)
@@ -131,7 +133,8 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
     cell(*case.arguments(tensors, [t.clone() for t in case.running]))
     monkeypatch.undo()
     (arguments,) = calls
-    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    tests = "test_schema", "test_faketensor", "test_aot_dispatch_static"
+    check = functools.partial(torch.library.opcheck, test_utils=tests)
     assert set(check(torch.ops.pdarts.cell, (*arguments[:-1], True)).values()) == {"SUCCESS"}
     with torch.no_grad():
         y, statistics, values = operator(*arguments[:-1], True)
@@ -140,7 +143,8 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
         given = statistics if given is None else given
         needs = [t is not None and t.requires_grad for some in (inputs, weights, gammas, betas) for t in some] + [True]
         tail = *detached, probabilities.detach(), given, program, outputs, batch, needs
-    assert set(torch.library.opcheck(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail)).values()) == {"SUCCESS"}
+    results = torch.library.opcheck(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_fused_cell_compiles_without_graph_breaks():

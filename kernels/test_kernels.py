@@ -114,15 +114,17 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape, count", [((2, 3, 5, 7), 3), ((4, 36, 9, 9), 40), ((9, 36, 8, 8), 2), ((3, 2, 150, 150), 2),
-                                          ((2, 2100, 2, 3), 2), ((5, 70, 1, 1), 3), ((70, 20, 1, 33), 2)])
+@pytest.mark.parametrize("shape, count", [((2, 3, 5, 7), 3), ((4, 36, 9, 9), 40), ((9, 36, 8, 8), 2),
+                                          ((5, 70, 1, 1), 3), ((3, 2, 150, 150), 2), ((2, 2100, 2, 3), 2),
+                                          ((70, 20, 1, 33), 2)])
 @pytest.mark.parametrize("affine, norm", [(False, None), (True, "training"), (True, "evaluation"), (False, "training")])
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 4e-6)])
 def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_image(
         device, memory, shape, count, affine, norm, images, dtype, bound):
     torch.manual_seed(0)
-    tensors = [torch.randn(count, *[shape[0]] * images), *torch.randn(count, *shape), *torch.randn(2 * affine * count, shape[1])]
+    tensors = [torch.randn(count, *[shape[0]] * images), *torch.randn(count, *shape)]
+    tensors += torch.randn(2 * affine * count, shape[1])
     tensors = [t.double().to(device) for t in tensors]
     gradient = torch.randn(shape).double().to(device)
 
@@ -170,7 +172,7 @@ def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, messa
         kernels.mixed_sum([y.to(device) for y in outputs], probabilities.to(device))
 
 @pytest.mark.parametrize("means, variances, message", [
-    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries; exp"),
+    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries"),
     ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
     ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
     ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
@@ -190,7 +192,7 @@ def test_fused_gradients_are_numerical_derivatives(device, function):
 
 def test_fused_gradients_of_affine_norms_and_probabilities_of_each_image_are_numerical_derivatives(device):
     _, *outputs = leaves(device, 3, dtype=torch.float64)
-    others = [torch.rand(shape, dtype=torch.float64, device=device).requires_grad_() for shape in ((3, 2), (3,), (3,), (3,))]
+    others = [torch.rand(shape, dtype=torch.float64).to(device).requires_grad_() for shape in ((3, 2), *[(3,)] * 3)]
 
     def function(p, gamma_1, gamma_2, beta_2, *ys):
         running = [[None, *(f(3, dtype=torch.float64, device=device) for _ in ys[1:])] for f in FRESH]
