@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Measures what the kernels are for: the mixed operation, the step of a search, and a whole search.
+"""Measures what the kernels are for: the mixed operation, the steps of a search and an evaluation, a whole search.
 
     python bench.py                       # the fused mixed operation against torch, once it is found right
     python bench.py step [--official DIR] # a step of the weights and one of the alphas, in each stage
+    python bench.py evaluate [--official DIR] # a step of an evaluation: training the network of the P-DARTS cell
     python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
     python bench.py losses [--data DIR]   # the losses of training with and without the kernels, side by side
     python bench.py gpu --out DIR         # all of that and more on a GPU, in half an hour: see harness/gpu_report.py
@@ -30,8 +31,14 @@ other is alone in memory.
     plain     the same network in plain torch
     official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, always in float32
 
+"Of peak" is the share of the rate of this machine's own matrix products, of 2048 x 2048, that a side reaches: the
+step's products and convolutions, as torch counts them in plain torch, in the time it takes.
+
 The first stage has all candidates; stages 2 and 3, in all sides, have those that the official code keeps in the first
 search of testdata/derive.json.
+
+The evaluation: the same for its networks, C x cells, with auxiliary head and drop-path of 0.2; found right in float64,
+against the official code too, which takes ours' state_dict. "Official-cl" is that code in channels-last.
 
 The losses: a step of the weights and one of the alphas in turn, on the same images (of CIFAR-10 in DIR, or generated
 ones), from the same start, without dropout, by their relative distance from plain torch in float64. "Last bit" is plain
@@ -46,7 +53,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import math
 import pathlib
@@ -59,10 +66,11 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import pdarts
-from harness.devices import pick_device, pick_kernels, ways_to_compute
+from harness.devices import keep_freed_memory, pick_device, pick_kernels, ways_to_compute
 from harness.files import reason
 from harness.graphs import CapturedStep
 from harness.images import load, shapes
@@ -399,10 +407,7 @@ class OfficialStep:
     """The same of the official code in float32, every backward pass of which computes all gradients."""
 
     def __init__(self, folder, stage, config, images, labels):
-        check_official(folder)
-        sys.path.insert(0, str(folder))
-        official = importlib.import_module("model_search")
-        sys.path.remove(str(folder))
+        official = official_module(folder, "model_search")
         torch.manual_seed(0)
         self.images, self.labels, self.clip = images, labels, config.clip
         normal, reduce = (
@@ -443,9 +448,15 @@ class OfficialStep:
         pass
 
 
-def check_official(folder):
-    if not (pathlib.Path(folder) / "model_search.py").is_file():
-        raise InputError(f"no model_search.py in {folder}; expected a checkout of github.com/chenxin061/pdarts")
+def official_module(folder, name):
+    """A module of the official code."""
+    if not (pathlib.Path(folder) / f"{name}.py").is_file():
+        raise InputError(f"no {name}.py in {folder}; expected a checkout of github.com/chenxin061/pdarts")
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        unused = "torchvision", "torchvision.transforms", "torchvision.datasets"  # but imported
+        sys.modules.update({missing: mock.MagicMock() for missing in unused})
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(name)
 
 
 def verify_step(stage, config, images, labels):
@@ -511,37 +522,191 @@ def steps(args):
     """Prints the table of steps and returns its rows."""
     device = torch.device(args.device)
     if args.official:
-        check_official(args.official)
+        official_module(args.official, "model_search")
     pick_kernels("on", device)
     config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, dtype=args.dtype)
     print(*header(device), f"{args.dtype}, batch {args.batch}, C = {args.channels}", sep="\n")
     print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
     ((images, labels),) = batches(1, args.batch, device)
+    peak = matrix_peak(device, args.dtype)
     rows = []
     for stage in args.stages:
         distances = verify_step(stage, config, images, labels)
         print("\nverified: relative distances of loss {:.1e} and gradients {:.1e} from plain torch".format(*distances))
-        print(f"{'stage':7}{'cells':>5}{'K':>3}  {'step of':9}{'side':10}", end="")
-        print(f"{'seconds':>17}{'to ours':>10}{'kept MB/image':>18}")
-        ours = functools.partial(OurStep, stage, config, images, labels)
+        ours = functools.partial(OurStep, stage, config)
         makers = {"ours": ours}
         if device.type == "cuda":
             makers["graph"] = functools.partial(ours, graph=True)
         makers["plain"] = functools.partial(ours, fused=False)
         if args.official:
-            makers["official"] = functools.partial(OfficialStep, args.official, stage, config, images, labels)
-        together = [makers] if device.type == "cpu" else [{name: make} for name, make in makers.items()]
-        least = {}
-        for group in together:
-            for r in measure_steps(group, ("weights", "alphas"), device, args.seconds, args.rounds):
-                seconds = least.setdefault(r["step"], r["seconds"])  # ours come first
-                rows.append({"stage": stage, **r, "times_ours": r["seconds"] / seconds})
-                print(
-                    f"{stage:<7}{config.cells[stage - 1]:>5}{config.keep[stage - 1]:>3}  {r['step']:9}{r['side']:10}"
-                    f"{r['seconds']:>9.4f} +-{r['spread']:6.4f}{r['seconds'] / seconds:>8.2f} x"
-                    f"{r['kept_per_image'] / 1e6:>16.1f}" + (f"   peak {r['peak'] / 1e6:.0f} MB" if r["peak"] else ""),
-                    flush=True,
-                )
+            makers["official"] = functools.partial(OfficialStep, args.official, stage, config)
+        about = {"stage": stage, "cells": config.cells[stage - 1], "K": config.keep[stage - 1]}
+        rows += print_steps(args, about, makers, ("weights", "alphas"), images, labels, peak)
+    return rows
+
+
+def print_steps(args, about, makers, kinds, images, labels, peak):
+    """Prints a table of what `measure_steps` yields, ours first, and returns its rows."""
+    print("".join(f"{name:>7}" for name in about), f"  {'step of':9}{'side':12}", end="")
+    print(f"{'seconds':>17}{'to ours':>10}{'of peak':>9}{'kept MB/image':>15}")
+    work = {which: operations_of(makers["plain"](images[:2], labels[:2]), which) * len(labels) / 2 for which in kinds}
+    makers = {name: functools.partial(make, images, labels) for name, make in makers.items()}
+    together = [makers] if images.device.type == "cpu" else [{name: make} for name, make in makers.items()]
+    least, rows = {}, []
+    for group in together:
+        for r in measure_steps(group, kinds, images.device, args.seconds, args.rounds):
+            seconds, ours = r["seconds"], least.setdefault(r["step"], r["seconds"])
+            share = work[r["step"]] / seconds / peak
+            rows.append({**about, **r, "times_ours": seconds / ours, "of_peak": share})
+            print("".join(f"{value:>7}" for value in about.values()), f"  {r['step']:9}{r['side']:12}", end="")
+            print(f"{seconds:>9.4f} +-{r['spread']:6.4f}{seconds / ours:>8.2f} x{share:>8.1%}", end="")
+            print(f"{r['kept_per_image'] / 1e6:>15.1f}" + (f"   peak {r['peak'] / 1e6:.0f} MB" if r["peak"] else ""))
+            sys.stdout.flush()
+    return rows
+
+
+def operations_of(step, which):
+    """The floating-point operations of a plain step's products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        step.run(which)
+    return counter.get_total_flops()
+
+
+def matrix_peak(device, dtype):
+    """Operations per second of large matrix products."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    (times,) = measure({"product": lambda: a @ b}, 1).values()
+    return 2 * size**3 / min(times)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step of an evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+DROP_PATH = 0.2
+
+
+class OurEvaluation:
+    """The network of the P-DARTS cell as an evaluation trains it."""
+
+    def __init__(self, config, images, labels, fused=True, graph=False):
+        device, self.images, self.labels = images.device, images, labels
+
+        def prepare(network):
+            network = network.to(images.dtype)
+            return kernels.fuse(network) if fused else network
+
+        wrap = functools.partial(CapturedStep, device=device) if graph else pdarts.identity
+        genotype, data = pdarts.GENOTYPES["PDARTS"], pdarts.Data(None, 10)
+        self.training = pdarts.Evaluation(genotype, config, data, device, prepare, wrap_step=wrap)
+        self.network, self.weights = self.training.network, self.training.weights
+        self.set_drop_path(DROP_PATH)
+
+    def set_drop_path(self, rate):
+        self.network.drop_path.fill_(rate)
+
+    def forward(self):
+        config = self.training.config
+        return pdarts.loss_and_logits(self.network, self.images, self.labels, config.dtype, config.auxiliary_weight)
+
+    def run(self, which):
+        return self.training.step(self.images, self.labels)
+
+    def check(self):
+        if getattr(self.training.step, "refused", False):
+            raise InputError("the step could not be captured as a CUDA graph; expected one (the warning says why not)")
+
+
+class OfficialEvaluation:
+    """The same of the official code, in float32."""
+
+    def __init__(self, folder, config, images, labels, channels_last=False):
+        self.official = official_module(folder, "model")
+        self.config, self.images, self.labels = config, images, labels
+        torch.manual_seed(0)
+        genotype = pdarts.GENOTYPES["PDARTS"]
+        network = self.official.NetworkCIFAR(config.channels, 10, config.cells, config.auxiliary, genotype)
+        self.network = network.to(images.device, images.dtype)
+        self.set_drop_path(DROP_PATH)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+            self.images = images.contiguous(memory_format=torch.channels_last)
+        self.weights = list(self.network.parameters())
+        self.optimizer = torch.optim.SGD(
+            self.weights, config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+
+    def set_drop_path(self, rate):
+        self.network.drop_path_prob = rate
+
+    def forward(self):
+        on_cpu = mock.patch.object(torch.cuda, "FloatTensor", torch.FloatTensor)  # of which it makes drop-path's mask
+        with on_cpu if self.images.device.type == "cpu" else contextlib.nullcontext():
+            logits, auxiliary_logits = self.network(self.images)
+        loss = F.cross_entropy(logits, self.labels)
+        if auxiliary_logits is not None:
+            loss = loss + self.config.auxiliary_weight * F.cross_entropy(auxiliary_logits, self.labels)
+        return loss, logits
+
+    def run(self, which):
+        self.optimizer.zero_grad()
+        self.forward()[0].backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip)
+        self.optimizer.step()
+
+    def check(self):
+        pass
+
+
+def verify_evaluation(config, images, labels, folder=None):
+    """{side: largest relative distance of loss, logits and gradients from ours in float64}; InputError if too large."""
+    config = dataclasses.replace(config, dtype="float32")
+    makers = {"ours": OurEvaluation, "plain": functools.partial(OurEvaluation, fused=False)}
+    if folder:
+        makers["official"] = functools.partial(OfficialEvaluation, folder)
+    distances, right = {}, None
+    for name, make in makers.items():
+        side = make(config, images.double(), labels)
+        if name == "ours":
+            state = side.network.state_dict()
+        side.network.load_state_dict(state)
+        side.set_drop_path(0.0)
+        loss, logits = side.forward()
+        gradients = torch.autograd.grad(loss, list(side.network.parameters()))
+        results = [loss.detach(), logits.detach(), torch.cat([g.flatten() for g in gradients])]
+        right = right or results
+        distances[name] = max(float((mine - r).norm() / r.norm()) for mine, r in zip(results, right))
+    if not max(distances.values()) <= 1e-9:
+        raise InputError(f"in float64 the distances from ours are {distances}; expected at most 1e-9")
+    del distances["ours"]
+    return distances
+
+
+def evaluations(args):
+    """Prints the table of the evaluation's steps and returns its rows."""
+    device = torch.device(args.device)
+    if args.official:
+        official_module(args.official, "model")
+    pick_kernels("on", device)
+    print(*header(device), f"{args.dtype}, batch {args.batch}, the P-DARTS cell", sep="\n")
+    ((images, labels),) = batches(1, args.batch, device)
+    peak, rows = matrix_peak(device, args.dtype), []
+    for channels, cells in args.networks:
+        config = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=args.dtype)
+        distances = verify_evaluation(config, images[:8], labels[:8], args.official)
+        for side, distance in distances.items():
+            print(f"\nverified: in float64 ours has a relative distance of {distance:.1e} from {side}", end="")
+        print()
+        ours = functools.partial(OurEvaluation, config)
+        makers = {"ours": ours}
+        if device.type == "cuda":
+            makers["graph"] = functools.partial(ours, graph=True)
+        makers["plain"] = functools.partial(ours, fused=False)
+        if args.official:
+            makers["official"] = functools.partial(OfficialEvaluation, args.official, config)
+            makers["official-cl"] = functools.partial(makers["official"], channels_last=True)
+        rows += print_steps(args, {"C": channels, "cells": cells}, makers, ("weights",), images, labels, peak)
     return rows
 
 
@@ -662,6 +827,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bench.py: error: {' '.join(message.split())}\n")
 
 
+def network_size(text):
+    """'36x20' -> (36, 20)"""
+    channels, _, cells = text.partition("x")
+    # With 3 cells the official auxiliary head would change, in place, what the classifier reads.
+    if not (channels.isdecimal() and cells.isdecimal() and int(channels) >= 1 and int(cells) >= 4):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected CxCELLS, such as 36x20, with 4 cells or more")
+    return int(channels), int(cells)
+
+
 def _parser():
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="operations", choices=(*TABLES, "gpu"))
@@ -674,9 +848,17 @@ def _parser():
     group = parser.add_argument_group("operations")
     group.add_argument("--channels-last", action="store_true", help="the memory format of all tensors")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    group = parser.add_argument_group("step, search, losses and gpu")
+    group = parser.add_argument_group("step, evaluate, search, losses and gpu")
     group.add_argument("--batch", type=int, metavar="N", help="images per step (default: 96; on the CPU 32, gpu: 8)")
     group.add_argument("--channels", type=int, default=16, metavar="C", help="of the first cell (default: 16)")
+    group.add_argument(
+        "--networks",
+        type=network_size,
+        nargs="+",
+        default=((16, 8), (36, 20)),
+        metavar="CxCELLS",
+        help="evaluate: networks (default: 16x8 36x20)",
+    )
     group.add_argument("--stages", type=int, nargs="+", default=(1, 2, 3), choices=(1, 2, 3), help="(default: all)")
     group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
     group.add_argument("--official", metavar="DIR", help="a checkout of github.com/chenxin061/pdarts to measure too")
@@ -694,10 +876,11 @@ def _parser():
     return parser
 
 
-TABLES = {"operations": operations, "step": steps, "search": search, "losses": losses}
+TABLES = {"operations": operations, "step": steps, "evaluate": evaluations, "search": search, "losses": losses}
 
 
 def main(arguments=None):
+    keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)

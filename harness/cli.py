@@ -15,6 +15,7 @@ import torch
 
 from harness.cells import cell_table, draw, read_genotype
 from harness.checkpoint import folder_of
+from harness.devices import keep_freed_memory
 from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
@@ -264,6 +265,7 @@ def command(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    keep_freed_memory()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
     status = command(sys.argv[1:] if arguments is None else arguments)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import pdarts
 from harness.cells import check_genotype
@@ -51,11 +55,32 @@ def evaluate(
         network = Network(genotype, config.channels, run.images.num_classes, config.cells, *options)
         cost = pdarts.count(network, tuple(size), channels)
         if weights is not None:
-            network = network.to(run.device)
+            network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
+            # The kernels fold the norms themselves.
+            tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
         else:
-            network = _train(genotype, config, run, graphs, recompute, show)
-        return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(network))
+            tested = network = _train(genotype, config, run, graphs, recompute, show)
+        return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(tested))
+
+
+def fold(network: Network) -> Network:
+    """The network, changed for evaluation mode: its batch norms are in the weights of the convolutions before them."""
+    for module in list(network.modules()):
+        if isinstance(module, nn.Sequential):
+            for (name, conv), (after, norm) in itertools.pairwise(list(module.named_children())):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, name, fuse_conv_bn_eval(conv.eval(), norm.eval()))
+                    setattr(module, after, nn.Identity())
+        elif isinstance(module, pdarts.FactorizedReduce):
+            convolutions, norm = (module.conv_1, module.conv_2), module.bn
+            values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            values = zip(*(v.split([len(conv.weight) for conv in convolutions]) for v in values))
+            for conv, (mean, var, gamma, beta) in zip(convolutions, values):
+                folded = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, gamma, beta)
+                conv.weight, conv.bias = folded
+            module.bn = nn.Identity()
+    return network
 
 
 def _train(genotype, config, run, graphs, recompute, show):

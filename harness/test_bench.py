@@ -77,7 +77,42 @@ def test_bench_measures_a_step(tmp_path, capsys, few_cells):
     found = rows(tmp_path, "step")
     assert [(r["step"], r["side"]) for r in found] == list(itertools.product(("weights", "alphas"), ("ours", "plain")))
     assert all(r["seconds"] > 0 for r in found) and found[0]["kept_per_image"] < 0.5 * found[1]["kept_per_image"]
+    assert all(0 < r["of_peak"] < 1 for r in found)
     assert found[0]["times_ours"] == 1 and "first search of testdata/derive.json" in capsys.readouterr().out
+
+
+OFFICIAL_EVALUATION = """
+import pdarts
+import torchvision.datasets as datasets
+
+
+class NetworkCIFAR(pdarts.Network):
+    def __init__(self, C, num_classes, layers, auxiliary, genotype):
+        super().__init__(genotype, C, num_classes, layers, auxiliary)
+
+    def forward(self, x):
+        self.drop_path.fill_(self.drop_path_prob)
+        return super().forward(x)
+"""
+
+
+def test_bench_measures_a_step_of_an_evaluation_and_checks_it_against_the_official_code(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(OFFICIAL_EVALUATION)
+    found = rows(tmp_path, "evaluate", "--networks", "2x4", "--official", str(tmp_path))
+    assert [(r["C"], r["cells"], r["side"]) for r in found] == [
+        (2, 4, side) for side in ("ours", "plain", "official", "official-cl")
+    ]
+    assert all(r["seconds"] > 0 for r in found) and found[0]["kept_per_image"] < found[1]["kept_per_image"]
+    share = found[1]["of_peak"] * found[1]["seconds"]  # the same operations on all sides
+    assert all(r["of_peak"] * r["seconds"] == pytest.approx(share) and 0 < r["of_peak"] < 1 for r in found)
+    output = capsys.readouterr().out
+    assert "from plain" in output and "from official" in output
+    wrong = OFFICIAL_EVALUATION.replace("super().forward(x)", "super().forward(x * 1.001)")
+    (tmp_path / "model.py").write_text(wrong)
+    bench.sys.modules.pop("model")
+    with pytest.raises(SystemExit):
+        rows(tmp_path, "evaluate", "--networks", "2x4", "--official", str(tmp_path))
+    assert "expected at most 1e-9" in capsys.readouterr().err
 
 
 def test_bench_measures_epochs_of_a_search(tmp_path, few_cells):
@@ -118,6 +153,9 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells):
         (["losses", "--dtype", "bfloat16"], "losses in bfloat16; expected float32"),
         (["step", "--dtype", "float16"], "step in float16; expected float32 or bfloat16"),
         (["step", "--official", "nowhere"], "no model_search.py in nowhere; expected a checkout"),
+        (["evaluate", "--official", "nowhere"], "no model.py in nowhere; expected a checkout"),
+        (["evaluate", "--networks", "36x3"], "argument --networks: '36x3'; expected CxCELLS, such as 36x20"),
+        (["evaluate", "--networks", "36"], "'36'; expected CxCELLS"),
         (["step", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["steps"], "invalid choice: 'steps'"),
         (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),

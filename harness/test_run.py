@@ -32,7 +32,7 @@ from harness.conftest import (
     random_images,
     write_images,
 )
-from harness.evaluate import evaluate
+from harness.evaluate import evaluate, fold
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings
@@ -138,8 +138,25 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
     assert result.test_error == 1 - log[-1]["test_accuracy"]
     assert (result.parameters, result.multiply_adds) == pdarts.count(pdarts.Network(CELL, 2, 5, 3), (10, 12))
-    tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels="off")
-    assert tested.test_error == pytest.approx(result.test_error)
+    for other in ("off", "on"):
+        tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
+        assert tested.test_error == pytest.approx(result.test_error)
+        for name, value in tested.network.state_dict().items():
+            assert torch.equal(value, result.network.state_dict()[name])
+
+
+@pytest.mark.parametrize("name, stem", [("PDARTS", "cifar"), ("AmoebaNet", "imagenet")])
+def test_norms_folded_into_convolutions_change_no_logits(name, stem):
+    torch.manual_seed(0)
+    network = pdarts.Network(pdarts.GENOTYPES[name], 4, 10, 4, auxiliary=True, stem=stem).double().eval()
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+                values.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    right, folded = network(x), fold(network)
+    assert torch.allclose(folded(x), right, rtol=1e-10, atol=0)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for cell in folded.cells for m in cell.modules())
 
 
 def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights):
