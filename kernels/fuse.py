@@ -279,7 +279,6 @@ class _Program:
         settings = training, momentum, eps, self.recompute
         return cell(self.inputs, operations, outputs, torch.cat(spread), norms, *settings)
 
-
     def term(self, op, x):
         """The value of op(x), x a tensor, as steps where that is possible."""
         if not isinstance(op, _Fused):
