@@ -405,6 +405,11 @@ def cell(
     if not serves_cells(inputs[0]):
         single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
         return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings)
+    return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps)
+
+
+def cell_program(operations):
+    """The operations as `run_cell` takes them: numbers, and two weights, or None, of each."""
     program, weights = [], []
     for op in operations:
         if isinstance(op, Sum):
@@ -413,6 +418,11 @@ def cell(
         else:
             program += [KINDS.index(op.kind), op.source, op.stride, op.padding, op.dilation]
             weights += op.weights
+    return program, weights
+
+
+def run_cell(inputs, program, weights, outputs, probabilities, norms, training, momentum, eps):
+    """`cell` where `serves_cells`."""
     means, vars, gammas, betas = zip(*(norm or (None,) * 4 for norm in norms))
     statistics, batch = _normalisation(means, vars, training, eps)
     arguments = weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, False

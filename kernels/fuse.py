@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Norm, Step, Sum, cell, fused, pool, serves_cells
+from . import Norm, Step, Sum, cell, cell_program, fused, pool, run_cell, serves_cells
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -52,6 +52,7 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
                 module.recompute = recompute
                 if isinstance(module, _Whole):
                     module.norms = [m for m in module.modules() if _is_norm(m)]
+                    module.layers = [m for m in module.modules() if m._parameters or m._buffers]
             for stem in _stems(module) if _is_network(module) else ():
                 stem.register_forward_hook(_in_layout)
     return network
@@ -227,27 +228,18 @@ def _stems(network):
 
 
 class _Program:
-    """A cell, or a node of one, while it is put together: what `kernels.cell` takes.
+    """A cell, or a node of one, put together: what `kernels.cell` takes, but for inputs and probabilities.
 
     A value is a number: -1, -2, ... are the inputs, 0, 1, ... what the operations compute.
     """
 
-    def __init__(self, recompute):
-        self.recompute, self.settings = recompute, None
-        self.inputs, self.operations, self.probabilities, self.norms = [], [], [], []
-
-    def input(self, x):
-        for i, known in enumerate(self.inputs):
-            if known is x:
-                return -1 - i
-        self.inputs.append(x)
-        return -len(self.inputs)
+    def __init__(self):
+        self.settings, self.operations, self.norms = None, [], []
 
     def step(self, *step, norm=None, **settings):
         return self._add(Step(*step, **settings), norm)
 
-    def sum(self, terms, probabilities):
-        self.probabilities.append(probabilities)
+    def sum(self, terms):
         return self._add(Sum(terms), None)
 
     def _add(self, operation, norm):
@@ -260,30 +252,26 @@ class _Program:
         self.settings = self.settings or next(map(_settings, norms), None)
         return all(_settings(norm) == self.settings is not None for norm in norms)
 
-    def run(self, *outputs):
-        def number(value):
-            return -1 - value if value < 0 else value + len(self.inputs)
+    def finish(self, inputs, *outputs):
+        """For so many inputs: it can be run from now on."""
 
-        operations = [
+        def number(value):
+            return -1 - value if value < 0 else value + inputs
+
+        self.operations = [
             Sum([number(term) for term in op.terms]) if isinstance(op, Sum) else op._replace(source=number(op.source))
             for op in self.operations
         ]
-        training, momentum, eps = self.settings or (False, 0.1, 1e-5)
-        if training:
-            torch._foreach_add_([norm.num_batches_tracked for norm in self.norms if norm], 1)
+        self.settings = self.settings or (False, 0.1, 1e-5)
+        self.counts = [norm.num_batches_tracked for norm in self.norms if norm]
         norms = [norm and Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in self.norms]
-        norms = [None] * len(self.inputs) + norms
-        images = max(self.probabilities, key=torch.Tensor.dim).shape[1:]  # of which each has its own, or none
-        spread = [p if p.dim() > len(images) else p[:, None].expand(-1, *images) for p in self.probabilities]
-        outputs = [number(value) for value in outputs]
-        settings = training, momentum, eps, self.recompute
-        return cell(self.inputs, operations, outputs, torch.cat(spread), norms, *settings)
+        self.norms = [None] * inputs + norms
+        self.outputs = [number(value) for value in outputs]
+        return self
 
-    def term(self, op, x):
-        """The value of op(x), x a tensor, as steps where that is possible."""
-        if not isinstance(op, _Fused):
-            return self.input(op(x))
-        return op.add_to(self, self.input(x)) if self.accepts(op.norms) else self.input(op.plain(x))
+    def count(self):
+        if self.settings[0]:
+            torch._foreach_add_(self.counts, 1)
 
 
 def _settings(norm):
@@ -295,9 +283,22 @@ def _settings(norm):
 
 def _sum(operations, probabilities, recompute):
     """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
-    program = _Program(recompute)
-    terms = [program.term(op, x) for op, x in operations]
-    return program.run(program.sum(terms, probabilities))
+    program, inputs = _Program(), []
+
+    def value(x):
+        known = next((i for i, other in enumerate(inputs) if other is x), len(inputs))
+        inputs[known:] = inputs[known:] or [x]
+        return -1 - known
+
+    terms = []
+    for op, x in operations:
+        if not isinstance(op, _Fused):
+            terms.append(value(op(x)))
+        else:
+            terms.append(op.add_to(program, value(x)) if program.accepts(op.norms) else value(op.plain(x)))
+    program.finish(len(inputs), program.sum(terms))
+    program.count()
+    return cell(inputs, program.operations, program.outputs, probabilities, program.norms, *program.settings, recompute)
 
 
 def _ones(x, *size):
@@ -386,50 +387,83 @@ class _FusedEvaluationCell:
 
 
 class _Whole:
-    """A cell all of which is known: one program."""
+    """A cell all of which is known: one program, put together again only when what it depends on has changed."""
 
-    def start(self, s0, s1):
-        """A program with the inputs of the nodes; None where single operations serve."""
-        program = _Program(self.recompute)
-        if not (serves_cells(s0) and program.accepts(self.norms)):
-            return None, None
-        pairs = (self.preprocess0, s0), (self.preprocess1, s1)
-        states = [program.sum([op.add_to(program, program.input(x))], _ones(x, 1)) for op, x in pairs]
-        return program, states
+    state = None
+
+    def served(self, s0):
+        """Whether it can be computed as a whole; else single operations serve."""
+        return serves_cells(s0) and _Program().accepts(self.norms)
+
+    def compute(self, s0, s1, probabilities, masks=(), dropped=()):
+        """probabilities [K] or [K,N]: of the nodes; masks: of dropout, and which of them are not all ones."""
+        state = [s0 is s1, *dropped, _settings(self.norms[0])]
+        for m in self.layers:
+            state += map(id, (*m._parameters.values(), *m._buffers.values()))
+        if state != self.state:
+            self.made, self.state = self.assemble(1 if s0 is s1 else 2, dropped), state
+        (numbers, weights), program = self.made
+        program.count()
+        weights = [masks[w] if isinstance(w, int) else w for w in weights]
+        probabilities = torch.cat([_ones(s0, 2, *probabilities.shape[1:]), probabilities])  # of the inputs
+        return run_cell(
+            [s0, s1][: len(program.norms) - len(program.operations)],
+            numbers,
+            weights,
+            program.outputs,
+            probabilities,
+            program.norms,
+            *program.settings,
+        )
+
+    def assemble(self, inputs, dropped):
+        program = _Program()
+        program.accepts(self.norms)
+        pairs = (self.preprocess0, -1), (self.preprocess1, -inputs)
+        states = [program.sum([op.add_to(program, value)]) for op, value in pairs]
+        program.finish(inputs, *self.add_nodes(program, states, iter(enumerate(dropped))))
+        return cell_program(program.operations), program
 
 
 class _WholeSearchCell(_Whole, _FusedSearchCell):
     def forward(self, s0, s1, probabilities):
-        program, states = self.start(s0, s1)
-        if not program:
+        if not self.served(s0):
             return super().forward(s0, s1, probabilities)
-        edges = iter(zip(self.edges, probabilities))
-        for _ in range(self.nodes):
-            incoming = list(zip(states, edges))
-            terms = [self.term(program, op, x, s1) for x, (edge, _) in incoming for op in edge.ops]
-            states.append(program.sum(terms, torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])))
-        return program.run(*states[2:])
-
-    def term(self, program, op, value, s1):
-        if not _is_skip_dropout(op):
-            return op.add_to(program, value)
         # Skip-connects of stride 1 are between feature maps of the size of the nodes.
         size = [(n + 1) // 2 if self.reduction else n for n in s1.shape[2:]]
         ones = s1.new_ones(()).expand(len(s1), self.norms[-1].num_features, *size)
-        dropped = op(ones)
-        return value if dropped is ones else program.step(value, "product", (dropped, None))
+        masks = [op(ones) for edge in self.edges for op in edge.ops if _is_skip_dropout(op)]
+        used = torch.cat([p[edge.skip_none :] for edge, p in zip(self.edges, probabilities)])
+        return self.compute(s0, s1, used, masks, [mask is not ones for mask in masks])
+
+    def add_nodes(self, program, states, dropped):
+        """Adds the nodes to the states; dropped: of each skip-connect a number, and whether dropout follows it."""
+
+        def term(op, value):
+            if not _is_skip_dropout(op):
+                return op.add_to(program, value)
+            mask, drops = next(dropped)
+            return program.step(value, "product", (mask, None)) if drops else value
+
+        edges = iter(self.edges)
+        for _ in range(self.nodes):
+            incoming = list(zip(states, edges))
+            states.append(program.sum([term(op, x) for x, edge in incoming for op in edge.ops]))
+        return states[2:]
 
 
 class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
     def forward(self, s0, s1, drop_path):
-        program, states = self.start(s0, s1)
-        if not program:
+        if not self.served(s0):
             return super().forward(s0, s1, drop_path)
+        return self.compute(s0, s1, self.weights(self._ops, s1, drop_path))
+
+    def add_nodes(self, program, states, dropped):
         edges = iter(zip(self._ops, self.sources))
         for pair in zip(edges, edges):
-            terms = [states[source] if _is_identity(op) else op.add_to(program, states[source]) for op, source in pair]
-            states.append(program.sum(terms, self.weights([op for op, _ in pair], s1, drop_path)))
-        return program.run(*(states[i] for i in self.concat))
+            terms = (states[source] if _is_identity(op) else op.add_to(program, states[source]) for op, source in pair)
+            states.append(program.sum(list(terms)))
+        return [states[i] for i in self.concat]
 
 
 def _in_layout(stem, inputs, output):
