@@ -247,6 +247,50 @@ def test_batch_norms_keep_their_own_settings(change, all_of_them):
         torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
 
 
+def another_weight(network):
+    for layer in network.cells.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight = nn.Parameter(2 * layer.weight.detach())
+
+
+def assigned(network):
+    doubled = {name: 2 * t if t.is_floating_point() else t + 1 for name, t in network.state_dict().items()}
+    network.load_state_dict(doubled, assign=True)
+
+
+def another_momentum(network):
+    for norm in network.cells.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum, norm.eps = 0.3, 1e-3
+
+
+def dropout(network):
+    network.set_skip_dropout(0.4)
+
+
+def frozen(network):
+    for norm in network.cells.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+
+
+@pytest.mark.parametrize("change", [another_weight, assigned, another_momentum, dropout, frozen, nn.Module.float])
+def test_a_fused_network_notices_what_changes_between_two_calls(change):
+    network = search_network((("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"),) * 14)
+    converted, x = fused(network), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_same(network, converted, x)
+    for one in (network, converted):
+        one.train()
+        change(one)
+    x = x.to(network.classifier.weight.dtype)
+    results = []
+    for one in (network, converted):
+        torch.manual_seed(2)
+        results.append([one(x).detach(), *one.buffers()])
+    for right, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9 if x.dtype == torch.float64 else 1e-4, atol=1e-6)
+
+
 def test_nodes_of_more_than_64_outputs_and_other_search_spaces_are_fused():
     space = pdarts.SearchSpace(primitives=pdarts.PRIMITIVES[1:], nodes=9)  # the last node adds up 10 * 7 outputs
     candidates = (space.primitives,) * len(space.edges)
