@@ -683,6 +683,19 @@ def verify_evaluation(config, images, labels, folder=None):
     return distances
 
 
+def evaluation_sides(config, device, official):
+    """{name: function of images and labels that builds it}"""
+    ours = functools.partial(OurEvaluation, config)
+    sides = {"ours": ours}
+    if device.type == "cuda":
+        sides["graph"] = functools.partial(ours, graph=True)
+    sides["plain"] = functools.partial(ours, fused=False)
+    if official:
+        sides["official"] = functools.partial(OfficialEvaluation, official, config)
+        sides["official-cl"] = functools.partial(sides["official"], channels_last=True)
+    return sides
+
+
 def evaluations(args):
     """Prints the table of the evaluation's steps and returns its rows."""
     device = torch.device(args.device)
@@ -698,14 +711,7 @@ def evaluations(args):
         for side, distance in distances.items():
             print(f"\nverified: in float64 ours has a relative distance of {distance:.1e} from {side}", end="")
         print()
-        ours = functools.partial(OurEvaluation, config)
-        makers = {"ours": ours}
-        if device.type == "cuda":
-            makers["graph"] = functools.partial(ours, graph=True)
-        makers["plain"] = functools.partial(ours, fused=False)
-        if args.official:
-            makers["official"] = functools.partial(OfficialEvaluation, args.official, config)
-            makers["official-cl"] = functools.partial(makers["official"], channels_last=True)
+        makers = evaluation_sides(config, device, args.official)
         rows += print_steps(args, {"C": channels, "cells": cells}, makers, ("weights",), images, labels, peak)
     return rows
 
@@ -871,7 +877,7 @@ def _parser():
     group.add_argument("--out", metavar="DIR", help="folder of report.md and report.json; goes on with those there")
     group.add_argument("--minutes", type=float, default=30, metavar="M", help="for all parts together (default: 30)")
     group.add_argument(
-        "--parts", type=int, nargs="+", default=range(1, 10), choices=range(1, 10), help="(default: all)"
+        "--parts", type=int, nargs="+", default=range(1, 11), choices=range(1, 11), help="(default: all)"
     )
     return parser
 

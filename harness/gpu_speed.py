@@ -1,4 +1,4 @@
-"""Parts 6 to 9 of harness/gpu_report.py: how fast it is, and a whole search."""
+"""Parts 6 to 10 of harness/gpu_report.py: how fast it is, and a whole search."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def sides(args, device, config, batch):
     }
 
 
-def measured(args, device, make, stage, kinds):
-    """Rows of one side in one stage, or one with the reason why there are none."""
+def measured(args, device, make, kinds):
+    """Rows of one side, or one with the reason why there are none."""
     try:
-        yield from bench.measure_steps({"": make(stage)}, kinds, device, args.seconds, args.rounds)
+        yield from bench.measure_steps({"": make}, kinds, device, args.seconds, args.rounds)
     except Exception as error:
         yield {"problem": reason(error)}
         traceback.print_exc()
@@ -71,25 +71,32 @@ def steps(args, device):
             if make is None:
                 yield f"stage {stage}", about | {"problem": GPU_ONLY}
                 continue
-            for result in measured(args, device, make, stage, ("weights", "alphas")):
-                problem = result.get("problem")
-                problems += [f"{name}: {problem}"] if problem else []
-                row = about | {
-                    "step of": result.get("step"),
-                    "ms": milliseconds(result.get("seconds")),
-                    "+- ms": milliseconds(result.get("spread")),
-                    "to ours": None,
-                    "kept MB/image": megabytes(result.get("kept_per_image")),
-                    "peak MB": megabytes(result.get("peak")),
-                    "reserved MB": megabytes(result.get("reserved")),
-                    "problem": problem,
-                }
-                rows.append(row)
+            for result in measured(args, device, make(stage), ("weights", "alphas")):
+                problems += [f"{name}: {result['problem']}"] if "problem" in result else []
+                rows.append(about | step_row(result))
                 for r in rows:
                     r["to ours"] = ratio_to_ours(r, rows)
-                yield f"stage {stage}", row
+                yield f"stage {stage}", rows[-1]
+    raise_if_any(problems)
+
+
+def raise_if_any(problems):
     if problems:
         raise Wrong(f"{len(problems)} of the sides cannot be measured: {problems[0]}")
+
+
+def step_row(result):
+    """What the report holds of a row of `bench.measure_steps`."""
+    return {
+        "step of": result.get("step"),
+        "ms": milliseconds(result.get("seconds")),
+        "+- ms": milliseconds(result.get("spread")),
+        "to ours": None,
+        "kept MB/image": megabytes(result.get("kept_per_image")),
+        "peak MB": megabytes(result.get("peak")),
+        "reserved MB": megabytes(result.get("reserved")),
+        "problem": result.get("problem"),
+    }
 
 
 def milliseconds(seconds):
@@ -101,7 +108,7 @@ def megabytes(size):
 
 
 def ratio_to_ours(row, rows):
-    base = [r["ms"] for r in rows if r["side"] == "ours" and all(r[k] == row[k] for k in ("stage", "step of"))]
+    base = [r["ms"] for r in rows if r["side"] == "ours" and all(r.get(k) == row.get(k) for k in ("stage", "step of"))]
     return row["ms"] / base[0] if base and base[0] and row["ms"] else None
 
 
@@ -119,7 +126,7 @@ def whole_search(args, device):
             hours, whole = 0.0, True
             for stage in args.stages:
                 seconds = {}
-                for result in measured(args, device, make, stage, ("weights", "both")):
+                for result in measured(args, device, make(stage), ("weights", "both")):
                     if "problem" in result:
                         problems.append(f"{name}: {result['problem']}")
                         whole = False
@@ -132,8 +139,7 @@ def whole_search(args, device):
                 yield "steps", {"dtype": dtype, "side": name, "stage": stage, **ms}
             stages = " ".join(map(str, args.stages))
             yield "projected hours", {"dtype": dtype, "side": name, "stages": stages, "hours": hours if whole else None}
-    if problems:
-        raise Wrong(f"{len(problems)} of the sides cannot be measured: {problems[0]}")
+    raise_if_any(problems)
 
 
 # --- 8: the mixed operation -------------------------------------------------------------------------------------------
@@ -207,3 +213,26 @@ def demo(args, device):
         yield "", (last := row(f"stopped by SIGINT after {lines} epochs and resumed", stopped, started))
         if not (right and all(last.values())):
             raise Wrong("the searches have different results; expected the same bytes")
+
+
+# --- 10: steps of an evaluation ---------------------------------------------------------------------------------------
+
+
+def evaluation_steps(args, device):
+    (batch,) = bench.batches(1, args.batch, device)
+    problems = []
+    for channels, cells in args.networks[-1:]:
+        for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+            config, rows = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=dtype), []
+            sides = bench.evaluation_sides(config, device, args.official if dtype == "float32" else None)
+            for name in sorted(sides, key=lambda name: name in ("ours", "graph")):  # ours last: see `sides`
+                if name == "ours" and dtype == "float32":
+                    distances = bench.verify_evaluation(config, *(t[:8] for t in batch), args.official)
+                    yield "verified: relative distances of ours in float64 from", distances
+                for result in measured(args, device, functools.partial(sides[name], *batch), ("weights",)):
+                    problems += [f"{name}: {result['problem']}"] if "problem" in result else []
+                    rows.append({"side": name, **step_row(result)})
+                    for r in rows:
+                        r["to ours"] = ratio_to_ours(r, rows)
+                    yield f"C = {channels}, {cells} cells, {dtype}", rows[-1]
+    raise_if_any(problems)

@@ -160,7 +160,7 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells):
         (["steps"], "invalid choice: 'steps'"),
         (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),
         (["gpu", "--out", "x", "--minutes", "0"], "more than 0 minutes"),
-        (["gpu", "--out", "x", "--parts", "10"], "invalid choice: 10"),
+        (["gpu", "--out", "x", "--parts", "11"], "invalid choice: 11"),
     ],
 )
 def test_bench_names_what_is_wrong_in_one_line(capsys, arguments, message):
@@ -228,6 +228,9 @@ def test_the_other_parts_run_on_the_cpu(few_cells):
     ms = {row["side"]: row for table, row in found if table == "steps"}
     expected = 12500 * (10 * ms["ours"]["weights (ms)"] + 15 * ms["ours"]["both (ms)"]) / 3.6e6
     assert set(hours) == {"plain", "ours"} and hours["ours"] == pytest.approx(expected)
+    found = list(gpu_speed.evaluation_steps(small_args(networks=[(2, 4)]), cpu))
+    assert [row["side"] for table, row in found if table == "C = 2, 4 cells, float32"] == ["plain", "ours"]
+    assert found[-1][1]["to ours"] == 1 and all(row["ms"] > 0 for table, row in found if "cells" in table)
     found = [row for _, row in gpu_speed.mixed_operation(small_args(), cpu)]
     assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)
     convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
