@@ -423,8 +423,9 @@ def require_gradients(of, not_of=()):
 
 def clipped_step(optimizer, parameters, gradients, clip: float):
     """One step of the optimizer along the gradients, clipped to the norm `clip`."""
-    for p, gradient in zip(parameters, gradients, strict=True):
-        p.grad = gradient
+    for p, g in zip(parameters, gradients, strict=True):
+        # Fused optimizers go through p and its gradient in the order of their memory, which may be channels-last.
+        p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
@@ -811,8 +812,7 @@ def evaluate(genotype: Genotype, config: EvaluateConfig, data: Data, device="cpu
 @torch.no_grad()
 def correct_predictions(network, batches, dtype: str = "float32") -> tuple[int, int]:
     """(how many images of the batches `network` classifies right in evaluation mode, how many there are)."""
-    correct = total = 0
-    was_training = network.training
+    correct, total, was_training = 0, 0, network.training
     network.eval()
     for images, labels in batches:
         correct += (loss_and_logits(network, images, labels, dtype)[1].argmax(1) == labels).sum()

@@ -588,6 +588,19 @@ def test_every_step_of_every_rank_drops_other_elements():
         list(small_search(rank=rank, wrap_step=seen))
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2  # ranks, stages, epochs, steps
 
+@pytest.mark.parametrize("of_p, of_gradient", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_a_step_takes_gradients_of_another_memory_format(of_p, of_gradient):
+    torch.manual_seed(0)
+    start, gradient, results = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), []
+    for formats in (of_p, of_gradient), ("contiguous", "contiguous"):
+        formats = [{"channels_last": torch.channels_last}.get(f, torch.contiguous_format) for f in formats]
+        p = torch.nn.Parameter(start.to(memory_format=formats[0], copy=True))
+        optimizer = pdarts.sgd([p], EVALUATION)
+        for _ in range(2):
+            pdarts.clipped_step(optimizer, [p], [gradient.to(memory_format=formats[1], copy=True)], 5.0)
+        results.append(p.detach())
+    assert torch.equal(*results)
+
 def test_loading_keeps_the_tensor_of_the_learning_rate_which_a_captured_step_reads():
     for training in small_search(), small_evaluation():
         next(iter(training))

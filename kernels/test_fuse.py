@@ -305,6 +305,22 @@ def test_where_the_kernels_do_not_serve_nothing_is_changed():
     assert classes(fused(network)) == classes(network)
 
 
+def test_an_evaluation_with_kernels_takes_the_steps_of_a_plain_one():
+    x, y = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8), torch.arange(24) % 3
+    config, losses = pdarts.EvaluateConfig(cells=4, channels=4, epochs=2, batch=8), []
+
+    class Loader(pdarts.Loader):
+        def normalise(self, x):
+            return super().normalise(x).double()
+
+    for prepare in (lambda n: n.double(), lambda n: kernels.fuse(n.double())):
+        data = pdarts.Data(Loader(x, y, config), 3)
+        events = list(pdarts.Evaluation(pdarts.GENOTYPES["PDARTS"], config, data, prepare=prepare))
+        losses.append(torch.stack([event.loss for event in events if isinstance(event, pdarts.Step)]))
+    assert len(losses[0]) == 6  # with the auxiliary head, and drop-path in the last three
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+
+
 def test_a_search_takes_fusion_as_an_argument():
     x, y = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
     short = {"cells": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "warmup": 1}
