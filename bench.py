@@ -31,8 +31,8 @@ other is alone in memory.
     plain     the same network in plain torch
     official  the code of a checkout of github.com/chenxin061/pdarts in the folder DIR, always in float32
 
-"Of peak" is the share of the rate of this machine's own matrix products, of 2048 x 2048, that a side reaches: the
-step's products and convolutions, as torch counts them in plain torch, in the time it takes.
+"Of peak" is the share of the rate of this machine's own matrix products, of 2048 x 2048 (8192 x 8192 on a GPU), that a
+side reaches: the operations of the step's products and convolutions in the time it takes.
 
 The first stage has all candidates; stages 2 and 3, in all sides, have those that the official code keeps in the first
 search of testdata/derive.json.
@@ -566,10 +566,12 @@ def print_steps(args, about, makers, kinds, images, labels, peak):
 
 
 def operations_of(step, which):
-    """The floating-point operations of a plain step's products and convolutions."""
+    """The floating-point operations of a plain step's products and convolutions: those of its forward pass, as many for
+    the gradients of their inputs, and in a step of the weights as many for those. (torch would count the weights'
+    gradients of depthwise convolutions as if they were dense.)"""
     with FlopCounterMode(display=False) as counter:
-        step.run(which)
-    return counter.get_total_flops()
+        step.forward()
+    return counter.get_total_flops() * (2 if which == "alphas" else 3)
 
 
 def matrix_peak(device, dtype):
