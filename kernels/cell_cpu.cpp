@@ -515,8 +515,12 @@ class Cell {
     for (int64_t j = 0; j < number; j++) {
       const A* g = of_value(j * pixels(v), pixels(v));
       if (op.kind != Operation::kProduct) {
-        auto run = op.kind == Operation::kMax ? pool_backward<true, A> : pool_backward<false, A>;
-        run(pool(i), x + j * image(from), y + j * image(v), g, grad + j * image(from));
+        A* to = grad + j * image(from);
+        if (op.kind == Operation::kMax) {
+          max_pool_backward(pool(i), x + j * image(from), y + j * image(v), g, to);
+        } else {
+          avg_pool_backward(pool(i), g, to);
+        }
         continue;
       }
       const A* weight = static_cast<const A*>(op.weight) + (n + j) * image(v);

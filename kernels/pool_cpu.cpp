@@ -37,7 +37,7 @@ void pool_backward_cpu(const PdartsPool* p, const void* g, void* grad_x) {
     const A *y = p->max ? static_cast<const A*>(p->y) + n * out : nullptr;
     A* to = static_cast<A*>(grad_x) + n * in;
     std::fill(to, to + in, A(0));
-    auto run = p->max ? pool_backward<true, A> : pool_backward<false, A>;
-    run(*p, x, y, static_cast<const A*>(g) + n * out, to);
+    const A* from = static_cast<const A*>(g) + n * out;
+    p->max ? max_pool_backward(*p, x, y, from, to) : avg_pool_backward(*p, from, to);
   });
 }
