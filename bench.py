@@ -7,6 +7,7 @@
     python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
     python bench.py losses [--data DIR]   # the losses of training with and without the kernels, side by side
     python bench.py gpu --out DIR         # all of that and more on a GPU, in half an hour: see harness/gpu_report.py
+    python bench.py claims --data DIR --out DIR # the paper's claims, in hours: see harness/claims.py
 
 The mixed operation: the tensors are those of the paper's search, the feature maps of the three parts of a network at
 batch 96, with the 8, 5 and 3 candidates of the three stages. Every row is one operation, fused, and how many times
@@ -528,7 +529,7 @@ def steps(args):
     print(*header(device), f"{args.dtype}, batch {args.batch}, C = {args.channels}", sep="\n")
     print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
     ((images, labels),) = batches(1, args.batch, device)
-    peak = matrix_peak(device, args.dtype)
+    peak = matrix_peak(device, args.dtype, min(1, args.seconds))
     rows = []
     for stage in args.stages:
         distances = verify_step(stage, config, images, labels)
@@ -574,11 +575,11 @@ def operations_of(step, which):
     return counter.get_total_flops() * (2 if which == "alphas" else 3)
 
 
-def matrix_peak(device, dtype):
+def matrix_peak(device, dtype, seconds):
     """Operations per second of large matrix products."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    (times,) = measure({"product": lambda: a @ b}, 1).values()
+    (times,) = measure({"product": lambda: a @ b}, seconds).values()
     return 2 * size**3 / min(times)
 
 
@@ -706,7 +707,7 @@ def evaluations(args):
     pick_kernels("on", device)
     print(*header(device), f"{args.dtype}, batch {args.batch}, the P-DARTS cell", sep="\n")
     ((images, labels),) = batches(1, args.batch, device)
-    peak, rows = matrix_peak(device, args.dtype), []
+    peak, rows = matrix_peak(device, args.dtype, min(1, args.seconds)), []
     for channels, cells in args.networks:
         config = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=args.dtype)
         distances = verify_evaluation(config, images[:8], labels[:8], args.official)
@@ -846,7 +847,7 @@ def network_size(text):
 
 def _parser():
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="operations", choices=(*TABLES, "gpu"))
+    parser.add_argument("what", nargs="?", default="operations", choices=(*TABLES, "gpu", "claims"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
@@ -871,12 +872,15 @@ def _parser():
     group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
     group.add_argument("--official", metavar="DIR", help="a checkout of github.com/chenxin061/pdarts to measure too")
     group.add_argument("--no-graphs", dest="graphs", action="store_false", help="search: no CUDA graphs")
-    group.add_argument("--data", metavar="DIR", help="losses: the folder that holds CIFAR-10's (default: generated)")
+    group.add_argument("--data", metavar="DIR", help="losses, claims: the folder of CIFAR-10 (losses: or generated)")
     group.add_argument(
         "--steps", type=int, default=50, metavar="N", help="losses: of the weights (default: 50, minutes)"
     )
-    group = parser.add_argument_group("gpu")
-    group.add_argument("--out", metavar="DIR", help="folder of report.md and report.json; goes on with those there")
+    group = parser.add_argument_group("claims")
+    group.add_argument("--scale", default="small", choices=("small", "paper"), help="sizes (default: small)")
+    group.add_argument("--seeds", type=int, default=3, metavar="N", help="searches of each kind (default: 3)")
+    group = parser.add_argument_group("gpu and claims")
+    group.add_argument("--out", metavar="DIR", help="folder of the results; goes on with those there")
     group.add_argument("--minutes", type=float, default=30, metavar="M", help="for all parts together (default: 30)")
     group.add_argument(
         "--parts", type=int, nargs="+", default=range(1, 11), choices=range(1, 11), help="(default: all)"
@@ -897,13 +901,15 @@ def main(arguments=None):
     allowed = types.get(args.what, ("float32", "bfloat16"))
     if args.dtype not in allowed:
         parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(allowed)}")
-    least = {"rounds": 2, "steps": 1, "channels": 1, "batch": 2}
+    least = {"rounds": 2, "steps": 1, "channels": 1, "batch": 2, "seeds": 1}
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name} is {value}; expected {bound} or more")
     if args.what == "gpu" and not (args.out and args.minutes > 0):
         parser.error(f"gpu with --out {args.out} and --minutes {args.minutes}; expected --out DIR, more than 0 minutes")
+    if args.what == "claims" and not (args.data and args.out):
+        parser.error("claims without --data and --out; expected both")
     args.seconds = args.seconds or {"operations": 0.8, "gpu": 2}.get(args.what, 10)
     try:
         if args.what != "gpu" or not torch.cuda.is_available():  # the report's own process must not use the GPU
@@ -914,6 +920,10 @@ def main(arguments=None):
             from harness.gpu_report import report  # which imports this file again, as `bench`
 
             return report(args)
+        if args.what == "claims":
+            from harness.claims import Claims
+
+            return Claims(args.out, args.scale, args.seeds, args.data, args.device).run()
         rows = TABLES[args.what](args)
     except InputError as error:
         parser.error(str(error))

@@ -17,6 +17,7 @@ from harness.devices import ways_to_compute
 from harness.distributed import average, processes, share_buffers
 from harness.images import Images
 from harness.progress import Progress
+from harness.report import write_evaluation
 from harness.run import Clock, Run
 from harness.settings import EvaluateSettings
 from pdarts import Genotype, Network, Step
@@ -121,7 +122,9 @@ def _train(genotype, config, run, graphs, recompute, show):
             run.times.append({"epoch": event.epoch, "seconds": round(seconds, 3)})
             run.folder.save("weights.pt", training.network.state_dict())
             run.save(training)
+            write_evaluation(run, genotype)
             text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
             progress.line(f"{text}  test acc {test_accuracy:6.1%}  {seconds:.1f} s")
             meters, clock = None, Clock()
+    write_evaluation(run, genotype)  # again, for a run that was killed after its last checkpoint
     return training.network

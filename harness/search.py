@@ -12,6 +12,7 @@ from harness.devices import ways_to_compute
 from harness.distributed import average, check_agreement, processes, share_buffers
 from harness.images import Images
 from harness.progress import Progress
+from harness.report import write_search
 from harness.run import Clock, Run
 from harness.second_order import SecondOrder
 from harness.settings import SearchSettings
@@ -114,6 +115,7 @@ def search(
                 run.times.append({"stage": event.stage + 1, "epoch": event.epoch, "seconds": round(seconds, 3)})
                 check_agreement(alphas, searching.candidates)
                 run.save(searching, test_accuracies=accuracies)
+                write_search(run, searching)
                 text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
                 if alpha_loss is not None:
                     text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}"
@@ -129,4 +131,5 @@ def search(
         "by_max_skips": {str(m): last.genotype(m)._asdict() for m in range(len(genotype.normal) + 1)},
     }
     run.folder.write("genotype.json", genotype._asdict() | others)
+    write_search(run, searching, genotype)
     return SearchResult(genotype, searching.stages, accuracies)

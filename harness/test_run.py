@@ -98,6 +98,7 @@ def test_a_search_writes_the_cells_of_every_stage_and_every_limit(searched):
     written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     cell = ["genotype.json", "normal.svg", "reduce.svg"]
     expected = ["checkpoint-before.pt", "checkpoint.pt", "config.json", "log.jsonl", "times.jsonl", *cell]
+    expected += ["alphas.svg", "curves.svg", "report.html"]
     assert written == sorted(expected + [f"stages/{stage}/{name}" for stage in (1, 2, 3) for name in cell])
     content = json.loads((folder / "genotype.json").read_text())
     assert read_genotype(str(folder / "genotype.json")) == result.genotype == result.stages[2].genotype(2)
@@ -126,7 +127,8 @@ def test_config_json_holds_what_is_needed_to_run_again(searched, images):
 def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(images, tmp_path, mode):
     result = evaluate(CELL, TRAINING, images, tmp_path / "run", kernels=mode)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(
-        "checkpoint-before.pt checkpoint.pt config.json genotype.json log.jsonl times.jsonl weights.pt".split()
+        "checkpoint-before.pt checkpoint.pt config.json curves.svg genotype.json log.jsonl report.html times.jsonl "
+        "weights.pt".split()
     )
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["kernels"] == {"on": "fused", "off": "plain"}[mode]
@@ -245,9 +247,14 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(monkeyp
         patch.setattr(os, "replace", copying)
         search(config, few, whole)
     number = next(instants)
-    assert number == 1 + (3 + 3) + (4 + 3) + 3  # config.json, two epochs and stages, and the result
+    assert number == 1 + (6 + 3) + (7 + 3) + 3 + 3  # config.json, two epochs and stages, the result, the last report
+    shown = set()
     for instant in range(number):
         folder = tmp_path / str(instant)
+        writing = next(folder.rglob(".*")).name
+        if writing in shown:  # only shown: once is enough
+            continue
+        shown |= {writing} & {f".{name}.tmp" for name in ("alphas.svg", "curves.svg", "report.html")}
         assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # written, but not yet renamed
         begun = (folder / "config.json").exists()
         search(config, few, **({"resume": folder} if begun else {"out": folder}))

@@ -114,8 +114,7 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape, count", [((2, 3, 5, 7), 3), ((4, 36, 9, 9), 40), ((9, 36, 8, 8), 2),
-                                          ((5, 70, 1, 1), 3), ((3, 2, 150, 150), 2), ((2, 2100, 2, 3), 2),
+@pytest.mark.parametrize("shape, count", [((4, 36, 9, 9), 40), ((5, 70, 1, 1), 3), ((3, 2, 90, 90), 2),
                                           ((70, 20, 1, 33), 2)])
 @pytest.mark.parametrize("affine, norm", [(False, None), (True, "training"), (True, "evaluation"), (False, "training")])
 @pytest.mark.parametrize("images", [False, True])

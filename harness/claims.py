@@ -1,0 +1,334 @@
+"""The paper's claims, measured: `python bench.py claims --data DIR --out DIR [--scale small|paper] [--seeds N]`.
+
+The plan, OUT/plan.jsonl, has a line for each run of each seed:
+
+    searches    P-DARTS; without skip dropout; without progression: one stage with all candidates, as DARTS searches
+    cells       of the P-DARTS search: those of its stages, and of its last stage for M = 0 to 4 and without limit; of
+                the other searches; random ones, with at most 2 skip-connects and without limit. Each is trained from
+                scratch under one small budget, the same for all.
+
+A finished run leaves OUT/results/NAME.json and is not repeated; one that was interrupted goes on. After each run
+OUT/claims.md, cells.svg and skips.svg are made anew from all results. `--scale small` is for two CPU cores and some
+hours; `--scale paper` has the paper's settings for the searches and evaluations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+import statistics
+import time
+from typing import NamedTuple
+
+import pdarts
+from harness.cells import check_genotype
+from harness.charts import dots_svg
+from harness.evaluate import evaluate
+from harness.files import write_whole
+from harness.images import load
+from harness.progress import duration
+from harness.search import search
+from harness.settings import EvaluateSettings, SearchSettings
+from pdarts import Genotype, InputError
+
+LIMITS = (0, 1, 2, 3, 4, None)  # M
+
+
+class Scale(NamedTuple):
+    search: SearchSettings
+    one_stage: SearchSettings
+    evaluate: EvaluateSettings
+
+
+def one_stage(settings: SearchSettings, **changes) -> SearchSettings:
+    """DARTS's search: 8 cells, all candidates, alphas from the first epoch on, no dropout."""
+    single = {"cells": (8,), "keep": (8,), "skip_dropout": (0.0,), "warmup": 0}
+    return dataclasses.replace(settings, **single, **changes)
+
+
+# The learning rate of the alphas is ten times the paper's for so few steps, as in the demo.
+_SMALL = SearchSettings(images=6000, channels=8, stem_stride=2, epochs=12, warmup=4, batch=32, lr=0.05, alpha_lr=6e-3)
+SCALES = {
+    "small": Scale(
+        _SMALL,
+        one_stage(_SMALL, epochs=24),
+        EvaluateSettings(images=6000, cells=8, channels=12, stem_stride=2, epochs=15, batch=32, lr=0.05, drop_path=0.1),
+    ),
+    "paper": Scale(
+        SearchSettings(), one_stage(SearchSettings(), epochs=50, batch=64, alpha_lr=3e-4), EvaluateSettings()
+    ),
+}
+SEARCHES = {
+    "P-DARTS": lambda scale: scale.search,
+    "no skip dropout": lambda scale: dataclasses.replace(scale.search, skip_dropout=(0.0, 0.0, 0.0)),
+    "one stage": lambda scale: scale.one_stage,
+}
+
+
+class Entry(NamedTuple):
+    """A line of the plan. kind: "search", or "cell": the training of one. cell: which one of a search."""
+
+    name: str
+    kind: str
+    seed: int
+    group: str
+    cell: str = ""
+
+
+def limit_name(limit: int | None) -> str:
+    return "no limit" if limit is None else f"M = {limit}"
+
+
+def plan(seeds: int) -> list[Entry]:
+    entries = []
+    for seed in range(seeds):
+
+        def add(kind, group, cell="", seed=seed):
+            words = f"{group} {cell}".replace(" = ", "").replace("-", "").split()
+            entries.append(Entry(f"seed{seed}-{kind}-{'-'.join(words).lower()}", kind, seed, group, cell))
+
+        for group in SEARCHES:
+            add("search", group)
+        for cell in ("stage 1", "stage 2", *map(limit_name, LIMITS)):  # stage 3 is M = 2
+            add("cell", "P-DARTS", cell)
+        for group in list(SEARCHES)[1:]:
+            for limit in (2, None):
+                add("cell", group, limit_name(limit))
+        for limit in (2, None):
+            add("cell", "random", limit_name(limit))
+    return entries
+
+
+def random_cells(seed: int, limit: int | None) -> Genotype:
+    """Two inputs of each node and their operations, at random; the normal cell has at most `limit` skip-connects."""
+    generator = random.Random(seed)
+    names = [name for name in pdarts.PRIMITIVES if name != "none"]
+
+    def cell():
+        pairs = [(node, source) for node in range(4) for source in sorted(generator.sample(range(2 + node), 2))]
+        return [(generator.choice(names), source) for _, source in pairs]
+
+    normal = cell()
+    while limit is not None and skips_of(normal) > limit:
+        normal = cell()
+    return Genotype(normal, [2, 3, 4, 5], cell(), [2, 3, 4, 5])
+
+
+def skips_of(pairs) -> int:
+    return sum(name == "skip_connect" for name, _ in pairs)
+
+
+def depth_of(pairs) -> int:
+    """Operations, skip-connects too, on the longest path from an input of the cell to its output."""
+    depths = [0, 0]
+    for i in range(0, len(pairs), 2):
+        depths.append(1 + max(depths[source] for _, source in pairs[i : i + 2]))
+    return max(depths)
+
+
+class Claims:
+    """The runs of a plan in a folder, and what follows from them."""
+
+    def __init__(self, folder, scale: str, seeds: int, data: str | None, device: str, dataset: str = "cifar10"):
+        self.folder, self.scale, self.device = pathlib.Path(folder), SCALES[scale], device
+        self.images, self.entries = load(dataset, data), plan(seeds)
+        settings = {name: dataclasses.asdict(value) for name, value in self.scale._asdict().items()}
+        about = json.loads(json.dumps({"scale": scale, "data": self.images.fingerprint(), "settings": settings}))
+        known = self.folder / "claims.json"
+        if known.exists():
+            if json.loads(known.read_text()) != about:
+                raise InputError(f"{self.folder} holds claims of other settings or data; expected a new folder")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} already holds something else; expected a new or empty folder")
+        (self.folder / "results").mkdir(parents=True, exist_ok=True)
+        write_whole(known, json.dumps(about, indent=1).encode())
+        lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries)
+        write_whole(self.folder / "plan.jsonl", lines.encode())
+
+    def result(self, name: str) -> dict | None:
+        path = self.folder / "results" / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def results(self) -> list[dict]:
+        found = (self.result(entry.name) for entry in self.entries)
+        return [result for result in found if result]
+
+    def run(self) -> int:
+        """All runs that are left; returns the exit status."""
+        started, done = time.monotonic(), 0
+        for number, entry in enumerate(self.entries, 1):
+            if self.result(entry.name):
+                continue
+            print(f"\n{number} of {len(self.entries)}: {entry.name}", flush=True)
+            run = self.search if entry.kind == "search" else self.train
+            result = entry._asdict() | run(entry)
+            write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result, indent=1).encode())
+            shutil.rmtree(self.folder / "runs" / entry.name, ignore_errors=True)
+            self.write()
+            done += 1
+        self.write()
+        print(f"\n{done} runs in {duration(time.monotonic() - started)}; {self.folder / 'claims.md'}")
+        return 0
+
+    def where(self, entry: Entry) -> dict:
+        """Arguments of a run: its folder, in which it goes on if it has begun."""
+        path = self.folder / "runs" / entry.name
+        return {"resume" if (path / "config.json").exists() else "out": path, "device": self.device, "show": True}
+
+    def search(self, entry: Entry) -> dict:
+        settings = dataclasses.replace(SEARCHES[entry.group](self.scale), seed=entry.seed)
+        where = self.where(entry)
+        path = where.get("out") or where["resume"]
+        found = search(settings, self.images.first(settings.images), **where)
+        log, times = (
+            [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("log", "times")
+        )
+        last, stages = found.stages[-1], []
+        for number, stage in enumerate(found.stages, 1):
+            normal = stage.genotype(None).normal
+            at_the_end = [record for record in log if record["stage"] == number][-1]
+            stages.append({
+                "skips": skips_of(normal),
+                "depth": depth_of(stage.genotype(settings.max_skips).normal),
+                "depth_reduce": depth_of(stage.genotype(settings.max_skips).reduce),
+                "train_accuracy": at_the_end["train_accuracy"],
+                "alpha_accuracy": at_the_end["alpha_accuracy"],
+                "genotype": stage.genotype(settings.max_skips),
+            })  # fmt: skip
+        cells = {limit_name(limit): last.genotype(limit) for limit in LIMITS}
+        cells |= {f"stage {number}": stage["genotype"] for number, stage in enumerate(stages, 1)}
+        seconds = sum(record["seconds"] for record in times)
+        return {"stages": stages, "cells": {name: cell._asdict() for name, cell in cells.items()}, "seconds": seconds}
+
+    def train(self, entry: Entry) -> dict:
+        genotype = self.genotype(entry)
+        about = {"genotype": genotype._asdict(), "skips": skips_of(genotype.normal), "depth": depth_of(genotype.normal)}
+        about = json.loads(json.dumps(about))
+        for other in self.results():  # of one seed: two searches may well find the same
+            if other["kind"] == "cell" and other["seed"] == entry.seed and other["genotype"] == about["genotype"]:
+                same = {key: other[key] for key in ("parameters", "multiply_adds", "test_accuracy", "seconds")}
+                return about | same | {"same_as": other.get("same_as", other["name"])}
+        settings, started = dataclasses.replace(self.scale.evaluate, seed=entry.seed), time.monotonic()
+        trained = evaluate(genotype, settings, self.images.first(settings.images), **self.where(entry))
+        numbers = {"parameters": trained.parameters, "multiply_adds": trained.multiply_adds}
+        seconds = time.monotonic() - started
+        return about | numbers | {"test_accuracy": 1 - trained.test_error, "seconds": seconds}
+
+    def genotype(self, entry: Entry) -> Genotype:
+        if entry.group == "random":
+            limit = next(limit for limit in LIMITS if limit_name(limit) == entry.cell)
+            return random_cells(entry.seed, limit)
+        of = next(e for e in self.entries if (e.kind, e.seed, e.group) == ("search", entry.seed, entry.group))
+        cell = self.result(of.name)["cells"][entry.cell]
+        return check_genotype(Genotype(**cell))
+
+    def write(self):
+        results = self.results()
+        text, charts = summary(results, self.entries, self.scale)
+        write_whole(self.folder / "claims.md", text.encode())
+        for name, svg in charts.items():
+            write_whole(self.folder / f"{name}.svg", svg.encode())
+
+
+# --- What follows from the results ------------------------------------------------------------------------------------
+
+
+def spread(values, form="{:.3g}") -> str:
+    """Mean +- standard deviation, and every single value."""
+    if not values:
+        return "-"
+    deviation = f" +- {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{form.format(statistics.mean(values))}{deviation} ({', '.join(map(form.format, values))})"
+
+
+def values_of(results, key, **what) -> dict[int, float]:
+    """By seed, of the results that are so."""
+    chosen = (r for r in results if all(r.get(name) == value for name, value in what.items()))
+    return {r["seed"]: key(r) for r in chosen}
+
+
+def compared(claim: str, paper: str, more: dict, less: dict, form="{:+.3g}") -> list[str]:
+    """A row on whether `more` is larger than `less`, seed by seed."""
+    seeds = sorted(more.keys() & less.keys())
+    differences = [more[seed] - less[seed] for seed in seeds]
+    if not seeds:
+        verdict = "not run yet"
+    elif all(d > 0 for d in differences):
+        verdict = "shows, in every seed"
+    elif all(d <= 0 for d in differences):
+        verdict = "does not show"
+    else:
+        verdict = f"shows in {sum(d > 0 for d in differences)} of {len(seeds)} seeds"
+    return [claim, paper, spread(differences, form), verdict]
+
+
+def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
+    """claims.md, and the charts by name."""
+    searches = [r for r in results if r["kind"] == "search"]
+    cells = [r for r in results if r["kind"] == "cell"]
+
+    def of_stage(group, stage, key):
+        return {
+            r["seed"]: r["stages"][stage][key] for r in searches if r["group"] == group and len(r["stages"]) > stage
+        }
+
+    def accuracy(group, cell):
+        return values_of(cells, lambda r: 100 * r["test_accuracy"], group=group, cell=cell)
+
+    rows, lines = [], ["# The paper's claims", "", f"{len(results)} of {len(entries)} runs are done.", ""]
+    dropout = "deep searches collapse into skip-connects without dropout: more of them in the last stage"
+    rows.append(compared(dropout, "yes", of_stage("no skip dropout", 2, "skips"), of_stage("P-DARTS", 2, "skips")))
+    deeper = "the last stage's cell is deeper than the first's"
+    rows.append(compared(deeper, "yes", of_stage("P-DARTS", 2, "depth"), of_stage("P-DARTS", 0, "depth")))
+    pairs = [
+        ("the last stage's cell is better than the first's (%)", ("P-DARTS", "M = 2"), ("P-DARTS", "stage 1")),
+        ("progression is better than one stage (%)", ("P-DARTS", "M = 2"), ("one stage", "no limit")),
+        ("and than one stage with M = 2 (%)", ("P-DARTS", "M = 2"), ("one stage", "M = 2")),
+        ("searched cells are better than random ones with M = 2 (%)", ("P-DARTS", "M = 2"), ("random", "M = 2")),
+        ("and than those without limit (%)", ("P-DARTS", "M = 2"), ("random", "no limit")),
+        ("M = 2 is better than no limit with dropout (%)", ("P-DARTS", "M = 2"), ("P-DARTS", "no limit")),
+        ("and without (%)", ("no skip dropout", "M = 2"), ("no skip dropout", "no limit")),
+    ]  # fmt: skip
+    rows += [compared(claim, "yes", accuracy(*more), accuracy(*less)) for claim, more, less in pairs]
+    lines += table(["claim", "paper", "difference here: mean +- std (each seed)", "here"], rows)
+
+    lines += ["", "## Searches", ""]
+    rows = []
+    for group in SEARCHES:
+        for stage in range(len(SEARCHES[group](scale).cells)):
+            names = ("skips", "{:.2g}"), ("depth", "{:.2g}"), ("train_accuracy", "{:.1%}"), ("alpha_accuracy", "{:.1%}")
+            columns = [spread(list(of_stage(group, stage, key).values()), form) for key, form in names]
+            rows.append([group, str(stage + 1), *columns])
+    head = ["search", "stage", "skip-connects before refinement", "depth of the normal cell"]
+    lines += table([*head, "accuracy on the weights' half", "on the alphas' half"], rows)
+    seconds = {group: [r["seconds"] / 60 for r in searches if r["group"] == group] for group in SEARCHES}
+    lines += ["", "Minutes: " + "; ".join(f"{group} {spread(values)}" for group, values in seconds.items())]
+
+    lines += ["", "## Cells, trained from scratch", ""]
+    rows, chart = [], []
+    for group, cell in dict.fromkeys((e.group, e.cell) for e in entries if e.kind == "cell"):
+        mine = [r for r in cells if (r["group"], r["cell"]) == (group, cell)]
+        columns = [
+            spread([100 * r["test_accuracy"] for r in mine], "{:.2f}"),
+            spread([r["parameters"] / 1e3 for r in mine]),
+            spread([r["depth"] for r in mine], "{:.2g}"),
+            spread([r["skips"] for r in mine], "{:.2g}"),
+        ]
+        rows.append([f"{group}, {cell}", *columns])
+        chart.append((f"{group}, {cell}", [100 * r["test_accuracy"] for r in mine]))
+    lines += table(["cell", "test accuracy (%)", "parameters (thousands)", "depth", "skip-connects"], rows)
+    charts = {"cells": dots_svg(chart, "test accuracy (%) after training from scratch, each seed and the mean")}
+    skips = []
+    for group in SEARCHES:
+        for stage in range(len(SEARCHES[group](scale).cells)):
+            skips.append((f"{group}, stage {stage + 1}", list(of_stage(group, stage, "skips").values())))
+    charts["skips"] = dots_svg(skips, "skip-connects in the normal cell before refinement, each seed and the mean")
+    return "\n".join(lines) + "\n", charts
+
+
+def table(head, rows) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,142 @@
+"""Tests of bench.py claims: the plan, what is not run twice, and what is said of the results."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+import pdarts
+from harness import claims
+from harness.claims import Claims, compared, depth_of, limit_name, plan, random_cells, skips_of
+from harness.conftest import random_images
+from harness.evaluate import EvaluateResult
+from harness.search import SearchResult
+from pdarts import GENOTYPES
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """What is run, in turn; searches and trainings are made up, and stop where their name is in `stop`."""
+    done = []
+
+    def search(settings, images, out=None, resume=None, **_):
+        done.append(("search", (out or resume).name))
+        folder = out or resume
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").touch()
+        if folder.name in stop:
+            raise KeyboardInterrupt
+        torch.manual_seed(settings.seed + 100 * len(settings.cells))
+        names, stages = (pdarts.PRIMITIVES,) * 14, []
+        for keep in settings.keep:
+            stages.append(pdarts.Stage(names, names, torch.randn(14, len(names[0])), torch.randn(14, len(names[0]))))
+            names = pdarts.shrink(names, stages[-1].alphas_normal, max(keep - 3, 3))
+        lines = [
+            {"stage": s, "train_accuracy": 0.5, "alpha_accuracy": 0.4, "seconds": 60.0}
+            for s in range(1, len(stages) + 1)
+        ]
+        for name in ("log", "times"):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return SearchResult(stages[-1].genotype(), stages, [])
+
+    def evaluate(genotype, settings, images, out=None, resume=None, **_):
+        done.append(("cell", (out or resume).name))
+        return EvaluateResult(None, 1000 * depth_of(genotype.normal), 10, 0.5 - 0.01 * skips_of(genotype.normal))
+
+    monkeypatch.setattr(claims, "load", lambda *_: random_images())
+    monkeypatch.setattr(claims, "search", search)
+    monkeypatch.setattr(claims, "evaluate", evaluate)
+    stop = monkeypatch.stop = set()
+    return done
+
+
+def made(tmp_path, seeds=2, scale="small"):
+    return Claims(tmp_path / "claims", scale, seeds, None, "cpu", dataset="shapes")
+
+
+def test_every_seed_has_the_same_plan_and_searches_come_before_their_cells():
+    entries = plan(2)
+    assert len(entries) == 2 * (3 + 8 + 4 + 2) and len({e.name for e in entries}) == len(entries)
+    first, second = (
+        [(e.kind, e.group, e.cell) for e in entries if e.seed == seed] for seed in (0, 1)
+    )
+    assert first == second and [kind for kind, *_ in first[:3]] == ["search"] * 3
+    names = [e.name for e in entries]
+    assert "seed1-search-no-skip-dropout" in names and "seed0-cell-pdarts-m2" in names
+    for scale in claims.SCALES.values():
+        assert claims.SEARCHES["no skip dropout"](scale).skip_dropout == (0.0, 0.0, 0.0)
+        single = claims.SEARCHES["one stage"](scale)
+        assert (single.cells, single.keep, single.warmup) == ((8,), (8,), 0)
+
+
+def test_a_plan_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path, runs, monkeypatch):
+    monkeypatch.stop.add("seed0-search-one-stage")
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path).run()
+    assert [name for _, name in runs] == [
+        "seed0-search-pdarts", "seed0-search-no-skip-dropout", "seed0-search-one-stage"
+    ]
+    monkeypatch.stop.clear()
+    again = made(tmp_path)
+    again.run()
+    assert runs[3] == ("search", "seed0-search-one-stage")
+    names = [name for _, name in runs[3:]]
+    assert len(names) == len(set(names)) and "seed0-search-pdarts" not in names
+    results = again.results()
+    assert len(results) == len(again.entries)
+    # Equal cells of a seed are trained once.
+    trained = {(r["seed"], json.dumps(r["genotype"])) for r in results if r["kind"] == "cell"}
+    assert len([name for name in names if "-cell-" in name]) == len(trained)
+    number = len(runs)
+    again.run()
+    assert len(runs) == number and not list((tmp_path / "claims/runs").iterdir())
+    text = (tmp_path / "claims/claims.md").read_text()
+    assert f"{len(results)} of {len(results)} runs are done" in text
+    for row in ("| P-DARTS, M = 2 |", "| random, no limit |", "| one stage | 1 |", "deep searches collapse"):
+        assert row in text
+    assert "P-DARTS, stage 3" in (tmp_path / "claims/skips.svg").read_text()
+
+
+def test_a_folder_of_other_claims_or_of_something_else_is_refused(tmp_path, runs):
+    made(tmp_path)
+    with pytest.raises(pdarts.InputError, match="claims of other settings or data"):
+        made(tmp_path, scale="paper")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(pdarts.InputError, match="already holds something else"):
+        Claims(tmp_path / "other", "small", 1, None, "cpu", dataset="shapes")
+
+
+def test_depth_is_the_longest_path_and_random_cells_keep_their_limit():
+    assert depth_of(GENOTYPES["PDARTS"].normal) == 3  # 2 -> 3 -> 4 at most, by node 4 or 5
+    assert depth_of([("sep_conv_3x3", 0), ("sep_conv_3x3", 1)] * 4) == 1
+    chain = [(name, source) for node in range(4) for name, source in (("skip_connect", 0), ("sep_conv_3x3", 1 + node))]
+    assert depth_of(chain) == 4
+    cells = [random_cells(seed, 2) for seed in range(50)]
+    assert max(skips_of(cell.normal) for cell in cells) == 2 and len({str(cell) for cell in cells}) == 50
+    assert max(skips_of(random_cells(seed, None).normal) for seed in range(50)) > 2
+    for cell in cells:
+        pdarts.Network(cell, 4, 3, 3)
+        assert all(a[1] != b[1] for a, b in zip(cell.normal[::2], cell.normal[1::2]))
+
+
+def test_verdicts_count_seeds():
+    assert compared("c", "yes", {0: 2, 1: 3}, {0: 1, 1: 1})[3] == "shows, in every seed"
+    assert compared("c", "yes", {0: 2, 1: 1}, {0: 1, 1: 1})[3] == "shows in 1 of 2 seeds"
+    assert compared("c", "yes", {0: 1, 1: 0}, {0: 1, 1: 1})[3] == "does not show"
+    assert compared("c", "yes", {}, {0: 1})[3] == "not run yet"
+    assert compared("c", "yes", {0: 3, 1: 5}, {0: 1, 1: 1})[2] == "+3 +- 1.41 (+2, +4)"
+    assert limit_name(None) == "no limit"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["claims"], "claims without --data and --out; expected both"),
+    (["claims", "--data", "x", "--out", "y", "--seeds", "0"], "--seeds is 0; expected 1 or more"),
+    (["claims", "--data", "nowhere", "--out", "y"], "no cifar10 in nowhere"),
+])
+def test_bench_claims_names_what_is_wrong(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
