@@ -235,7 +235,7 @@ def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
         parts += panel(frame, title, lines, stages, limits(lines, low), percent=percent)
         if len(lines) > 1:
             for j, one in enumerate(lines):
-                parts += legend(frame.x + frame.width - 130 * (len(lines) - j), frame.y - 11, [one])
+                parts += legend(frame.x + frame.width - 106 * (len(lines) - j), frame.y - 11, [one])
         below = "epoch" if len(stages.epochs) == 1 else f"{stages.epochs[0]} epochs of each stage"
         parts.append(text(frame.x + width / 2, frame.y + height + 30, below, "middle"))
     return svg(2 * (width + 80) + 4, 2 * (height + 78) + 22, "losses, accuracies and rates over the epochs", parts)
