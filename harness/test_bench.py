@@ -115,7 +115,7 @@ def test_bench_measures_a_step_of_an_evaluation_and_checks_it_against_the_offici
     assert "expected at most 1e-9" in capsys.readouterr().err
 
 
-def test_bench_measures_epochs_of_a_search(tmp_path, few_cells):
+def test_bench_measures_epochs_of_a_search(tmp_path, few_cells, few_weights):
     found = rows(tmp_path, "search")
     assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
 
@@ -139,7 +139,7 @@ class Network(torch.nn.Module):
 """
 
 
-def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells):
+def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_weights):
     (tmp_path / "model_search.py").write_text(OFFICIAL)
     found = rows(tmp_path, "step", "--official", str(tmp_path))
     assert [r["side"] for r in found] == ["ours", "plain", "official"] * 2
@@ -221,7 +221,7 @@ def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
         list(gpu_checks.correctness(arguments, cpu))
 
 
-def test_the_other_parts_run_on_the_cpu(few_cells):
+def test_the_other_parts_run_on_the_cpu(few_cells, few_weights):
     cpu = torch.device("cpu")
     found = list(gpu_speed.whole_search(small_args(), cpu))
     hours = {row["side"]: row["hours"] for table, row in found if table == "projected hours"}

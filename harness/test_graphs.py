@@ -196,7 +196,7 @@ def number_as_rate(patch):
 
 @pytest.mark.parametrize("frozen", [number_as_learning_rate, number_as_rate])
 @pytest.mark.parametrize("run", [searched, evaluated])
-def test_a_number_that_python_holds_would_be_frozen(monkeypatch, run, frozen):
+def test_a_number_that_python_holds_would_be_frozen(monkeypatch, few_weights, run, frozen):
     frozen(monkeypatch)
     assert not same(run(wrap_step=Captured), run())
     assert not Captured.made[0].refused
@@ -216,7 +216,7 @@ def test_the_seed_is_not_frozen():
 
 
 @pytest.mark.parametrize("run", [searched, evaluated])
-def test_a_step_that_cannot_be_captured_stays_plain_with_one_warning(monkeypatch, run):
+def test_a_step_that_cannot_be_captured_stays_plain_with_one_warning(monkeypatch, few_weights, run):
     def refuses(self, buffers):
         raise RuntimeError("no capture\n  on this device")
 
