@@ -142,7 +142,7 @@ def _search(args, out):
     )
     result = search(settings, images, None if args.resume else out, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
-    _say(f"written: {out / 'genotype.json'}, normal.svg, reduce.svg, log.jsonl, stages/")
+    _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
     _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
 
@@ -167,7 +167,7 @@ def _evaluate(args, out):
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
     _say(f"test error:    {result.test_error:.2%}")
     if not args.weights:
-        _say(f"written:       {out / 'weights.pt'}")
+        _say(f"written:       {out / 'weights.pt'}, report.html")
 
 
 def _draw(args, _):
