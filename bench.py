@@ -923,7 +923,11 @@ def main(arguments=None):
         if args.what == "claims":
             from harness.claims import Claims
 
-            return Claims(args.out, args.scale, args.seeds, args.data, args.device).run()
+            try:
+                return Claims(args.out, args.scale, args.seeds, args.data, args.device).run()
+            except KeyboardInterrupt as stopped:
+                print(f"bench.py: {str(stopped) or 'interrupted'}; the same command goes on", file=sys.stderr)
+                return 130
         rows = TABLES[args.what](args)
     except InputError as error:
         parser.error(str(error))

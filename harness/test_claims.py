@@ -98,6 +98,14 @@ def test_a_plan_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path, runs,
     assert "P-DARTS, stage 3" in (tmp_path / "claims/skips.svg").read_text()
 
 
+def test_bench_says_that_a_stopped_plan_goes_on(tmp_path, runs, monkeypatch, capsys):
+    monkeypatch.stop.add("seed0-search-pdarts")
+    command = ["claims", "--data", "x", "--out", str(tmp_path / "claims"), "--seeds", "1", "--device", "cpu"]
+    assert bench.main(command) == 130 and "the same command goes on" in capsys.readouterr().err
+    monkeypatch.stop.clear()
+    assert bench.main(command) == 0 and len(runs) > 10
+
+
 def test_a_folder_of_other_claims_or_of_something_else_is_refused(tmp_path, runs):
     made(tmp_path)
     with pytest.raises(pdarts.InputError, match="claims of other settings or data"):
