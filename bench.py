@@ -625,11 +625,11 @@ class OfficialEvaluation:
     """The same of the official code, in float32."""
 
     def __init__(self, folder, config, images, labels, channels_last=False):
-        self.official = official_module(folder, "model")
+        official = official_module(folder, "model")
         self.config, self.images, self.labels = config, images, labels
         torch.manual_seed(0)
         genotype = pdarts.GENOTYPES["PDARTS"]
-        network = self.official.NetworkCIFAR(config.channels, 10, config.cells, config.auxiliary, genotype)
+        network = official.NetworkCIFAR(config.channels, 10, config.cells, config.auxiliary, genotype)
         self.network = network.to(images.device, images.dtype)
         self.set_drop_path(DROP_PATH)
         if channels_last:

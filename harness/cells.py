@@ -60,6 +60,19 @@ GENOTYPES["AmoebaNet"] = Genotype(
 MAX_NODES = 100  # of a cell; published ones have 4 or 5
 
 
+def skips_of(pairs) -> int:
+    """Skip-connects of a cell."""
+    return sum(name == "skip_connect" for name, _ in pairs)
+
+
+def depth_of(pairs) -> int:
+    """Operations, skip-connects too, on the longest path from an input of the cell to its output."""
+    depths = [0, 0]
+    for i in range(0, len(pairs), 2):
+        depths.append(1 + max(depths[source] for _, source in pairs[i : i + 2]))
+    return max(depths)
+
+
 def check_genotype(genotype, name="genotype") -> Genotype:
     """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
     if not isinstance(genotype, Genotype):

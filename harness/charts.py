@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pdarts import OPERATIONS, cell_edges
+from pdarts import OPERATIONS
 
 # The class keeps these rules from the other drawings of a page.
 STYLE = """
@@ -127,14 +127,17 @@ def panel(
     return parts
 
 
-def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
+def stroke(line: Line, path: str) -> str:
     dash = ' stroke-dasharray="5 3"' if line.dashed else ""
+    return f'<path class="line" stroke="{line.colour}"{dash} d="{path}"/>'
+
+
+def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
     parts, path = [], []
 
     def end():
         if len(path) > 1:
-            points = "L".join(f"{x:.1f} {y:.1f}" for x, y in path)
-            parts.append(f'<path class="line" stroke="{line.colour}"{dash} d="M{points}"/>')
+            parts.append(stroke(line, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in path)))
         elif path:
             parts.append(f'<circle cx="{path[0][0]:.1f}" cy="{path[0][1]:.1f}" r="2.5" fill="{line.colour}"/>')
         path.clear()
@@ -152,15 +155,15 @@ def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
 def legend(x: float, y: float, lines: Sequence[Line], step: float = 17) -> list[str]:
     parts = []
     for i, line in enumerate(lines):
-        dash, at = (' stroke-dasharray="5 3"' if line.dashed else ""), y + i * step
-        parts.append(f'<path class="line" stroke="{line.colour}"{dash} d="M{x:g} {at:g}h24"/>')
+        at = y + i * step
+        parts.append(stroke(line, f"M{x:g} {at:g}h24"))
         parts.append(text(x + 30, at + 4, line.name))
     return parts
 
 
-def alphas_svg(log: list[dict], candidates: list, stages: Stages) -> str:
-    """softmax(alpha) of every edge. log: records of log.jsonl; candidates: (normal, reduce) of each stage so far."""
-    edges = cell_edges(nodes_of(len(candidates[0][0])))
+def alphas_svg(log: list[dict], candidates: list, edges: Sequence[tuple[int, int]], stages: Stages) -> str:
+    """softmax(alpha) of every edge, (node, input). log: records of log.jsonl; candidates: (normal, reduce) of each
+    stage so far."""
     nodes = edges[-1][0] + 1
     width, height, gap, margin = 150, 84, (18, 34), (78, 62)
     kinds = ("normal", "normal cell"), ("reduce", "reduction cell")
@@ -198,10 +201,6 @@ def alphas_svg(log: list[dict], candidates: list, stages: Stages) -> str:
     return svg(across + 8, 2 * block, "softmax(alpha) over the epochs of the search", parts)
 
 
-def nodes_of(edges: int) -> int:
-    return next(nodes for nodes in range(1, edges + 1) if len(cell_edges(nodes)) == edges)
-
-
 BLUE, ORANGE, GREEN = "#3274c4", "#d9722e", "#2a9d5c"
 
 
@@ -211,12 +210,13 @@ def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
     def line(name, colour, key):
         return Line(name, colour, [record.get(key) for record in log])
 
+    training = "weights' half" if rate == "skip_dropout" else "training"
     panels = [
-        ("loss", [line("weights' half", BLUE, "train_loss"), line("alphas' half", ORANGE, "alpha_loss")], None, False),
+        ("loss", [line(training, BLUE, "train_loss"), line("alphas' half", ORANGE, "alpha_loss")], None, False),
         (
             "accuracy",
             [
-                line("weights' half", BLUE, "train_accuracy"),
+                line(training, BLUE, "train_accuracy"),
                 line("alphas' half", ORANGE, "alpha_accuracy"),
                 line("test", GREEN, "test_accuracy"),
             ],
@@ -229,8 +229,6 @@ def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
     parts, width, height = [], 420, 170
     for i, (title, lines, low, percent) in enumerate(panels):
         lines = [one for one in lines if any(v is not None for v in one.values)]
-        if len(lines) and lines[0].name == "weights' half" and rate == "drop_path":
-            lines[0] = lines[0]._replace(name="training")
         frame = Frame(62 + i % 2 * (width + 80), 44 + i // 2 * (height + 78), width, height)
         parts += panel(frame, title, lines, stages, limits(lines, low), percent=percent)
         if len(lines) > 1:

@@ -24,7 +24,7 @@ import time
 from typing import NamedTuple
 
 import pdarts
-from harness.cells import check_genotype
+from harness.cells import check_genotype, depth_of, skips_of
 from harness.charts import dots_svg
 from harness.evaluate import evaluate
 from harness.files import write_whole
@@ -115,18 +115,6 @@ def random_cells(seed: int, limit: int | None) -> Genotype:
     while limit is not None and skips_of(normal) > limit:
         normal = cell()
     return Genotype(normal, [2, 3, 4, 5], cell(), [2, 3, 4, 5])
-
-
-def skips_of(pairs) -> int:
-    return sum(name == "skip_connect" for name, _ in pairs)
-
-
-def depth_of(pairs) -> int:
-    """Operations, skip-connects too, on the longest path from an input of the cell to its output."""
-    depths = [0, 0]
-    for i in range(0, len(pairs), 2):
-        depths.append(1 + max(depths[source] for _, source in pairs[i : i + 2]))
-    return max(depths)
 
 
 class Claims:

@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
 def keep_freed_memory():
     """This process keeps the CPU's memory that it frees for the next step, where glibc hands it out.
 
-    Else large tensors go back to the system, which has to clear the pages when they come again: a tenth of a step.
+    Else large tensors go back to the system, which has to clear the pages when they come again.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         c = ctypes.CDLL(None)

@@ -58,7 +58,7 @@ def evaluate(
         if weights is not None:
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
-            # The kernels fold the norms themselves.
+            # The kernels take the norms as they are.
             tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
         else:
             tested = network = _train(genotype, config, run, graphs, recompute, show)

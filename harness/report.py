@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 import pdarts
-from harness.cells import cell_svg
+from harness.cells import cell_svg, skips_of
 from harness.charts import Stages, alphas_svg, curves_svg
 from harness.progress import duration
 
@@ -66,6 +66,12 @@ def share(value) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
+def data_of(run) -> list[str]:
+    """The options that stand for the images of a run."""
+    path = run.description["path"]
+    return ["--preset", run.config.dataset.replace("shapes", "demo"), *(["--data", path] if path else [])]
+
+
 def settings_of(description: dict) -> list[str]:
     about = {name: description[name] for name in ("data", "device", "processes", "threads", "kernels")}
     about |= description["versions"] | {"command": shlex.join(description["command"])}
@@ -84,7 +90,7 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     candidates = [(stage.normal, stage.reduce) for stage in searching.stages]
     if searching.network is not None:
         candidates.append(searching.candidates)
-    alphas, curves = alphas_svg(log, candidates, stages), curves_svg(log, stages, "skip_dropout")
+    alphas, curves = alphas_svg(log, candidates, searching.space.edges, stages), curves_svg(log, stages, "skip_dropout")
     if genotype:
         parts = [cells_of(genotype, f"The cell: its normal cell has at most M = {config.max_skips} skip-connects.")]
     else:
@@ -107,8 +113,7 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
         parts.append(cells_of(stage.genotype(config.max_skips), f"stage {number}"))
     parts.append(heading("To go on"))
     if genotype:
-        words = ["evaluate", run.folder.path / "genotype.json", "--preset", config.dataset.replace("shapes", "demo")]
-        parts.append(command(*words, *(["--data", run.description["path"]] if run.description["path"] else [])))
+        parts.append(command("evaluate", run.folder.path / "genotype.json", *data_of(run)))
     else:
         parts.append(command("search", "--resume", run.folder.path))
     parts += settings_of(run.description)
@@ -128,7 +133,7 @@ def stages_of(run, stages, candidates) -> str:
         last, skips = epochs[-1] if epochs else {}, ""
         row += [share(last.get(f"{of}_accuracy")) for of in ("train", "alpha", "test")]
         if number <= len(stages):
-            skips = sum(name == "skip_connect" for name, _ in stages[number - 1].genotype(None).normal)
+            skips = skips_of(stages[number - 1].genotype(None).normal)
         rows.append([*row, skips])
     return table(names, rows)
 
@@ -154,7 +159,8 @@ def write_evaluation(run, genotype: pdarts.Genotype):
     ]
     if finished:
         words = ["evaluate", run.folder.path / "genotype.json", "--weights", run.folder.path / "weights.pt"]
-        parts.append(command(*words, "--cells", config.cells, "--channels", config.channels))
+        size = [word for name in ("cells", "channels", "stem") for word in (f"--{name}", getattr(config, name))]
+        parts.append(command(*words, *data_of(run), *size, "--stem-stride", config.stem_stride))
     else:
         parts.append(command("evaluate", "--resume", run.folder.path))
     parts += settings_of(run.description)

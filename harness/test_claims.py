@@ -8,7 +8,8 @@ import torch
 import bench
 import pdarts
 from harness import claims
-from harness.claims import Claims, compared, depth_of, limit_name, plan, random_cells, skips_of
+from harness.cells import depth_of, skips_of
+from harness.claims import Claims, compared, limit_name, plan, random_cells
 from harness.conftest import random_images
 from harness.evaluate import EvaluateResult
 from harness.search import SearchResult

@@ -158,9 +158,12 @@ def test_a_captured_search_ends_with_the_bits_of_a_plain_one(mode):
     assert step.replays == 4 * 3 - 4  # every shape's first step is plain
 
 
-def test_a_captured_evaluation_ends_with_the_bits_of_a_plain_one():
-    plain = evaluated()
-    assert same(evaluated(wrap_step=Captured), plain)
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_captured_evaluation_ends_with_the_bits_of_a_plain_one(mode):
+    kernels.use(mode)
+    prepare = kernels.fuse if mode == "on" else pdarts.identity
+    plain = evaluated(prepare=prepare)
+    assert same(evaluated(prepare=prepare, wrap_step=Captured), plain)
     (step,) = Captured.made
     assert not step.refused and len(step.captured) == 2 and step.replays == 3 * 3 - 2
 

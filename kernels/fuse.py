@@ -407,7 +407,7 @@ class _Whole:
         weights = [masks[w] if isinstance(w, int) else w for w in weights]
         probabilities = torch.cat([_ones(s0, 2, *probabilities.shape[1:]), probabilities])  # of the inputs
         return run_cell(
-            [s0, s1][: len(program.norms) - len(program.operations)],
+            [s0] if s0 is s1 else [s0, s1],
             numbers,
             weights,
             program.outputs,
