@@ -8,13 +8,15 @@ The plan, OUT/plan.jsonl, has a line for each run of each seed:
                 scratch under one small budget, the same for all.
 
 A finished run leaves OUT/results/NAME.json and is not repeated; one that was interrupted goes on. After each run
-OUT/claims.md, cells.svg and skips.svg are made anew from all results. `--scale small` is for two CPU cores and some
-hours; `--scale paper` has the paper's settings for the searches and evaluations.
+OUT/claims.md, cells.svg and skips.svg are made anew from all results. Several processes share a plan: the same command
+in as many terminals as there are cores (each with OMP_NUM_THREADS=1) or GPUs (each with its --device).
+`--scale small` is for two CPU cores and two hours; `--scale paper` has the paper's settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import random
@@ -26,8 +28,9 @@ from typing import NamedTuple
 import pdarts
 from harness.cells import check_genotype, depth_of, skips_of
 from harness.charts import dots_svg
+from harness.devices import pick_device
 from harness.evaluate import evaluate
-from harness.files import write_whole
+from harness.files import locked, write_whole
 from harness.images import load
 from harness.progress import duration
 from harness.search import search
@@ -49,13 +52,14 @@ def one_stage(settings: SearchSettings, **changes) -> SearchSettings:
     return dataclasses.replace(settings, **single, **changes)
 
 
-# The learning rate of the alphas is ten times the paper's for so few steps, as in the demo.
-_SMALL = SearchSettings(images=6000, channels=8, stem_stride=2, epochs=12, warmup=4, batch=32, lr=0.05, alpha_lr=6e-3)
+# The alphas go as far as the paper's: 375 steps in a stage of 6e-3, where those have 3900 of 6e-4; one stage: 1125 of
+# 6e-3, and DARTS 19500 of 3e-4.
+_SMALL = SearchSettings(images=4000, channels=8, stem_stride=2, epochs=9, warmup=3, batch=32, lr=0.05, alpha_lr=6e-3)
 SCALES = {
     "small": Scale(
         _SMALL,
-        one_stage(_SMALL, epochs=24),
-        EvaluateSettings(images=6000, cells=8, channels=12, stem_stride=2, epochs=15, batch=32, lr=0.05, drop_path=0.1),
+        one_stage(_SMALL, epochs=18),
+        EvaluateSettings(images=4000, cells=8, channels=12, stem_stride=2, epochs=12, batch=32, lr=0.05, drop_path=0.1),
     ),
     "paper": Scale(
         SearchSettings(), one_stage(SearchSettings(), epochs=50, batch=64, alpha_lr=3e-4), EvaluateSettings()
@@ -126,15 +130,16 @@ class Claims:
         settings = {name: dataclasses.asdict(value) for name, value in self.scale._asdict().items()}
         about = json.loads(json.dumps({"scale": scale, "data": self.images.fingerprint(), "settings": settings}))
         known = self.folder / "claims.json"
-        if known.exists():
-            if json.loads(known.read_text()) != about:
-                raise InputError(f"{self.folder} holds claims of other settings or data; expected a new folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and not known.exists() and {p.name for p in self.folder.iterdir()} - {"locks"}:
             raise InputError(f"{self.folder} already holds something else; expected a new or empty folder")
-        (self.folder / "results").mkdir(parents=True, exist_ok=True)
-        write_whole(known, json.dumps(about, indent=1).encode())
-        lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries)
-        write_whole(self.folder / "plan.jsonl", lines.encode())
+        for name in ("results", "locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / "locks/summary"):
+            if known.exists() and json.loads(known.read_text()) != about:
+                raise InputError(f"{self.folder} holds claims of other settings or data; expected a new folder")
+            write_whole(known, json.dumps(about, indent=1).encode())
+            lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries)
+            write_whole(self.folder / "plan.jsonl", lines.encode())
 
     def result(self, name: str) -> dict | None:
         path = self.folder / "results" / f"{name}.json"
@@ -145,26 +150,46 @@ class Claims:
         return [result for result in found if result]
 
     def run(self) -> int:
-        """All runs that are left; returns the exit status."""
+        """All runs that are left and that no other process has begun; returns the exit status."""
         started, done = time.monotonic(), 0
-        for number, entry in enumerate(self.entries, 1):
-            if self.result(entry.name):
-                continue
-            print(f"\n{number} of {len(self.entries)}: {entry.name}", flush=True)
-            run = self.search if entry.kind == "search" else self.train
-            result = entry._asdict() | run(entry)
-            write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result, indent=1).encode())
-            shutil.rmtree(self.folder / "runs" / entry.name, ignore_errors=True)
-            self.write()
-            done += 1
+        while left := [entry for entry in self.entries if not self.result(entry.name)]:
+            if any(self.run_one(entry) for entry in left):
+                done += 1
+            else:
+                time.sleep(1)  # other processes are at those, or at the searches that find their cells
         self.write()
         print(f"\n{done} runs in {duration(time.monotonic() - started)}; {self.folder / 'claims.md'}")
         return 0
 
+    def run_one(self, entry: Entry) -> bool:
+        """False if it cannot be run now."""
+        if (what := self.identity(entry)) is None:
+            return False
+        with locked(self.folder / "locks" / what, wait=False) as mine:
+            if not mine or self.result(entry.name):  # another process is at it, or has just done it
+                return False
+            print(f"\n{self.entries.index(entry) + 1} of {len(self.entries)}: {entry.name}", flush=True)
+            result = entry._asdict() | (self.search if entry.kind == "search" else self.train)(entry)
+            write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result, indent=1).encode())
+            shutil.rmtree(self.folder / "runs" / entry.name, ignore_errors=True)
+        self.write()
+        return True
+
+    def identity(self, entry: Entry) -> str | None:
+        """Equal for runs that have the same result: equal cells of a seed. None for a cell that is not found yet."""
+        if entry.kind == "search":
+            return entry.name
+        if (genotype := self.genotype(entry)) is None:
+            return None
+        return f"seed{entry.seed}-cell-{hashlib.sha256(repr(genotype).encode()).hexdigest()[:16]}"
+
     def where(self, entry: Entry) -> dict:
         """Arguments of a run: its folder, in which it goes on if it has begun."""
         path = self.folder / "runs" / entry.name
-        return {"resume" if (path / "config.json").exists() else "out": path, "device": self.device, "show": True}
+        begun = any(path.glob("checkpoint*.pt"))
+        if not begun:
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was killed in its first epoch
+        return {"resume" if begun else "out": path, "device": self.device, "show": True}
 
     def search(self, entry: Entry) -> dict:
         settings = dataclasses.replace(SEARCHES[entry.group](self.scale), seed=entry.seed)
@@ -201,25 +226,28 @@ class Claims:
                 same = {key: other[key] for key in ("parameters", "multiply_adds", "test_accuracy", "seconds")}
                 return about | same | {"same_as": other.get("same_as", other["name"])}
         settings, started = dataclasses.replace(self.scale.evaluate, seed=entry.seed), time.monotonic()
-        trained = evaluate(genotype, settings, self.images.first(settings.images), **self.where(entry))
+        images = self.images.first(settings.images)
+        few = dataclasses.replace(images, x_test=images.x_test[:1000], y_test=images.y_test[:1000])  # after each epoch
+        trained = evaluate(genotype, settings, few, **self.where(entry))
         numbers = {"parameters": trained.parameters, "multiply_adds": trained.multiply_adds}
+        correct, total = pdarts.correct_predictions(trained.network, images.to(pick_device(self.device)).test())
         seconds = time.monotonic() - started
-        return about | numbers | {"test_accuracy": 1 - trained.test_error, "seconds": seconds}
+        return about | numbers | {"test_accuracy": correct / total, "seconds": seconds}
 
-    def genotype(self, entry: Entry) -> Genotype:
+    def genotype(self, entry: Entry) -> Genotype | None:
         if entry.group == "random":
             limit = next(limit for limit in LIMITS if limit_name(limit) == entry.cell)
             return random_cells(entry.seed, limit)
         of = next(e for e in self.entries if (e.kind, e.seed, e.group) == ("search", entry.seed, entry.group))
-        cell = self.result(of.name)["cells"][entry.cell]
-        return check_genotype(Genotype(**cell))
+        found = self.result(of.name)
+        return check_genotype(Genotype(**found["cells"][entry.cell])) if found else None
 
     def write(self):
-        results = self.results()
-        text, charts = summary(results, self.entries, self.scale)
-        write_whole(self.folder / "claims.md", text.encode())
-        for name, svg in charts.items():
-            write_whole(self.folder / f"{name}.svg", svg.encode())
+        with locked(self.folder / "locks/summary"):
+            text, charts = summary(self.results(), self.entries, self.scale)
+            write_whole(self.folder / "claims.md", text.encode())
+            for name, svg in charts.items():
+                write_whole(self.folder / f"{name}.svg", svg.encode())
 
 
 # --- What follows from the results ------------------------------------------------------------------------------------

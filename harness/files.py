@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import reprlib
 import zipfile
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked
+    fcntl = None
 
 
 def short(value) -> str:
@@ -40,3 +46,16 @@ def write_whole(path: pathlib.Path, content: bytes):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait: bool = True):
+    """Holds the lock of a file against other processes; True, or False where another holds it and `wait` is False."""
+    with open(path, "ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
