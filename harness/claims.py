@@ -7,10 +7,10 @@ The plan, OUT/plan.jsonl, has a line for each run of each seed:
                 the other searches; random ones, with at most 2 skip-connects and without limit. Each is trained from
                 scratch under one small budget, the same for all.
 
-A finished run leaves OUT/results/NAME.json and is not repeated; one that was interrupted goes on. After each run
-OUT/claims.md, cells.svg and skips.svg are made anew from all results. Several processes share a plan: the same command
-in as many terminals as there are cores (each with OMP_NUM_THREADS=1) or GPUs (each with its --device).
-`--scale small` is for two CPU cores and two hours; `--scale paper` has the paper's settings.
+A finished run leaves OUT/results/NAME.json, its charts and its logs in OUT/runs/NAME, and is not repeated; one that was
+interrupted goes on. After each run OUT/claims.md, cells.svg and skips.svg are made anew from all results. Several
+processes share a plan: the same command in as many terminals as there are cores (each with OMP_NUM_THREADS=1) or GPUs
+(each with its --device). `--scale small` is for two CPU cores and two hours; `--scale paper` has the paper's settings.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Claims:
             print(f"\n{self.entries.index(entry) + 1} of {len(self.entries)}: {entry.name}", flush=True)
             result = entry._asdict() | (self.search if entry.kind == "search" else self.train)(entry)
             write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result, indent=1).encode())
-            shutil.rmtree(self.folder / "runs" / entry.name, ignore_errors=True)
+            for name in ("checkpoint.pt", "checkpoint-before.pt", "weights.pt"):  # its report and its logs stay
+                (self.folder / "runs" / entry.name / name).unlink(missing_ok=True)
         self.write()
         return True
 
