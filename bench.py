@@ -75,6 +75,7 @@ from harness.devices import keep_freed_memory, pick_device, pick_kernels, ways_t
 from harness.files import reason
 from harness.graphs import CapturedStep
 from harness.images import load, shapes
+from harness.settings import SearchSettings
 from pdarts import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -345,7 +346,7 @@ def line(r):
 def batches(count, batch, device, folder=None):
     """`count` batches of (images, labels), of CIFAR-10 in `folder` or generated."""
     n = count * batch
-    data = load("cifar10", folder) if folder else shapes(max(n, 100), 1)
+    data = load(SearchSettings(), folder) if folder else shapes(max(n, 100), 1)
     if len(data.x_train) < n:
         raise InputError(f"{data.name} has {len(data.x_train)} images; expected {n} or more for {count} batches")
     x, y = data.x_train[:n].to(device), data.y_train[:n].to(device)

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 
 class InputError(ValueError):
@@ -57,7 +56,8 @@ class SearchConfig:
     skip_dropout: tuple[float, ...] = setting((0.0, 0.4, 0.7), "initial skip dropout of each stage (paper)", 0, 0.99)
     max_skips: int = setting(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
     channels: int = setting(16, "channels C of the first cell (paper, search)", 1, 10**4)
-    stem_stride: int = setting(1, "stride of the stem; 2 for large images or a fast search (official: 1)", 1, 8)
+    stem: str = setting("cifar", "cifar: a 3x3 convolution; imagenet: three of stride 2", choices=("cifar", "imagenet"))
+    stem_stride: int = setting(1, "stride of the cifar stem; 2 or more for large images (official: 1)", 1, 8)
     epochs: int = setting(25, "epochs of each stage (paper, search)", 1, 10**6)
     warmup: int = setting(10, "first epochs of each stage that train weights only (paper, search)", 0)
     batch: int = setting(96, "images per step (paper, search)", 2, 10**6)
@@ -90,10 +90,13 @@ class EvaluateConfig:
     stem_stride: int = setting(1, "stride of the cifar stem; 2 or more for large images (official: 1)", 1, 8)
     epochs: int = setting(600, "epochs (paper, evaluation)", 1, 10**6)
     batch: int = setting(128, "images per step (paper, evaluation)", 2, 10**6)
-    lr: float = setting(0.025, "learning rate, cosine to 0 (paper, evaluation)", 0)
+    lr: float = setting(0.025, "learning rate (paper, evaluation)", 0)
+    schedule: str = setting("cosine", "how it falls to 0 (paper; ImageNet: linear)", choices=("cosine", "linear"))
+    warmup: int = setting(0, "first epochs, in which it rises (paper, ImageNet: 5)", 0)
     momentum: float = setting(0.9, "momentum (official)", 0, 1)
     weight_decay: float = setting(3e-4, "weight decay (paper, evaluation)", 0)
     clip: float = setting(5.0, "largest gradient norm (official)", 1e-9)
+    label_smoothing: float = setting(0.0, "label smoothing (paper, ImageNet: 0.1)", 0, 1)
     auxiliary: bool = setting(True, "auxiliary head after the second reduction cell (paper, evaluation)")
     auxiliary_weight: float = setting(0.4, "weight of the auxiliary loss (paper, evaluation)", 0)
     drop_path: float = setting(0.3, "drop-path rate, reached linearly from 0 (paper, evaluation)", 0, 0.99)
@@ -266,7 +269,26 @@ class SearchCell(nn.Module):
         """The sum of the edges into a node; incoming: (state, (edge, probabilities [K])) of each."""
         return sum(edge(x, p) for x, (edge, p) in incoming)
 
-class SearchNetwork(nn.Module):
+class Stemmed(nn.Module):
+    """What all networks begin with. stem: "cifar", a 3x3 convolution, or "imagenet", three of stride 2."""
+
+    def add_stem(self, stem, in_channels, c, stride):
+        """c: of the first cell. Returns the channels of its inputs 0 and 1, and whether input 0 is twice as large."""
+        if stem == "cifar":
+            self.stem = nn.Sequential(*conv_bn(in_channels, 3 * c, stride))
+            return 3 * c, 3 * c, False
+        if stem != "imagenet" or c < 2:
+            raise InputError(f"stem is {stem!r} of {c} channels; expected 'cifar', or 'imagenet' of 2 or more")
+        self.stem0 = nn.Sequential(*conv_bn(in_channels, c // 2, 2), nn.ReLU(), *conv_bn(c // 2, c, 2))
+        self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(c, c, 2))
+        return c, c, True
+
+    def states(self, images):
+        """Inputs 0 and 1 of the first cell."""
+        s0 = self.stem(images) if hasattr(self, "stem") else self.stem0(images)
+        return s0, self.stem1(s0) if hasattr(self, "stem1") else s0
+
+class SearchNetwork(Stemmed):
     """The supernet of one stage: every edge holds all of its candidates.
     channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, halve H and W.
     normal, reduce: the candidates of both kinds of cell, for each edge K names in the order of the search space.
@@ -274,14 +296,13 @@ class SearchNetwork(nn.Module):
     forward: [N,in_channels,H,W] -> logits [N,num_classes]."""
 
     def __init__(self, channels, num_classes, cells, normal, reduce, skip_dropout=0.0, in_channels=3,
-                 stem_stride=1, space=SPACE):
+                 stem_stride=1, space=SPACE, stem="cifar"):
         super().__init__()
         reductions = reduction_cells(cells)
         for names in (*check_candidates(normal, len(space.edges)), *check_candidates(reduce, len(space.edges))):
             if names != tuple(name for name in space.primitives if name in names):
                 raise InputError(f"candidates {names}; expected one or more of {space.primitives}, in this order")
-        self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stem_stride))
-        channels_0, channels_1, reduction_before = 3 * channels, 3 * channels, False
+        channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()
         for i in range(cells):
             reduction = i in reductions
@@ -307,7 +328,7 @@ class SearchNetwork(nn.Module):
 
     def forward(self, images):
         normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
-        s0 = s1 = self.stem(images)
+        s0, s1 = self.states(images)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
         return self.classifier(s1.mean(dim=(2, 3)))
@@ -429,14 +450,14 @@ def clipped_step(optimizer, parameters, gradients, clip: float):
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
-def loss_and_logits(network, images, labels, dtype: str = "float32", auxiliary_weight: float = 0.0):
+def loss_and_logits(network, images, labels, dtype: str = "float32", auxiliary_weight=0.0, label_smoothing=0.0):
     """(mean cross-entropy, logits) of a batch; feature maps have `dtype`, weights, statistics and losses float32."""
     with torch.autocast(images.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         logits = network(images)
         logits, auxiliary_logits = logits if isinstance(logits, tuple) else (logits, None)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         if auxiliary_logits is not None:
-            loss = loss + auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+            loss = loss + auxiliary_weight * F.cross_entropy(auxiliary_logits, labels, label_smoothing=label_smoothing)
     return loss, logits
 
 class Architect:
@@ -500,6 +521,11 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
     """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
     # Deviation: the official code, on a current torch, is an epoch ahead of this.
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+def linear(lr: float, epoch: int, epochs: int) -> float:
+    """As `cosine`, but evenly; the last 5 epochs share the last step (official, ImageNet)."""
+    last = min(5, epochs - 1)
+    return lr / (epochs - last) * max(epochs - last - epoch, min(1, (epochs - epoch) / max(last, 1)))
 
 def sgd(weights, config) -> torch.optim.SGD:
     """The weights' optimizer; its learning rate is a tensor."""
@@ -574,7 +600,7 @@ class Search:
             self.candidates = shrink(normal, alphas_normal, keep), shrink(reduce, alphas_reduce, keep)
         torch.manual_seed(seed_of(config.seed, stage))
         network = SearchNetwork(config.channels, data.num_classes, config.cells[stage], *self.candidates,
-                                in_channels=data.in_channels, stem_stride=config.stem_stride, space=self.space)
+                                0.0, data.in_channels, config.stem_stride, self.space, config.stem)
         self.network = self.prepare(network.to(self.device))
         self.weights = self.network.weights()
         self.optimizer = sgd(self.weights, config)
@@ -623,14 +649,6 @@ def endless(loader, seed: int, start: int):
     for number in itertools.count(passes):
         yield from loader.epoch(seed_of(seed, number), start)
         start = 0
-
-def search(config: SearchConfig, data: Data, device="cpu", **options) -> tuple[Genotype, list[Stage]]:
-    """A whole `Search`: the cells, and what its stages ended with. The caller's random state is left as it was."""
-    progressive = Search(config, data, device, **options)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        for _ in progressive:
-            pass
-    return progressive.stages[-1].genotype(config.max_skips), progressive.stages
 
 # --- The evaluation network (paper, sec. 4) ---------------------------------------------------------------------------
 
@@ -686,10 +704,9 @@ class AuxiliaryHead(nn.Module):
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
 
-class Network(nn.Module):
-    """The network of a genotype, with the official networks' state_dict keys and shapes.
-    stem: "cifar" (one 3x3 convolution) or "imagenet" (three of stride 2). forward: [N,in_channels,H,W] -> logits
-    [N,num_classes]; in training a pair of logits and auxiliary logits (None unless `auxiliary`).
+class Network(Stemmed):
+    """The network of a genotype, with the official networks' state_dict keys and shapes. forward: [N,in_channels,H,W]
+    -> logits [N,num_classes]; in training a pair of logits and auxiliary logits (None unless `auxiliary`).
     drop_path: the rate, a tensor, at which operations other than identities lose a sample."""
 
     def __init__(self, genotype, channels, num_classes, cells, auxiliary=False, stem="cifar",
@@ -699,16 +716,7 @@ class Network(nn.Module):
         if not isinstance(genotype, Genotype):
             raise InputError(f"genotype is a {type(genotype).__name__}; expected a Genotype, as GENOTYPES['PDARTS'] is")
         self.register_buffer("drop_path", torch.zeros(()), persistent=False)
-        if stem == "cifar":
-            self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stem_stride))
-            channels_0, channels_1, reduction_before = 3 * channels, 3 * channels, False
-        elif stem == "imagenet":
-            first, second = conv_bn(in_channels, channels // 2, 2), conv_bn(channels // 2, channels, 2)
-            self.stem0 = nn.Sequential(*first, nn.ReLU(), *second)
-            self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(channels, channels, 2))
-            channels_0, channels_1, reduction_before = channels, channels, True
-        else:
-            raise InputError(f"stem is {stem!r}; expected 'cifar' or 'imagenet'")
+        channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()
         self.auxiliary_head, self.auxiliary_cell = None, reductions[1]
         for i in range(cells):
@@ -722,28 +730,13 @@ class Network(nn.Module):
         self.classifier = nn.Linear(channels_1, num_classes)
 
     def forward(self, images):
-        if hasattr(self, "stem"):
-            s0 = s1 = self.stem(images)
-        else:
-            s0 = self.stem0(images)
-            s1 = self.stem1(s0)
-        auxiliary_logits = None
+        (s0, s1), auxiliary_logits = self.states(images), None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, self.drop_path)
             if i == self.auxiliary_cell and self.training and self.auxiliary_head is not None:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(s1.mean(dim=(2, 3)))
         return (logits, auxiliary_logits) if self.training else logits
-
-@torch.no_grad()
-def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
-    """Parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head; before fusion."""
-    was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
-    with FlopCounterMode(display=False) as counter:
-        network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
-    network.train(was_training)
-    parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head"))
-    return parameters, (counter.get_total_flops() // 2)
 
 GENOTYPES = {
     "PDARTS": Genotype(  # the published one; harness/cells.py adds those of other papers
@@ -773,7 +766,9 @@ class Evaluation:
     def __iter__(self) -> Iterator[Step | Epoch]:
         config = self.config
         while self.epoch < config.epochs:
-            lr, rate = cosine(config.lr, self.epoch, config.epochs), config.drop_path * self.epoch / config.epochs
+            lr = {"cosine": cosine, "linear": linear}[config.schedule](config.lr, self.epoch, config.epochs)
+            lr *= min(1, (self.epoch + 1) / max(config.warmup, 1))
+            rate = config.drop_path * self.epoch / config.epochs
             self.optimizer.param_groups[0]["lr"].fill_(lr)
             self.network.train().drop_path.fill_(rate)
             for images, labels in self.data.train.epoch(seed_of(config.seed, self.epoch), self.batch):
@@ -786,10 +781,12 @@ class Evaluation:
 
     def train(self, images, labels):
         """A step of the weights; returns loss and number of correct predictions."""
-        loss, logits = loss_and_logits(self.network, images, labels, self.config.dtype, self.config.auxiliary_weight)
+        config = self.config
+        loss, logits = loss_and_logits(self.network, images, labels, config.dtype, config.auxiliary_weight,
+                                       config.label_smoothing)
         # Unused: what a genotype leaves out of its output.
         gradients = self.average(torch.autograd.grad(loss, self.weights, allow_unused=True))
-        clipped_step(self.optimizer, self.weights, gradients, self.config.clip)
+        clipped_step(self.optimizer, self.weights, gradients, config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum()]
 
     def state_dict(self) -> dict:
@@ -801,24 +798,26 @@ class Evaluation:
         load_optimizer(self.optimizer, state["weights"])
         self.epoch, self.batch = state["epoch"], state["batch"]
 
-def evaluate(genotype: Genotype, config: EvaluateConfig, data: Data, device="cpu", **options) -> Network:
-    """A whole `Evaluation`: the trained network. The caller's random state is left as it was."""
+def run(method, *arguments, **options) -> Search | Evaluation:
+    """A whole `Search` or `Evaluation` of these arguments. Torch's random state is left as it was."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        evaluation = Evaluation(genotype, config, data, device, **options)
-        for _ in evaluation:
+        training = method(*arguments, **options)
+        for _ in training:
             pass
-    return evaluation.network
+    return training
 
 @torch.no_grad()
-def correct_predictions(network, batches, dtype: str = "float32") -> tuple[int, int]:
-    """(how many images of the batches `network` classifies right in evaluation mode, how many there are)."""
-    correct, total, was_training = 0, 0, network.training
+def correct_predictions(network, batches, dtype: str = "float32", top=(1,)) -> tuple[int, ...]:
+    """For each k of `top` how many images of the batches have their class among the k largest logits of the `network`
+    in evaluation mode, and last how many images there are."""
+    counts, was_training = [0] * (len(top) + 1), network.training
     network.eval()
     for images, labels in batches:
-        correct += (loss_and_logits(network, images, labels, dtype)[1].argmax(1) == labels).sum()
-        total += len(labels)
+        logits = loss_and_logits(network, images, labels, dtype)[1]
+        right = [logits.topk(min(k, logits.shape[1])).indices.eq(labels[:, None]).sum() for k in top]
+        counts = [a + b for a, b in zip(counts, [*right, len(labels)])]
     network.train(was_training)
-    return int(correct), total
+    return tuple(map(int, counts))
 
 # --- Data: images live on a device as one uint8 tensor and are augmented there, a batch at a time ---------------------
 
@@ -837,36 +836,37 @@ def statistics(x):
     std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
     return mean, std.clamp_min(1 / 255)
 
-def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None) -> Data:
-    """The first half of the images, in random order, trains the weights, the second the alphas."""
+def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None, device=None) -> Data:
+    """The first half of the images, in random order, trains the weights, the second the alphas; see `Loader`."""
     half, num_classes = len(y) // 2, num_classes or int(y.max()) + 1
     mean, std = statistics(x) if mean is None else (mean, std)
-    train, val = Loader(x[:half], y[:half], config, mean, std), Loader(x[half:], y[half:], config, mean, std)
+    train, val = (Loader(x[i], y[i], config, mean, std, device) for i in (slice(half), slice(half, None)))
     return Data(train, num_classes, x.shape[1], val)
 
 class Loader:
     """Batches in a new random order every epoch, each image cropped, flipped and cut out at random (see the config).
-    x: images, uint8 [N,C,H,W]; y: classes, int64 [N], on one device; mean, std: of x/255, [C], by default those of x.
+    x: images, uint8 [N,C,H,W]; y: classes, int64 [N]; mean, std: of x/255, [C], by default those of x. device: of the
+    batches, by default that of x, which may stay in main memory or in a mapped file.
     Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it."""
 
-    def __init__(self, x, y, config: SearchConfig | EvaluateConfig, mean=None, std=None):
+    def __init__(self, x, y, config: SearchConfig | EvaluateConfig, mean=None, std=None, device=None):
         if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
             raise InputError(f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; expected uint8 "
                              "[N,C,H,W] and int64 [N], 2 images or more")
         mean, std = statistics(x) if mean is None else (mean, std)
-        self.x, self.y, self.config = x, y, config
-        self.mean, self.std = (torch.as_tensor(t, device=x.device).view(-1, 1, 1) for t in (mean, std))
+        self.x, self.y, self.config, self.device = x, y, config, torch.device(device or x.device)
+        self.mean, self.std = (torch.as_tensor(t, device=self.device).view(-1, 1, 1) for t in (mean, std))
 
     def __len__(self):
         batches, rest = divmod(len(self.y), self.config.batch)
         return batches + (rest > 1)
 
     def epoch(self, seed: int, start: int = 0):
-        generator = torch.Generator(self.x.device).manual_seed(seed)
-        order = torch.randperm(len(self.y), device=self.x.device, generator=generator).split(self.config.batch)
-        for i in range(start, len(self)):
+        generator = torch.Generator(self.device).manual_seed(seed)
+        order = torch.randperm(len(self.y), device=self.device, generator=generator).to(self.x.device)
+        for i, batch in itertools.islice(enumerate(order.split(self.config.batch)), start, len(self)):
             generator.manual_seed(seed_of(seed, i))
-            yield self.augment(self.x[order[i]], generator), self.y[order[i]]
+            yield self.augment(self.x[batch].to(self.device), generator), self.y[batch].to(self.device)
 
     def normalise(self, x):
         return (x.float() / 255 - self.mean) / self.std

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import pdarts
+from harness.cells import count
 from pdarts import GENOTYPES, OPERATIONS, PRIMITIVES, Genotype, InputError, Loader, Network, derive, shrink
 
 torch.set_num_threads(1)  # the feature maps are small
@@ -100,9 +101,10 @@ ALONE = """if True:
     x, y = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 3
     state = torch.get_rng_state()
     config = pdarts.SearchConfig((3,), (8,), (0.1,), channels=2, epochs=1, warmup=0, batch=8)
-    genotype, _ = pdarts.search(config, pdarts.search_data(x, y, config))
+    genotype = pdarts.run(pdarts.Search, config, pdarts.search_data(x, y, config)).stages[-1].genotype()
     config = pdarts.EvaluateConfig(cells=3, channels=2, epochs=1, batch=16)
-    network = pdarts.evaluate(genotype, config, pdarts.Data(loader := pdarts.Loader(x, y, config), 3))
+    data = pdarts.Data(loader := pdarts.Loader(x, y, config), 3)
+    network = pdarts.run(pdarts.Evaluation, genotype, config, data).network
     print(pdarts.correct_predictions(network, loader.epoch(0)))
     assert torch.equal(torch.get_rng_state(), state)  # the caller's
     assert not {"harness", "kernels"} & set(sys.modules)"""
@@ -168,11 +170,11 @@ def test_search_networks_have_the_official_numbers_of_parameters(cells, keep, we
 
 def test_count_gives_the_published_cost_of_the_pdarts_cell_and_takes_any_image():
     network = Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True)
-    parameters, multiply_adds = pdarts.count(network)
+    parameters, multiply_adds = count(network)
     assert parameters == 3433798 and multiply_adds == pytest.approx(532e6, rel=0.001)
     assert network.training  # as it was
     network = Network(TWO_NODES, 4, 10, 3, in_channels=1)
-    (_, wide), (_, small) = (pdarts.count(network, size, in_channels=1) for size in ((16, 32), 16))
+    (_, wide), (_, small) = (count(network, size, in_channels=1) for size in ((16, 32), 16))
     linear = 10 * network.classifier.in_features  # does not grow with the image
     assert wide - linear == 2 * (small - linear)
 
@@ -185,13 +187,15 @@ def test_a_cell_has_14_edges_numbered_node_by_node():
 def test_the_paper_s_settings_are_the_defaults():
     config, evaluation = pdarts.CIFAR10, pdarts.EvaluateConfig()
     assert (config.cells, config.keep, config.skip_dropout) == ((5, 11, 17), (8, 5, 3), (0.0, 0.4, 0.7))
-    # max_skips, channels, stem_stride, epochs, warmup, batch; lr to clip; crop_padding, flip, dtype, seed
-    others = (2, 16, 1, 25, 10, 96, 0.025, 0.9, 3e-4, 6e-4, 1e-3, 5.0, 4, True, "float32", 0)
+    # max_skips, channels, stem, stem_stride, epochs, warmup, batch; lr to clip; crop_padding, flip, dtype, seed
+    others = (2, 16, "cifar", 1, 25, 10, 96, 0.025, 0.9, 3e-4, 6e-4, 1e-3, 5.0, 4, True, "float32", 0)
     assert dataclasses.astuple(config)[3:] == others and config == pdarts.SearchConfig()
     assert pdarts.CIFAR100 == dataclasses.replace(config, skip_dropout=(0.1, 0.2, 0.3))
     assert dataclasses.astuple(evaluation)[:7] == (20, 36, "cifar", 1, 600, 128, 0.025)  # cells to lr
-    # momentum, weight_decay, clip; auxiliary, auxiliary_weight, drop_path, cutout, crop_padding, flip, dtype, seed
-    assert dataclasses.astuple(evaluation)[7:] == (0.9, 3e-4, 5.0, True, 0.4, 0.3, 16, 4, True, "float32", 0)
+    # schedule, warmup, momentum, weight_decay, clip, label_smoothing; auxiliary, auxiliary_weight, drop_path, cutout,
+    # crop_padding, flip, dtype, seed
+    others = ("cosine", 0, 0.9, 3e-4, 5.0, 0.0, True, 0.4, 0.3, 16, 4, True, "float32", 0)
+    assert dataclasses.astuple(evaluation)[7:] == others
 
 @pytest.mark.parametrize("cells, reductions", [(3, [1, 2]), (5, [1, 3]), (11, [3, 7]), (17, [5, 11]), (20, [6, 13])])
 def test_reduction_cells_stand_at_one_and_two_thirds(cells, reductions):
@@ -318,6 +322,14 @@ def test_learning_rate_falls_as_a_cosine_from_the_first_epoch():
     rates = [pdarts.cosine(0.025, epoch, 25) for epoch in range(25)]
     assert rates == pytest.approx([0.025 * (1 + math.cos(math.pi * epoch / 25)) / 2 for epoch in range(25)])
 
+def test_learning_rate_falls_evenly_and_its_last_step_in_fifths():
+    rates = [pdarts.linear(0.5, epoch, 250) for epoch in range(250)]
+    assert rates[:245] == pytest.approx([0.5 * (245 - epoch) / 245 for epoch in range(245)])
+    assert rates[245:] == pytest.approx([0.5 * share / (5 * 245) for share in (5, 4, 3, 2, 1)])
+    for epochs in range(1, 8):  # fewer than the official code can take
+        short = [pdarts.linear(1.0, epoch, epochs) for epoch in range(epochs)]
+        assert short[0] == 1 and short == sorted(short, reverse=True) and short[-1] > 0
+
 # --- from stage to stage, derivation and refinement -------------------------------------------------------------------
 
 ZEROS = torch.zeros(14, 8)
@@ -376,7 +388,8 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
     (lambda: pdarts.SearchConfig(epochs=2, warmup=2), "warmup is 2 of 2 epochs; expected fewer"),
     (lambda: Network("PDARTS", 4, 10, 3), "genotype is a str; expected a Genotype"),
     (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 2), "cells is 2; expected at least 3"),
-    (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 3, stem="mnist"), "stem is 'mnist'; expected 'cifar' or 'imagenet'"),
+    (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 3, stem="mnist"), "stem is 'mnist' of 4 channels; expected"),
+    (lambda: pdarts.SearchNetwork(1, 10, 3, FEW, FEW, stem="imagenet"), "'imagenet' of 1 channels; .* of 2 or more"),
     (lambda: Network(TWO_NODES._replace(normal=[("conv_1x1", 0)]), 4, 10, 3), "pair 0 .* 'conv_1x1', 0; expected one"),
     (lambda: Network(TWO_NODES._replace(reduce=[("none", 2)]), 4, 10, 3), "'none', 2; expected .* input from 0 to 1"),
     (lambda: Loader(IMAGES.float(), LABELS, TINY), r"x is torch.float32 \[4, 3, 8, 8\] .* expected uint8 .N,C,H,W."),
@@ -467,7 +480,8 @@ def test_each_stage_keeps_candidates_of_the_stage_before(tiny_search):
 def test_equal_seeds_give_equal_bits_and_leave_the_caller_s_random_state():
     def found(**settings):
         config = dataclasses.replace(SMALL, **settings)
-        return pdarts.search(config, pdarts.search_data(*arrays(), config), space=SMALL_SPACE)
+        stages = pdarts.run(pdarts.Search, config, pdarts.search_data(*arrays(), config), space=SMALL_SPACE).stages
+        return stages[-1].genotype(config.max_skips), stages
 
     first = found()
     torch.manual_seed(2)
@@ -660,6 +674,18 @@ def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():
     assert sizes == [(2, 8, 16, 24), (2, 32, 8, 12)]
     assert Network(TWO_NODES, 4, 5, 3, stem_stride=3).stem(torch.randn(2, 3, 9, 8)).shape == (2, 12, 3, 3)
 
+def test_a_search_with_the_imagenet_stem_halves_input_0_of_the_first_cell():
+    config = dataclasses.replace(SMALL, stem="imagenet")
+    searching = pdarts.Search(config, pdarts.search_data(*arrays(), config), space=SMALL_SPACE)
+    searching.begin_stage()
+    network, sizes = searching.network, []
+    network.cells[0].register_forward_hook(lambda _, inputs, output: sizes.extend(x.shape for x in inputs[:2]))
+    network(torch.randn(2, 3, 32, 48))
+    c = config.channels
+    assert sizes == [(2, c, 8, 12), (2, c, 4, 6)]
+    assert {name.split(".")[0] for name in network.state_dict()} >= {"stem0", "stem1"}
+    assert isinstance(network.cells[0].preprocess0, pdarts.FactorizedReduce)
+
 def test_drop_path_drops_whole_samples_rescales_and_spares_identities_and_evaluation():
     torch.manual_seed(0)
     per_sample = pdarts.inverted_dropout(torch.ones(1000, 2, 3, 3), torch.tensor(0.3), (1000, 1, 1, 1)).flatten(1)
@@ -713,6 +739,26 @@ def test_the_auxiliary_loss_counts_by_its_weight():
     loss, logits = pdarts.loss_and_logits(lambda x: (x, 2 * x), images, labels, auxiliary_weight=0.4)
     assert torch.equal(logits, images)
     assert torch.allclose(loss, F.cross_entropy(images, labels) + 0.4 * F.cross_entropy(2 * images, labels))
+
+def test_labels_are_smoothed_in_both_heads_of_a_training_with_the_imagenet_recipe():
+    images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    loss, _ = pdarts.loss_and_logits(lambda x: (x, 2 * x), images, labels, auxiliary_weight=0.4, label_smoothing=0.1)
+    targets = 0.9 * F.one_hot(labels, 3) + 0.1 / 3
+    smooth = [-(targets * x.log_softmax(1)).sum(1).mean() for x in (images, 2 * images)]
+    assert torch.allclose(loss, smooth[0] + 0.4 * smooth[1])
+    losses, rates = {}, []
+    for smoothing in 0.0, 0.1:
+        config = dataclasses.replace(EVALUATION, label_smoothing=smoothing, schedule="linear", warmup=2, lr=0.5)
+        evaluation = small_evaluation(config)
+        losses[smoothing] = next(iter(evaluation)).loss
+        rates = [event.lr for event in evaluation if type(event) is pdarts.Epoch]
+    assert losses[0.0] != losses[0.1]
+    # 3 epochs fall in shares of 1, 1 and a half; the first is half of the warm-up.
+    assert rates == pytest.approx([0.25, 0.5, 0.25])
+
+def test_correct_predictions_counts_the_classes_among_the_largest_logits():
+    batches = [(torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4), torch.arange(4))]
+    assert pdarts.correct_predictions(nn.Identity(), batches, top=(1, 2, 5)) == (1, 2, 4, 4)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_correct_predictions_counts_in_evaluation_mode_in_the_given_type(dtype):

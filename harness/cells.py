@@ -1,4 +1,4 @@
-"""Cells: those published by other papers, with the operations they need; reading, checking and drawing."""
+"""Cells: those published by other papers, with the operations they need; counting, reading, checking and drawing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import itertools
 import json
 import pathlib
 
+import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from harness.files import short
-from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Primitive, sep_conv
+from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, Primitive, sep_conv
 
 # --- Cells of other papers --------------------------------------------------------------------------------------------
 
@@ -71,6 +73,19 @@ def depth_of(pairs) -> int:
     for i in range(0, len(pairs), 2):
         depths.append(1 + max(depths[source] for _, source in pairs[i : i + 2]))
     return max(depths)
+
+
+@torch.no_grad()
+def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
+    """Parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head; before fusion.
+
+    Multiply-adds are those of convolutions and the classifier. See docs/RUNS.md for what others count."""
+    was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
+    network.train(was_training)
+    parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head"))
+    return parameters, (counter.get_total_flops() // 2)
 
 
 def check_genotype(genotype, name="genotype") -> Genotype:

@@ -126,7 +126,7 @@ class Claims:
 
     def __init__(self, folder, scale: str, seeds: int, data: str | None, device: str, dataset: str = "cifar10"):
         self.folder, self.scale, self.device = pathlib.Path(folder), SCALES[scale], device
-        self.images, self.entries = load(dataset, data), plan(seeds)
+        self.images, self.entries = load(EvaluateSettings(dataset=dataset), data), plan(seeds)
         settings = {name: dataclasses.asdict(value) for name, value in self.scale._asdict().items()}
         about = json.loads(json.dumps({"scale": scale, "data": self.images.fingerprint(), "settings": settings}))
         known = self.folder / "claims.json"

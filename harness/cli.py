@@ -20,7 +20,7 @@ from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.images import load
-from harness.progress import duration
+from harness.progress import duration, reading
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
@@ -38,7 +38,10 @@ def _add_options(parser, presets):
     """The options of a run, and one for every field of the presets' dataclass."""
     parser.add_argument("--preset", choices=presets, help="where the settings come from (default: demo)")
     parser.add_argument(
-        "--data", type=_path, metavar="PATH", help="an .npz file, or the folder that holds CIFAR's folder"
+        "--data",
+        type=_path,
+        metavar="PATH",
+        help="an .npz file, the folder that holds CIFAR's folder, or one with images in train/CLASS and val/CLASS",
     )
     parser.add_argument(
         "--download", action="store_true", help="fetch CIFAR into PATH (default: data) if it is not there"
@@ -67,6 +70,12 @@ def _add_options(parser, presets):
         default="auto",
         help="auto: a GPU replays whole steps as CUDA graphs, but for --unrolled and several GPUs (default: auto)",
     )
+    folder = parser.add_argument_group("folders of images")
+    folder.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: the cores of each process)"
+    )
+    folder.add_argument("--skip-damaged", action="store_true", help="go without the images that cannot be read")
+    folder.add_argument("--cache", type=_path, metavar="DIR", help="for resized images (default: in PATH)")
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
         if field.name == "dataset":
@@ -116,9 +125,14 @@ def _configure(args, presets, out):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(settings, **given)
-    images = load(settings.dataset, args.data, args.download)
-    used, all_images = images.first(settings.images), len(images.y_train)
-    some = f"{len(used.y_train)} of " if len(used.y_train) < all_images else ""
+    if args.workers is not None and not 0 <= args.workers <= 1000:
+        raise InputError(f"workers is {args.workers}; expected 0 to 1000")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
+    options = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
+    images = load(settings, args.data, args.download, workers, **options)
+    used, all_images = images.first(settings.images), len(images)
+    some = f"{len(used)} of " if len(used) < all_images else ""
     return settings, used, f"{some}{all_images} images of {images.name}"
 
 
@@ -165,7 +179,8 @@ def _evaluate(args, out):
     result = evaluate(genotype, settings, images, new, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
-    _say(f"test error:    {result.test_error:.2%}")
+    top5 = f" (top-1), {result.test_error_top5:.2%} (top-5)" if images.num_classes > 10 else ""
+    _say(f"test error:    {result.test_error:.2%}{top5}")
     if not args.weights:
         _say(f"written:       {out / 'weights.pt'}, report.html")
 

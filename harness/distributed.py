@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -108,29 +109,48 @@ def check_agreement(tensors, *others):
         raise RuntimeError("the processes hold different alphas or candidates; expected the same in all of them")
 
 
+def batches_for(images: int, batch: int, number: int) -> int:
+    """Of an epoch for `number` processes: a last batch that leaves each a single image cannot train batch norms."""
+    if batch % number or min(batch, images) < 2 * number:
+        raise InputError(
+            f"batch is {batch}, of {images} images, for {number} process{'es' * (number > 1)}; expected 2 images or "
+            "more for each, and as many for all"
+        )
+    whole, rest = divmod(images, batch)
+    return whole + (rest >= 2 * number)
+
+
 class Shared:
     """This process's part of every batch of a loader: every n-th image, of which all processes get as many.
 
     Augmentation does not depend on the number of processes. Batch norms take the statistics of a process's own images,
-    as the official code's do. The last batch is cut to a multiple of the number, and left out if each would get a
-    single image, on which batch norm cannot be trained.
+    as the official code's do. The last batch is cut to a multiple of the number. A loader with `part(rank, number)`
+    yields the part itself. waited: seconds that its batches took to come.
     """
 
     def __init__(self, loader):
-        self.loader, (self.rank, self.number) = loader, processes()
-        batch, images = loader.config.batch, len(loader.y)
-        if batch % self.number or min(batch, images) < 2 * self.number:
-            raise InputError(
-                f"batch is {batch}, of {images} images, for {self.number} process{'es' * (self.number > 1)}; expected "
-                "2 images or more for each, and as many for all"
-            )
-        whole, rest = divmod(images, batch)
-        self.batches = whole + (rest >= 2 * self.number)
+        self.loader, (self.rank, self.number), self.waited = loader, processes(), 0.0
+        if hasattr(loader, "part"):
+            self.loader, self.rank, self.number = loader.part(*processes()), 0, 1
+        if hasattr(loader, "config"):  # a pdarts.Loader
+            self.batches = batches_for(len(loader.y), loader.config.batch, self.number)
+        else:
+            self.batches = len(self.loader)
 
     def __len__(self):
         return self.batches
 
     def epoch(self, seed, start=0):
-        for _, (images, labels) in zip(range(start, self.batches), self.loader.epoch(seed, start)):
+        batches = self.loader.epoch(seed, start)
+        for _ in range(start, self.batches):
+            started = time.monotonic()
+            if (batch := next(batches, None)) is None:
+                raise InputError(f"the loader ended before its {self.batches} batches; expected as many as its length")
+            self.waited += time.monotonic() - started
+            images, labels = batch
             end = len(labels) // self.number * self.number
+            if end < 2 * self.number:
+                raise InputError(
+                    f"the loader yields {len(labels)} images for {self.number} processes; expected 2 or more for each"
+                )
             yield images[self.rank : end : self.number], labels[self.rank : end : self.number]

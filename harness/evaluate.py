@@ -11,16 +11,16 @@ import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import pdarts
-from harness.cells import check_genotype
+from harness.cells import check_genotype, count
 from harness.checkpoint import load_weights
 from harness.devices import ways_to_compute
 from harness.distributed import average, processes, share_buffers
-from harness.images import Images
+from harness.images import DataSet
 from harness.progress import Progress
 from harness.report import write_evaluation
 from harness.run import Clock, Run
 from harness.settings import EvaluateSettings
-from pdarts import Genotype, Network, Step
+from pdarts import Genotype, InputError, Network, Step
 
 
 class EvaluateResult(NamedTuple):
@@ -28,12 +28,16 @@ class EvaluateResult(NamedTuple):
     parameters: int
     multiply_adds: int
     test_error: float
+    test_error_top5: float = 0.0
+
+
+TOP = (1, 5)
 
 
 def evaluate(
     genotype: Genotype,
     config: EvaluateSettings,
-    images: Images | None = None,
+    images: DataSet | None = None,
     out=None,
     device: str = "auto",
     weights=None,
@@ -49,12 +53,18 @@ def evaluate(
     """
     genotype = check_genotype(genotype)
     run = Run("evaluate", config, images, out, device, kernels, resume, genotype=genotype._asdict())
-    channels, *size = run.images.x_train.shape[1:]
+    channels, *size = run.images.size
+    reduction = 4 * (8 if config.stem == "imagenet" else config.stem_stride)
+    if config.auxiliary and min(size) <= reduction:
+        raise InputError(
+            f"images of {size[0]} x {size[1]} leave the auxiliary head 1 x 1; expected {reduction + 1} or more (for "
+            "folders: --size), or --no-auxiliary"
+        )
     with run.block():
         torch.manual_seed(0)
         options = (config.auxiliary, config.stem, channels, config.stem_stride)
         network = Network(genotype, config.channels, run.images.num_classes, config.cells, *options)
-        cost = pdarts.count(network, tuple(size), channels)
+        cost = count(network, tuple(size), channels)
         if weights is not None:
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
@@ -62,7 +72,8 @@ def evaluate(
             tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
         else:
             tested = network = _train(genotype, config, run, graphs, recompute, show)
-        return EvaluateResult(network.eval(), *cost, 1 - run.test_accuracy(tested))
+        errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]
+        return EvaluateResult(network.eval(), *cost, *errors)
 
 
 def fold(network: Network) -> Network:
@@ -97,8 +108,9 @@ def _train(genotype, config, run, graphs, recompute, show):
     )
     state = run.begin(training)
     run.folder.write("genotype.json", genotype._asdict())
-    progress, meters = Progress([config.epochs * len(run.images.y_train)], show), None
-    progress.resume(training.epoch * len(run.images.y_train))
+    steps = len(data.train)
+    progress, meters = Progress([config.epochs * steps], show), None
+    progress.resume(training.epoch * steps + training.batch)
     clock = Clock()
     for event in training:
         epoch = training.epoch if isinstance(event, Step) else event.epoch
@@ -109,17 +121,17 @@ def _train(genotype, config, run, graphs, recompute, show):
         if isinstance(event, Step):
             meters[0].update(event.loss, event.correct, event.size)
             seen = event.size * processes()[1]
-            text = f"{label}  step {training.batch}/{len(data.train)}"
-            progress.step(0, text, seen, meters[0], clock.rate(seen))
+            text = f"{label}  step {training.batch}/{steps}"
+            progress.step(0, text, 1, meters[0], clock.rate(seen))
             run.stop_if_asked(training, meters)
         else:
             loss, accuracy = meters[0].result()
             share_buffers(training.network)
-            test_accuracy = run.test_accuracy(training.network)
+            test_accuracy, top5 = run.test_accuracies(training.network, top=TOP)
             record = {"epoch": event.epoch, "train_loss": loss, "train_accuracy": accuracy}
-            run.log.append(record | {"test_accuracy": test_accuracy, "lr": event.lr, "drop_path": event.rate})
-            seconds = clock.seconds()
-            run.times.append({"epoch": event.epoch, "seconds": round(seconds, 3)})
+            record |= {"test_accuracy": test_accuracy, "test_accuracy_top5": top5}
+            run.log.append(record | {"lr": event.lr, "drop_path": event.rate})
+            seconds = run.time(clock, epoch=event.epoch)
             run.folder.save("weights.pt", training.network.state_dict())
             run.save(training)
             write_evaluation(run, genotype)

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 import pdarts
+from harness import folders
 from harness.cifar import CIFAR, download_cifar, read_cifar
 from harness.files import check_zip, reason
+from harness.loaders import Loaders
+from harness.photographs import Photographs
 from pdarts import InputError
 
 
@@ -29,6 +32,15 @@ class Images:
     mean: torch.Tensor
     std: torch.Tensor
     path: str | None = None  # where they come from
+    device: torch.device | None = None  # of the batches, if the images themselves stay in a mapped file
+    version: str | None = None  # tells them from others, where they are too many to look at
+
+    def __len__(self):
+        return len(self.y_train)  # what trains
+
+    @property
+    def size(self) -> tuple[int, int, int]:  # (C,H,W)
+        return tuple(self.x_train.shape[1:])
 
     @staticmethod
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None) -> Images:
@@ -77,11 +89,16 @@ class Images:
         return Images(name, *tensors, num_classes, mean, std)
 
     def to(self, device) -> Images:
+        """On the device, unless they are mapped and many: then their batches come there."""
+        if self.device and self.x_train.nbytes + self.x_test.nbytes > 2**32:
+            return dataclasses.replace(self, device=torch.device(device))
         moved = {f: t.to(device) for f, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved, device=None)
 
     def fingerprint(self) -> str:
         """Equal for equal images and labels."""
+        if self.version:
+            return f"{self.version}, {len(self)} and {len(self.y_test)} images"
         digest = hashlib.blake2b(digest_size=16)
         for t in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(repr(t.shape).encode())
@@ -98,7 +115,8 @@ class Images:
     def search_data(self, config: pdarts.SearchConfig) -> pdarts.Data:
         """The first half of the training images for the weights, the second for the alphas.
         InputError if the images come sorted by class, so that the halves are not alike."""
-        data = pdarts.search_data(self.x_train, self.y_train, config, self.num_classes, self.mean, self.std)
+        about = (self.num_classes, self.mean, self.std, self.device)
+        data = pdarts.search_data(self.x_train, self.y_train, config, *about)
         halves = torch.stack([torch.bincount(part.y, minlength=self.num_classes) for part in (data.train, data.val)])
         # In random order, the numbers of a class of n differ by sqrt(n), give or take; 6 times that does not happen.
         difference = (halves[0] - halves[1]).abs() / halves.sum(0).clamp(min=1).sqrt()
@@ -113,17 +131,18 @@ class Images:
 
     def evaluate_data(self, config: pdarts.EvaluateConfig) -> pdarts.Data:
         """All training images."""
-        loader = pdarts.Loader(self.x_train, self.y_train, config, self.mean, self.std)
+        loader = pdarts.Loader(self.x_train, self.y_train, config, self.mean, self.std, self.device)
         return pdarts.Data(loader, self.num_classes, self.x_train.shape[1])
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1), batch: int = 256):
         """Batches of the first `limit` test images: normalised, float32 [N,C,H,W], and their labels, int64 [N].
         part: (rank, number) of several processes, each of which takes every number-th image."""
         rank, number = part
-        normalise = self.evaluate_data(pdarts.EvaluateConfig()).train.normalise
+        loader = self.evaluate_data(pdarts.EvaluateConfig()).train
         x, y = self.x_test[:limit][rank::number], self.y_test[:limit][rank::number]
         for start in range(0, len(y), batch):
-            yield normalise(x[start : start + batch]), y[start : start + batch]
+            images, labels = (part[start : start + batch].to(loader.device) for part in (x, y))
+            yield loader.normalise(images), labels
 
 
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
@@ -184,20 +203,49 @@ def load_npz(path: pathlib.Path) -> Images:
     return dataclasses.replace(images, x_train=images.x_train[order], y_train=images.y_train[order])
 
 
-def load(dataset: str, path: str | None = None, download: bool = False) -> Images:
-    """The images that --preset and --data name: an .npz file, CIFAR in a folder, or the generated shapes."""
-    folder = pathlib.Path(path or "data")
-    if dataset not in ("shapes", *CIFAR):
-        raise InputError(f"dataset is {dataset!r}; expected shapes, {' or '.join(CIFAR)}")
-    if download and (dataset == "shapes" or folder.is_file()):
+DataSet = Images | Photographs | Loaders
+
+
+def load_folder(path: str, settings, workers: int, **options) -> Images | Photographs:
+    """The images of a folder: its files, if the settings augment those, else all of them resized, in a mapped file.
+
+    In random order (by a fixed seed): the search halves them, and --images takes the first ones."""
+    listing, rng = folders.scan(path).subset(settings.fraction), np.random.default_rng(0)
+    train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
+    listing = dataclasses.replace(listing, train=train, test=test)
+    if getattr(settings, "augment", "cifar") == "imagenet":
+        return Photographs(folders.check(listing, workers, **options), settings.size, workers)
+    x_train, y_train, x_test, y_test, damaged = folders.cached(listing, settings.size, workers, **options)
+    version = f"{folders.fingerprint(listing)}, {settings.size} pixels, without {len(damaged)}"
+    statistics = pdarts.statistics(x_train[:2000])
+    images = (x_train, y_train, x_test, y_test, len(listing.classes), *statistics)
+    return Images(path, *images, path=path, device=torch.device("cpu"), version=version)
+
+
+def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
+    """The images that `settings.dataset` and --data name: generated shapes, CIFAR, an .npz file, a folder of images.
+
+    workers and options: see harness.folders.cached.
+    """
+    folder, dataset = pathlib.Path(path or "data"), settings.dataset
+    if dataset not in ("shapes", "imagenet", *CIFAR):
+        raise InputError(f"dataset is {dataset!r}; expected shapes, imagenet, {' or '.join(CIFAR)}")
+    if download and (dataset not in CIFAR or folder.is_file()):
         raise InputError(f"nothing to download for {path or dataset}; expected --preset {' or '.join(CIFAR)}")
+    if path and folder.is_dir() and any((folder / name).is_dir() for name in ("train", "val")):
+        return load_folder(path, settings, workers, **options)
+    if dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet":
+        found = f"no train/CLASS and val/CLASS in {path}" if path else "no --data FOLDER"
+        raise InputError(f"{found}; expected a folder with images in train/CLASS and val/CLASS")
+    if settings.fraction != 1:
+        raise InputError(f"fraction is {settings.fraction}; expected 1 but for a folder of images (or use --images)")
     if path and folder.is_file():
         return dataclasses.replace(load_npz(folder), path=path)
     if dataset == "shapes":
         if not path:
             return shapes()
         if not folder.is_dir():
-            raise InputError(f"no file or folder {path}; expected an .npz file or a folder with CIFAR")
+            raise InputError(f"no file or folder {path}; expected an .npz file, or a folder with CIFAR or train/CLASS")
         found = [name for name, form in CIFAR.items() if form.version_in(folder)]
         if not found:
             folders = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))

@@ -106,3 +106,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def reading():
+    """A function of (images done, all of them) for what reads many: a live line, from its second second on."""
+    started, live = time.monotonic(), sys.stdout.isatty() and processes()[0] == 0
+
+    def progress(done, total):
+        passed = time.monotonic() - started
+        if live and passed > 1 and done:
+            left = "" if done < total else " " * 30 + "\n"
+            print(f"\rreading images: {done} of {total}, {done / passed:.0f} a second{left}", end="", flush=True)
+
+    return progress

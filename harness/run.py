@@ -62,7 +62,7 @@ class Run:
         self.config, self.resume, self.device = config, resume, pick_device(device)
         with entered(self.device):
             self.fused = pick_kernels(kernels, self.device)
-        images = images or load(config.dataset).first(config.images)
+        images = load(config).first(config.images) if images is None else images
         identity |= {"kernels": "fused" if self.fused else "plain"}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "images"}
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
@@ -77,12 +77,15 @@ class Run:
 
     def shared(self, data: pdarts.Data) -> pdarts.Data:
         """Of several processes each takes its part of every batch."""
-        return data._replace(train=Shared(data.train), val=None if data.val is None else Shared(data.val))
+        self.loaders = [Shared(loader) for loader in (data.train, data.val) if loader is not None]
+        return data._replace(**dict(zip(("train", "val"), self.loaders)))
 
-    def test_accuracy(self, network, limit: int | None = None) -> float:
+    def test_accuracies(self, network, limit: int | None = None, top=(1,)) -> list[float | None]:
+        """For each k of `top` the share of test images whose class is among the k largest logits."""
         batches = self.images.test(limit, processes())
-        correct, total = (sum(n) for n in zip(*gather(pdarts.correct_predictions(network, batches, self.config.dtype))))
-        return correct / total
+        counts = gather(pdarts.correct_predictions(network, batches, self.config.dtype, top))
+        *correct, total = (sum(n) for n in zip(*counts))
+        return [n / total if total else None for n in correct]
 
     @contextlib.contextmanager
     def block(self):
@@ -107,6 +110,14 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+
+    def time(self, clock, **where):
+        """Adds an epoch's seconds to the log of times, and those that passed waiting for its batches."""
+        seconds, waited = clock.seconds(), sum(loader.waited for loader in self.loaders)
+        self.times.append(where | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
+        for loader in self.loaders:
+            loader.waited = 0.0
+        return seconds
 
     def begin(self, training) -> dict | None:
         """The run is not refused any more: puts back what was saved, if anything was, and returns it."""

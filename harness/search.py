@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pdarts
 from harness.devices import ways_to_compute
 from harness.distributed import average, check_agreement, processes, share_buffers
-from harness.images import Images
+from harness.images import DataSet
 from harness.progress import Progress
 from harness.report import write_search
 from harness.run import Clock, Run
@@ -27,7 +27,7 @@ class SearchResult(NamedTuple):
 
 def search(
     config: SearchSettings,
-    images: Images | None = None,
+    images: DataSet | None = None,
     out=None,
     device: str = "auto",
     kernels: str | None = None,
@@ -38,16 +38,16 @@ def search(
 ) -> SearchResult:
     """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
 
-    images: by default those that `config.dataset` and `config.images` name. out: a new or empty folder for the results,
-    or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU, see
-    `CapturedStep`. resume: instead of `out`, the folder of a run to go on with. show: print progress. recompute: see
-    kernels.fuse. SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state is left as it was.
+    images: Images or Loaders, by default what `config.dataset` and `config.images` name. out: a new or empty folder for
+    the results, or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU,
+    see `CapturedStep`. resume: instead of `out`, the folder of a run to go on with. show: print progress. recompute:
+    see kernels.fuse. SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
     """
     run = Run("search", config, images, out, device, kernels, resume)
     data = run.shared(run.images.search_data(config))
-    half = len(run.images.y_train) // 2
-    # What the epochs of a stage take, for each image of a half: one with alphas counts twice.
-    work = [half * c * k * (2 * config.epochs - config.warmup) for c, k in zip(config.cells, config.keep)]
+    steps = len(data.train)
+    # What the epochs of a stage take: a step with alphas counts twice.
+    work = [steps * c * k * (2 * config.epochs - config.warmup) for c, k in zip(config.cells, config.keep)]
     accuracies = []
     with run.block():
         searching = pdarts.Search(
@@ -65,7 +65,7 @@ def search(
             accuracies = state["test_accuracies"]
             epochs = searching.epoch + max(0, searching.epoch - config.warmup)
             stage = min(len(searching.stages), len(work) - 1)
-            progress.resume(sum(work[:stage]) + half * config.cells[stage] * config.keep[stage] * epochs)
+            progress.resume(sum(work[:stage]) + steps * config.cells[stage] * config.keep[stage] * epochs)
         clock = Clock()
         for event in searching:
             if isinstance(event, Stage):
@@ -84,8 +84,8 @@ def search(
                 if event.alpha_loss is not None:
                     meters[1].update(event.alpha_loss, event.alpha_correct, event.alpha_size)
                 seen = event.size * processes()[1]
-                amount = config.cells[stage] * config.keep[stage] * seen * (1 if event.alpha_loss is None else 2)
-                text = f"{label}  step {searching.batch}/{len(data.train)}"
+                amount = config.cells[stage] * config.keep[stage] * (1 if event.alpha_loss is None else 2)
+                text = f"{label}  step {searching.batch}/{steps}"
                 progress.step(stage, text, amount, meters[0], clock.rate(seen))
                 run.stop_if_asked(searching, meters, test_accuracies=accuracies)
             else:
@@ -93,7 +93,7 @@ def search(
                 share_buffers(searching.network)
                 last, test_accuracy = event.epoch == config.epochs - 1, None
                 if last:  # only reported
-                    test_accuracy = run.test_accuracy(searching.network, len(run.images.y_train))
+                    (test_accuracy,) = run.test_accuracies(searching.network, 2 * steps * config.batch)
                     accuracies = [*accuracies, test_accuracy]
                 alphas = [alpha.detach() for alpha in searching.network.alphas()]
                 run.log.append(
@@ -111,15 +111,14 @@ def search(
                         "softmax_alphas_reduce": alphas[1].softmax(1).tolist(),
                     }
                 )
-                seconds = clock.seconds()
-                run.times.append({"stage": event.stage + 1, "epoch": event.epoch, "seconds": round(seconds, 3)})
+                seconds = run.time(clock, stage=event.stage + 1, epoch=event.epoch)
                 check_agreement(alphas, searching.candidates)
                 run.save(searching, test_accuracies=accuracies)
                 write_search(run, searching)
                 text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"
                 if alpha_loss is not None:
                     text += f"  alphas: loss {alpha_loss:.3f}  acc {alpha_accuracy:6.1%}"
-                text += f"  test acc {test_accuracy:6.1%}" if last else ""
+                text += f"  test acc {test_accuracy:6.1%}" if last and accuracies[-1] is not None else ""
                 progress.line(f"{text}  {seconds:.1f} s")
                 meters, clock = None, Clock()
     last = searching.stages[-1]

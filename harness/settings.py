@@ -27,8 +27,10 @@ def check(settings):
                 raise InputError(f"{field.name} is {x}; expected {' and '.join(bounds)}")
 
 
-DATASET = "shapes, cifar10 or cifar100; own data: --data FILE.npz"
+DATASET = "shapes, cifar10, cifar100 or imagenet; own data: --data"
 IMAGES = "training images used at most, 0 = all"
+SIZE = "side of the images of a folder: they are resized, once"
+FRACTION = "share of the training images of each class of a folder"
 DETERMINISTIC = "the same bits in every run on a GPU too, where this costs time"
 
 
@@ -38,6 +40,8 @@ class SearchSettings(pdarts.SearchConfig):
 
     dataset: str = setting("cifar10", DATASET)
     images: int = setting(0, IMAGES, 0)
+    size: int = setting(32, SIZE, 8, 1024)
+    fraction: float = setting(1.0, FRACTION, 1e-9, 1)
     unrolled: bool = setting(False, "second-order architecture steps (DARTS, eq. 7) instead of first-order")
     deterministic: bool = setting(False, DETERMINISTIC)
 
@@ -52,6 +56,13 @@ class EvaluateSettings(pdarts.EvaluateConfig):
 
     dataset: str = setting("cifar10", DATASET)
     images: int = setting(0, IMAGES, 0)
+    size: int = setting(32, SIZE, 8, 1024)
+    fraction: float = setting(1.0, FRACTION, 1e-9, 1)
+    augment: str = setting(
+        "cifar",
+        "cifar: crop of the padded image, flip, cutout; imagenet: random resized crop of a file, flip, colour jitter",
+        choices=("cifar", "imagenet"),
+    )
     deterministic: bool = setting(False, DETERMINISTIC)
 
     def __post_init__(self):
@@ -82,4 +93,22 @@ EVALUATE_PRESETS = {
     ),
     "cifar10": EvaluateSettings(),
     "cifar100": EvaluateSettings(dataset="cifar100"),
+    "imagenet": EvaluateSettings(  # the mobile setting (paper, ImageNet)
+        dataset="imagenet",
+        size=224,
+        augment="imagenet",
+        cells=14,
+        channels=48,
+        stem="imagenet",
+        epochs=250,
+        batch=1024,
+        lr=0.5,
+        schedule="linear",
+        warmup=5,
+        weight_decay=3e-5,
+        label_smoothing=0.1,
+        drop_path=0.0,
+        cutout=0,
+        crop_padding=0,
+    ),
 }

@@ -14,8 +14,8 @@ import warnings
 import pytest
 import torch
 
+import harness.evaluate
 import kernels
-import pdarts
 from harness import cli
 from harness.cells import read_genotype
 from harness.conftest import ROOT, beside, python, random_images, write_images
@@ -201,7 +201,7 @@ def test_too_little_memory_and_a_wrong_environment_get_one_line(
     tmp_path, generated, monkeypatch, capsys, mode, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pdarts, "count", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(harness.evaluate, "count", lambda *_: torch.empty(10**15))
     monkeypatch.setattr(kernels, "_mode", "off" if mode == "auto" else mode)
     assert cli.main(["evaluate", "PDARTS", "--cells", "3", "--channels", "2"]) == 2
     stderr = capsys.readouterr().err

@@ -15,6 +15,7 @@ import pdarts
 from harness.cifar import CIFAR
 from harness.fuzz import Exploit, accepted, case, cases, damaged
 from harness.images import Images, load, shapes
+from harness.settings import EvaluateSettings, SearchSettings
 from harness.test_cifar import write_cifar
 from pdarts import EvaluateConfig, InputError, SearchConfig
 
@@ -33,15 +34,15 @@ def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (12, *shape), np.uint8), np.arange(12) % 5
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5].astype(np.uint8))
-    own = load("shapes", str(tmp_path / "own.npz"))
+    own = load(SearchSettings(dataset="shapes"), str(tmp_path / "own.npz"))
     channels = shape[2] if len(shape) == 3 else 1
     assert own.x_train.shape == (12, channels, *shape[:2]) and own.num_classes == 5
     levels = x.reshape(-1, channels) / 255
     assert own.mean.numpy() == pytest.approx(levels.mean(0)) and own.std.numpy() == pytest.approx(levels.std(0))
     config = SearchConfig(cells=(3,), keep=(8,), skip_dropout=(0.1,), channels=2, epochs=1, warmup=0, batch=4)
-    genotype, _ = pdarts.search(config, own.search_data(config))
+    genotype = pdarts.run(pdarts.Search, config, own.search_data(config)).stages[-1].genotype()
     config = EvaluateConfig(cells=3, channels=2, epochs=1, batch=4)
-    network = pdarts.evaluate(genotype, config, own.evaluate_data(config))
+    network = pdarts.run(pdarts.Evaluation, genotype, config, own.evaluate_data(config)).network
     correct, total = pdarts.correct_predictions(network, own.test())
     assert 0 <= correct <= total == 5
 
@@ -51,7 +52,7 @@ def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
 def test_cifar_is_found_by_the_name_of_its_folder(tmp_path, name, binary):
     (x_train, y_train), (x_test, y_test) = write_cifar(tmp_path, name, binary)
     for dataset in name, "shapes":
-        read = load(dataset, str(tmp_path))
+        read = load(SearchSettings(dataset=dataset), str(tmp_path))
         assert (read.name, read.num_classes, read.path) == (name, CIFAR[name].classes, str(tmp_path))
         for array, expected in zip((read.x_train, read.y_train, read.x_test, read.y_test),
                                    (x_train.reshape(-1, 3, 32, 32), y_train, x_test.reshape(-1, 3, 32, 32), y_test)):
@@ -63,7 +64,9 @@ def test_cifar_is_found_by_the_name_of_its_folder(tmp_path, name, binary):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "own.npz").touch()
     for arguments, message in (
-        (["mnist"], "dataset is 'mnist'; expected shapes, cifar10 or cifar100"),
+        (["mnist"], "dataset is 'mnist'; expected shapes, imagenet, cifar10 or cifar100"),
+        (["imagenet"], "no --data FOLDER; expected a folder with images in train/CLASS and val/CLASS"),
+        (["imagenet", str(tmp_path)], "no train/CLASS and val/CLASS in .*; expected a folder with images"),
         (["shapes", "missing"], "no file or folder missing"),
         (["shapes", str(tmp_path)], "no data in .*; expected one of the folders cifar-10-batches-bin, .*100-python"),
         (["cifar10", str(tmp_path)], "no cifar10 in .*; expected a folder cifar-10-batches-bin or cifar-10-batches-py"),
@@ -71,7 +74,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         (["cifar10", str(tmp_path / "own.npz"), True], "nothing to download for .*own.npz"),
     ):
         with pytest.raises(InputError, match=message):
-            load(*arguments)
+            load(SearchSettings(dataset=arguments[0]), *arguments[1:])
+    with pytest.raises(InputError, match="fraction is 0.5; expected 1 but for a folder of images"):
+        load(SearchSettings(dataset="shapes", fraction=0.5))
+    with pytest.raises(InputError, match="no --data FOLDER; expected a folder"):
+        load(EvaluateSettings(augment="imagenet"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_wrong_npz_files_get_a_message_that_names_the_array(tmp_path, change, me
     arrays |= {"x_test": np.zeros((4, 8, 8), np.uint8), "y_test": np.arange(4) % 3} | change
     np.savez(tmp_path / "own.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(InputError, match=message):
-        load("shapes", str(tmp_path / "own.npz"))
+        load(SearchSettings(dataset="shapes"), str(tmp_path / "own.npz"))
 
 
 def test_a_damaged_npz_is_refused(tmp_path):
@@ -105,7 +112,7 @@ def test_a_damaged_npz_is_refused(tmp_path):
     np.savez(path, x_train=np.zeros((12, 8, 8), np.uint8))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot read"):
-        load("shapes", str(path))
+        load(SearchSettings(dataset="shapes"), str(path))
 
 
 def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
@@ -289,7 +296,7 @@ def test_random_npz_files_give_the_images_in_them_or_are_refused(tmp_path, limit
         """`arrays`: what it holds; must: whether it has to be accepted, if that is known."""
         nonlocal taken
         path.write_bytes(content)
-        read = accepted(load, "shapes", str(path))
+        read = accepted(load, SearchSettings(dataset="shapes"), str(path))
         assert must is None or must == (read is not None)
         assert list(tmp_path.iterdir()) == [path]  # no Exploit
         if read is not None:

@@ -20,7 +20,7 @@ import torch
 
 import kernels
 import pdarts
-from harness.cells import check_genotype, read_genotype
+from harness.cells import check_genotype, count, read_genotype
 from harness.conftest import (
     ONE_STAGE,
     ROOT,
@@ -139,7 +139,7 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     assert [r["drop_path"] for r in log] == pytest.approx([0, 0.1, 0.2])
     assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
     assert result.test_error == 1 - log[-1]["test_accuracy"]
-    assert (result.parameters, result.multiply_adds) == pdarts.count(pdarts.Network(CELL, 2, 5, 3), (10, 12))
+    assert (result.parameters, result.multiply_adds) == count(pdarts.Network(CELL, 2, 5, 3), (10, 12))
     for other in ("off", "on"):
         tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
         assert tested.test_error == pytest.approx(result.test_error)

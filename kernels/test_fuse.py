@@ -333,7 +333,7 @@ def test_a_search_takes_fusion_as_an_argument():
         seen.append(kernels.fuse(network))
         return seen[-1]
 
-    _, mine = pdarts.search(config, data, prepare=prepare)
-    _, plain = pdarts.search(config, data)
+    mine = pdarts.run(pdarts.Search, config, data, prepare=prepare).stages
+    plain = pdarts.run(pdarts.Search, config, data).stages
     assert len(seen) == 2 and all("FusedSearchCell" in classes(network) for network in seen)
     torch.testing.assert_close(mine[0].alphas_normal, plain[0].alphas_normal, rtol=0.05, atol=1e-4)

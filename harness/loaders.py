@@ -1,0 +1,194 @@
+"""Data sets of one's own: any loader, or torch's DataLoader made so that a run goes on with the same bits.
+
+    train, val = Batches(half, batch=96, workers=4), Batches(other_half, batch=96, workers=4)
+    data = Loaders(train, val, test_batches=DataLoader(test_set, 256), num_classes=10)
+    search(SEARCH_PRESETS["cifar10"], data, out="runs/own")
+
+A loader has a length and `epoch(seed, start)`, see pdarts.Data. Of several processes each takes its part of every
+batch, see harness.distributed.Shared; a loader with `part(rank, number)`, as `Batches` has it, loads that alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import default_collate
+
+import pdarts
+from harness.distributed import batches_for
+from pdarts import InputError, seed_of
+
+
+def as_it_is(batch, device):
+    images, labels = batch
+    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+class Batches:
+    """Batches of a map-style dataset, by torch's DataLoader, in a new order every epoch.
+
+    dataset: `dataset[i]` is (image, label), a float tensor [C,H,W], normalised and augmented, and a class index.
+    workers: processes that load; 0: this one. finish: (batch as collated, device) -> images [N,C,H,W], labels [N].
+    What `dataset[i]` draws at random from torch, numpy or `random` follows from the seed of the epoch and the place of
+    the image in it: neither the number of workers nor an interruption changes a bit. `part`: for several processes.
+    A last batch that leaves a process a single image is left out.
+    """
+
+    def __init__(self, dataset, batch: int, workers: int = 0, finish: Callable = as_it_is, collate=default_collate):
+        self.dataset, self.batch, self.workers = dataset, batch, workers
+        self.finish, self.collate, self.device = finish, collate, torch.device("cpu")
+        self.rank, self.number = 0, 1
+        len(self)  # is refused now if it is
+
+    def part(self, rank: int, number: int) -> Batches:
+        """Of every batch each number-th image, of which all processes get as many."""
+        mine = copy.copy(self)
+        mine.rank, mine.number = rank, number
+        len(mine)  # is refused now if it is
+        return mine
+
+    def to(self, device) -> Batches:
+        moved = copy.copy(self)
+        moved.device = torch.device(device)
+        return moved
+
+    def __len__(self):
+        return batches_for(len(self.dataset), self.batch, self.number)
+
+    def epoch(self, seed: int, start: int = 0):
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+
+        def sampled():
+            for first in range(start * self.batch, len(self) * self.batch, self.batch):
+                places = range(first, min(first + self.batch, len(order)))
+                places = places[: len(places) // self.number * self.number][self.rank :: self.number]
+                yield [(order[place], seed_of(seed, place)) for place in places]
+
+        on_gpu = self.device.type == "cuda"
+        loader = DataLoader(
+            Seeded(self.dataset),
+            batch_sampler=sampled(),
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            pin_memory=on_gpu,
+            worker_init_fn=leave_signals_to_the_run,
+            generator=torch.Generator().manual_seed(0),  # or torch's global one would be drawn from
+        )
+        for batch in loader:
+            yield self.finish(batch, self.device)
+
+
+def leave_signals_to_the_run(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too, and the step needs its batch
+
+
+class Seeded:
+    """`dataset[i]`, with what it draws at random seeded; the state of the generators is left as it was."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index_and_seed):
+        index, seed = index_and_seed
+        of_python, of_numpy = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                return self.dataset[index]
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+class Checked:
+    """A loader whose first batch of an epoch is looked at, since a network would take almost any."""
+
+    def __init__(self, loader, size, num_classes, device):
+        self.loader, self.size, self.num_classes, self.device = loader, size, num_classes, device
+        if hasattr(loader, "part"):
+            self.part = lambda *which: Checked(loader.part(*which), size, num_classes, device)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, seed: int, start: int = 0):
+        for number, (images, labels) in enumerate(self.loader.epoch(seed, start)):
+            if number == 0:
+                self.check(images, labels)
+            yield images, labels
+
+    def check(self, images, labels):
+        expected = f"float [N,{','.join(map(str, self.size))}] and int64 [N] on {self.device.type}"
+        tensors = isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)
+        found = f"{type(images).__name__} and {type(labels).__name__}"
+        if tensors:
+            found = " and ".join(f"{t.dtype} {list(t.shape)} on {t.device.type}" for t in (images, labels))
+        right = tensors and images.is_floating_point() and images.shape[1:] == self.size
+        right = right and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        if not right or {images.device.type, labels.device.type} != {self.device.type}:
+            raise InputError(f"the loader yields {found.replace('torch.', '')}; expected {expected}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise InputError(
+                f"the loader yields labels from {labels.min()} to {labels.max()}; expected 0 to {self.num_classes - 1}"
+            )
+
+
+@dataclasses.dataclass
+class Loaders:
+    """A data set of own loaders, in the place of `Images`; their batches are as large as they make them.
+
+    train, val: see pdarts.Data; an evaluation needs no `val`. test_batches: an iterable of batches, or (); of several
+    processes each takes every n-th. size: (C,H,W) of the images. version: what tells this data from other data of the
+    same form, since a run goes on with its own only.
+    """
+
+    train: Any
+    val: Any = None
+    test_batches: Iterable = ()
+    num_classes: int = 10
+    size: tuple[int, int, int] = (3, 32, 32)
+    name: str = "own loaders"
+    version: str = ""
+    path: str | None = None
+    device: torch.device = torch.device("cpu")
+
+    def fingerprint(self) -> str:
+        lengths = [len(loader) for loader in (self.train, self.val) if loader is not None]
+        return repr((self.name, self.version, lengths, self.num_classes, list(self.size)))
+
+    def to(self, device) -> Loaders:
+        moved = [loader.to(device) if hasattr(loader, "to") else loader for loader in (self.train, self.val)]
+        return dataclasses.replace(self, train=moved[0], val=moved[1], device=torch.device(device))
+
+    def search_data(self, config: pdarts.SearchConfig) -> pdarts.Data:
+        if self.val is None:
+            raise InputError("val is None; expected the loader that the alphas learn from")
+        return pdarts.Data(self._checked(self.train), self.num_classes, self.size[0], self._checked(self.val))
+
+    def evaluate_data(self, config: pdarts.EvaluateConfig) -> pdarts.Data:
+        if self.test_batches == ():
+            raise InputError("test_batches is (); expected the batches on which the network is tested")
+        return pdarts.Data(self._checked(self.train), self.num_classes, self.size[0])
+
+    def _checked(self, loader):
+        return Checked(loader, tuple(self.size), self.num_classes, self.device)
+
+    def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1)):
+        """Those of `test_batches` on the device, until `limit` images are reached."""
+        rank, number, seen = *part, 0
+        for i, (images, labels) in enumerate(self.test_batches):
+            if limit is not None and seen >= limit:
+                return
+            seen += len(labels)
+            if i % number == rank:
+                yield as_it_is((images, labels), self.device)
