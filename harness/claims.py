@@ -170,7 +170,7 @@ class Claims:
                 return False
             print(f"\n{self.entries.index(entry) + 1} of {len(self.entries)}: {entry.name}", flush=True)
             result = entry._asdict() | (self.search if entry.kind == "search" else self.train)(entry)
-            write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result, indent=1).encode())
+            write_whole(self.folder / "results" / f"{entry.name}.json", json.dumps(result).encode() + b"\n")
             for name in ("checkpoint.pt", "checkpoint-before.pt", "weights.pt"):  # its report and its logs stay
                 (self.folder / "runs" / entry.name / name).unlink(missing_ok=True)
         self.write()

@@ -133,7 +133,8 @@ def _configure(args, presets, out):
     images = load(settings, args.data, args.download, workers, **options)
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""
-    return settings, used, f"{some}{all_images} images of {images.name}"
+    without = f", without {images.damaged} damaged file{'s' * (images.damaged > 1)}" if images.damaged else ""
+    return settings, used, f"{some}{all_images} images of {images.name}{without}"
 
 
 def _say(*text):

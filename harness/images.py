@@ -33,6 +33,7 @@ class Images:
     std: torch.Tensor
     path: str | None = None  # where they come from
     device: torch.device | None = None  # of the batches, if the images themselves stay in a mapped file
+    damaged: int = 0  # files that were left out
     version: str | None = None  # tells them from others, where they are too many to look at
 
     def __len__(self):
@@ -214,12 +215,13 @@ def load_folder(path: str, settings, workers: int, **options) -> Images | Photog
     train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
     listing = dataclasses.replace(listing, train=train, test=test)
     if getattr(settings, "augment", "cifar") == "imagenet":
-        return Photographs(folders.check(listing, workers, **options), settings.size, workers)
+        sound = folders.check(listing, workers, **options)
+        return Photographs(sound, settings.size, workers, damaged=listing.images - sound.images)
     x_train, y_train, x_test, y_test, damaged = folders.cached(listing, settings.size, workers, **options)
     version = f"{folders.fingerprint(listing)}, {settings.size} pixels, without {len(damaged)}"
     statistics = pdarts.statistics(x_train[:2000])
     images = (x_train, y_train, x_test, y_test, len(listing.classes), *statistics)
-    return Images(path, *images, path=path, device=torch.device("cpu"), version=version)
+    return Images(path, *images, path=path, device=torch.device("cpu"), version=version, damaged=len(damaged))
 
 
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:

@@ -30,6 +30,7 @@ class Photographs:
     listing: folders.Listing
     side: int
     workers: int = 0
+    damaged: int = 0  # files that were left out
     device: torch.device = torch.device("cpu")
 
     @property

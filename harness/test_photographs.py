@@ -129,7 +129,8 @@ def test_a_damaged_file_ends_the_run_before_training_unless_skipped(folder, tmp_
     assert "1 of 48 images cannot be read, the first: train/b/5.jpg" in stderr and "--skip-damaged" in stderr
     assert not (tmp_path / "run").exists()
     assert cli.main([*start, "--skip-damaged", "--epochs", "1"]) == 0
-    assert "training on 35 images" in capsys.readouterr().out
+    assert f"training on 35 images of {folder}, without 1 damaged file, 3 cells" in capsys.readouterr().out
+    assert load(SearchSettings(), str(folder), skip_damaged=True).damaged == 1
 
 
 def test_a_file_that_is_damaged_meanwhile_ends_the_run_with_its_name(folder):
