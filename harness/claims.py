@@ -313,7 +313,7 @@ def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
     rows += [compared(claim, "yes", accuracy(*more), accuracy(*less)) for claim, more, less in pairs]
     lines += table(["claim", "paper", "difference here: mean +- std (each seed)", "here"], rows)
 
-    lines += ["", "## Searches", ""]
+    lines += ["", "## Searches", "", "![skip-connects of the stages](skips.svg)", ""]
     rows = []
     for group in SEARCHES:
         for stage in range(len(SEARCHES[group](scale).cells)):
@@ -325,7 +325,7 @@ def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
     seconds = {group: [r["seconds"] / 60 for r in searches if r["group"] == group] for group in SEARCHES}
     lines += ["", "Minutes: " + "; ".join(f"{group} {spread(values)}" for group, values in seconds.items())]
 
-    lines += ["", "## Cells, trained from scratch", ""]
+    lines += ["", "## Cells, trained from scratch", "", "![test accuracies](cells.svg)", ""]
     rows, chart = [], []
     for group, cell in dict.fromkeys((e.group, e.cell) for e in entries if e.kind == "cell"):
         mine = [r for r in cells if (r["group"], r["cell"]) == (group, cell)]
