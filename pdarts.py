@@ -91,8 +91,8 @@ class EvaluateConfig:
     epochs: int = setting(600, "epochs (paper, evaluation)", 1, 10**6)
     batch: int = setting(128, "images per step (paper, evaluation)", 2, 10**6)
     lr: float = setting(0.025, "learning rate (paper, evaluation)", 0)
-    schedule: str = setting("cosine", "how it falls to 0 (paper; ImageNet: linear)", choices=("cosine", "linear"))
-    warmup: int = setting(0, "first epochs, in which it rises (paper, ImageNet: 5)", 0)
+    schedule: str = setting("cosine", "fall of learning rate (paper; ImageNet: linear)", choices=("cosine", "linear"))
+    warmup: int = setting(0, "first epochs, in which the learning rate rises (paper, ImageNet: 5)", 0)
     momentum: float = setting(0.9, "momentum (official)", 0, 1)
     weight_decay: float = setting(3e-4, "weight decay (paper, evaluation)", 0)
     clip: float = setting(5.0, "largest gradient norm (official)", 1e-9)
@@ -262,7 +262,7 @@ class SearchCell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edges = iter(zip(self.edges, probabilities))
         for _ in range(self.nodes):
-            states.append(self.node(list(zip(states, edges))))  # an edge from every state
+            states.append(self.node(list(zip(states, edges))))  # states first: zip takes no edge too many
         return torch.cat(states[2:], dim=1)
 
     def node(self, incoming):
@@ -286,7 +286,7 @@ class Stemmed(nn.Module):
     def states(self, images):
         """Inputs 0 and 1 of the first cell."""
         s0 = self.stem(images) if hasattr(self, "stem") else self.stem0(images)
-        return s0, self.stem1(s0) if hasattr(self, "stem1") else s0
+        return s0, (s0 if hasattr(self, "stem") else self.stem1(s0))
 
 class SearchNetwork(Stemmed):
     """The supernet of one stage: every edge holds all of its candidates.
@@ -295,8 +295,8 @@ class SearchNetwork(Stemmed):
     alphas_normal, alphas_reduce: parameters [edges, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
     forward: [N,in_channels,H,W] -> logits [N,num_classes]."""
 
-    def __init__(self, channels, num_classes, cells, normal, reduce, skip_dropout=0.0, in_channels=3,
-                 stem_stride=1, space=SPACE, stem="cifar"):
+    def __init__(self, channels, num_classes, cells, normal, reduce, stem="cifar", in_channels=3,
+                 stem_stride=1, space=SPACE):
         super().__init__()
         reductions = reduction_cells(cells)
         for names in (*check_candidates(normal, len(space.edges)), *check_candidates(reduce, len(space.edges))):
@@ -313,7 +313,6 @@ class SearchNetwork(Stemmed):
         self.classifier = nn.Linear(channels_1, num_classes)
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(normal), len(normal[0])))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(reduce), len(reduce[0])))
-        self.set_skip_dropout(skip_dropout)
 
     def set_skip_dropout(self, rate: float):
         for module in self.modules():
@@ -367,8 +366,8 @@ def shrink(candidates, alphas, keep: int):
     return tuple(shrunk)
 
 def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, warmup: int = 10) -> float:
-    """Dropout rate after skip-connects in `epoch` (from 0) of a stage that begins with `initial`: it falls linearly in
-    the warm-up, then from there exponentially (official; the paper only says that it decays)."""
+    """Dropout rate after skip-connects in `epoch` (from 0) of a stage: from `initial` it falls linearly in the warm-up,
+    then, from `initial` again, exponentially (official; the paper only says that it decays)."""
     if epoch < warmup:
         return initial * (epochs - 1 - epoch) / epochs
     return initial * math.exp(-0.2 * (epoch - warmup))
@@ -387,7 +386,7 @@ def edge_probabilities(candidates, alphas) -> list[list[float]]:
 
 class Genotype(NamedTuple):
     """The discrete cells. normal, reduce: (operation, input) pairs, two for each node; *_concat: states in the output.
-    State 0 is the output of the cell before the last, 1 of the last, 2 and up are the cell's own nodes."""
+    States 0 and 1 are the outputs of the two cells before it, 2 and up are the cell's own nodes."""
     normal: list[tuple[str, int]]
     normal_concat: list[int]
     reduce: list[tuple[str, int]]
@@ -396,7 +395,7 @@ class Genotype(NamedTuple):
 def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None = 2) -> Genotype:
     """The cells that candidates (14 tuples of K names) and alphas ([14, K]) stand for.
     Every edge takes its strongest candidate other than `none`; every node keeps its two strongest edges. The normal
-    cell keeps at most `max_skips` (M) skip-connects; None: no limit. InputError if an edge allows nothing else."""
+    cell keeps at most `max_skips` (M) skip-connects; None: no limit. InputError if an edge has nothing else."""
     normal, reduce = check_candidates(normal), check_candidates(reduce)
     probabilities = edge_probabilities(normal, alphas_normal)
     normal_cell = strongest(normal, probabilities)
@@ -407,7 +406,7 @@ def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None =
         if not skips:
             raise InputError(f"edges have no candidate but skip_connect; no normal cell has max_skips={max_skips}")
         _, edge = min(skips)
-        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # less than one that rounds to 0
+        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # below one that has rounded to 0
         normal_cell = strongest(normal, probabilities)
     reduce_cell = strongest(reduce, edge_probabilities(reduce, alphas_reduce))
     pairs = [[(name, source) for name, source, *_ in cell] for cell in (normal_cell, reduce_cell)]
@@ -423,7 +422,7 @@ def strongest(candidates, probabilities):
         allowed = [k for k, name in enumerate(names) if name != "none"]
         if not allowed:
             raise InputError(f"edge {edge} has no candidate but none; expected an operation to choose")
-        best = max(allowed, key=lambda k: (p[k], k))  # ties: the lowest index counts as the minimum
+        best = max(allowed, key=lambda k: (p[k], k))  # ties: the later candidate, as in shrink
         into.setdefault(node, []).append((names[best], source, edge, p[best]))
     kept = []
     for incoming in into.values():
@@ -469,7 +468,7 @@ class Architect:
                  average=identity, weight_optimizer=None):
         self.network, self.clip, self.dtype, self.average = network, clip, dtype, average
         self.weights, self.alphas, self.weight_optimizer = network.weights(), network.alphas(), weight_optimizer
-        capturable = self.alphas[0].is_cuda  # the count of steps then is a tensor
+        capturable = self.alphas[0].is_cuda  # as a CUDA graph needs it
         self.optimizer = torch.optim.Adam(self.alphas, lr, betas, weight_decay=weight_decay, capturable=capturable)
 
     def step(self, images, labels, train_images=None, train_labels=None):
@@ -524,8 +523,8 @@ def cosine(lr: float, epoch: int, epochs: int) -> float:
 
 def linear(lr: float, epoch: int, epochs: int) -> float:
     """As `cosine`, but evenly; the last 5 epochs share the last step (official, ImageNet)."""
-    last = min(5, epochs - 1)
-    return lr / (epochs - last) * max(epochs - last - epoch, min(1, (epochs - epoch) / max(last, 1)))
+    last, left = min(5, epochs - 1), epochs - epoch
+    return lr / (epochs - last) * (left - last if left > last else left / last)
 
 def sgd(weights, config) -> torch.optim.SGD:
     """The weights' optimizer; its learning rate is a tensor."""
@@ -539,19 +538,19 @@ def load_optimizer(optimizer, state):
     optimizer.param_groups[0]["lr"] = lr  # torch has put a copy there
 
 def seed_of(*counters: int) -> int:
-    """The seed of what is random in this stage, epoch, step, ...: a run goes on from these counters alone."""
+    """The seed, 63 bits, of what is random in this stage, epoch, step, ...: a run goes on from these counters alone."""
     return int.from_bytes(hashlib.sha256(repr(counters).encode()).digest()[:8], "little") >> 1
 
 class Search:
     """The progressive search as an iterable: stage after stage a deeper network with fewer candidates.
 
     Yields a Step after each step, an Epoch after the last step of an epoch, a Stage after the last epoch of a stage.
-    Between any two, `state_dict()`, of live tensors, is all that is needed to go on: it is loaded into a Search of the
+    Between any two, `state_dict()`, tensors in use, is all that is needed to go on: it is loaded into a Search of the
     same arguments, before the loop. Seeds torch anew for every step, once its batch is there.
 
-    prepare: network -> network, such as kernels.fuse. average: gradients -> their means over several processes, None
-    for None, of which `rank` is this one's number. wrap_step: step -> a faster function of the same tensors, such as a
-    captured CUDA graph: all else that changes between steps is a tensor that changes in place."""
+    prepare: network -> network, such as kernels.fuse. average: gradients, or None, -> their means over all processes;
+    rank: the number of this one. wrap_step: step -> a faster function of the same tensors (2 in the warm-up, then 4),
+    such as a captured CUDA graph: all else that changes between steps is a tensor that changes in place."""
 
     def __init__(self, config: SearchConfig, data: Data, device="cpu", space: SearchSpace = SPACE, prepare=identity,
                  average=identity, wrap_step=identity, rank: int = 0, architect=Architect):
@@ -600,7 +599,7 @@ class Search:
             self.candidates = shrink(normal, alphas_normal, keep), shrink(reduce, alphas_reduce, keep)
         torch.manual_seed(seed_of(config.seed, stage))
         network = SearchNetwork(config.channels, data.num_classes, config.cells[stage], *self.candidates,
-                                0.0, data.in_channels, config.stem_stride, self.space, config.stem)
+                                config.stem, data.in_channels, config.stem_stride, self.space)
         self.network = self.prepare(network.to(self.device))
         self.weights = self.network.weights()
         self.optimizer = sgd(self.weights, config)
@@ -627,6 +626,9 @@ class Search:
         clipped_step(self.optimizer, self.weights, gradients, self.config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
 
+    def genotype(self) -> Genotype:
+        return self.stages[-1].genotype(self.config.max_skips)
+
     def state_dict(self) -> dict:
         state = {"stages": [tuple(stage) for stage in self.stages], "epoch": self.epoch, "batch": self.batch}
         if self.network is not None:
@@ -645,10 +647,9 @@ class Search:
 
 def endless(loader, seed: int, start: int):
     """The batches of one epoch of `loader` after the other, from batch `start` on."""
-    passes, start = divmod(start, len(loader))
-    for number in itertools.count(passes):
-        yield from loader.epoch(seed_of(seed, number), start)
-        start = 0
+    first, start = divmod(start, len(loader))
+    for number in itertools.count(first):
+        yield from loader.epoch(seed_of(seed, number), start if number == first else 0)
 
 # --- The evaluation network (paper, sec. 4) ---------------------------------------------------------------------------
 
@@ -784,7 +785,7 @@ class Evaluation:
         config = self.config
         loss, logits = loss_and_logits(self.network, images, labels, config.dtype, config.auxiliary_weight,
                                        config.label_smoothing)
-        # Unused: what a genotype leaves out of its output.
+        # Nodes that a genotype leaves out of its output have no gradients.
         gradients = self.average(torch.autograd.grad(loss, self.weights, allow_unused=True))
         clipped_step(self.optimizer, self.weights, gradients, config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum()]
@@ -819,7 +820,7 @@ def correct_predictions(network, batches, dtype: str = "float32", top=(1,)) -> t
     network.train(was_training)
     return tuple(map(int, counts))
 
-# --- Data: images live on a device as one uint8 tensor and are augmented there, a batch at a time ---------------------
+# --- Data: one uint8 tensor of images, of which batches are augmented on the device -----------------------------------
 
 class Data(NamedTuple):
     """What a Search or an Evaluation learns from: `train` for the weights and, in a Search, `val` for the alphas.
@@ -837,14 +838,14 @@ def statistics(x):
     return mean, std.clamp_min(1 / 255)
 
 def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None, device=None) -> Data:
-    """The first half of the images, in random order, trains the weights, the second the alphas; see `Loader`."""
+    """The first half of x trains the weights, the second the alphas: they must come shuffled. Arguments: see Loader."""
     half, num_classes = len(y) // 2, num_classes or int(y.max()) + 1
     mean, std = statistics(x) if mean is None else (mean, std)
     train, val = (Loader(x[i], y[i], config, mean, std, device) for i in (slice(half), slice(half, None)))
     return Data(train, num_classes, x.shape[1], val)
 
 class Loader:
-    """Batches in a new random order every epoch, each image cropped, flipped and cut out at random (see the config).
+    """Batches in a new random order every epoch, each image cropped, flipped and, in an evaluation, partly cut out.
     x: images, uint8 [N,C,H,W]; y: classes, int64 [N]; mean, std: of x/255, [C], by default those of x. device: of the
     batches, by default that of x, which may stay in main memory or in a mapped file.
     Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it."""
@@ -896,5 +897,4 @@ class Loader:
 
 if __name__ == "__main__":
     from harness.cli import main  # which imports this file again, as `pdarts`
-
     raise SystemExit(main())

@@ -101,7 +101,7 @@ ALONE = """if True:
     x, y = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 3
     state = torch.get_rng_state()
     config = pdarts.SearchConfig((3,), (8,), (0.1,), channels=2, epochs=1, warmup=0, batch=8)
-    genotype = pdarts.run(pdarts.Search, config, pdarts.search_data(x, y, config)).stages[-1].genotype()
+    genotype = pdarts.run(pdarts.Search, config, pdarts.search_data(x, y, config)).genotype()
     config = pdarts.EvaluateConfig(cells=3, channels=2, epochs=1, batch=16)
     data = pdarts.Data(loader := pdarts.Loader(x, y, config), 3)
     network = pdarts.run(pdarts.Evaluation, genotype, config, data).network
@@ -261,7 +261,8 @@ def test_norms_are_affine_and_pools_are_bare_in_evaluation_only():
     assert isinstance(evaluation.cells[1]._ops[0], nn.AvgPool2d)
 
 def test_skip_dropout_acts_on_stride_one_skips_only_and_can_be_set():
-    network = pdarts.SearchNetwork(2, 10, 3, FEW, FEW, skip_dropout=0.25)
+    network = pdarts.SearchNetwork(2, 10, 3, FEW, FEW)
+    network.set_skip_dropout(0.25)
     for cell in network.cells:
         for edge, (_, source) in zip(cell.edges, pdarts.SPACE.edges):
             rates = [op.rate.item() for op in edge.ops if isinstance(op, pdarts.SkipDropout)]
@@ -480,8 +481,8 @@ def test_each_stage_keeps_candidates_of_the_stage_before(tiny_search):
 def test_equal_seeds_give_equal_bits_and_leave_the_caller_s_random_state():
     def found(**settings):
         config = dataclasses.replace(SMALL, **settings)
-        stages = pdarts.run(pdarts.Search, config, pdarts.search_data(*arrays(), config), space=SMALL_SPACE).stages
-        return stages[-1].genotype(config.max_skips), stages
+        found = pdarts.run(pdarts.Search, config, pdarts.search_data(*arrays(), config), space=SMALL_SPACE)
+        return found.genotype(), found.stages
 
     first = found()
     torch.manual_seed(2)

@@ -121,8 +121,7 @@ def search(
                 text += f"  test acc {test_accuracy:6.1%}" if last and accuracies[-1] is not None else ""
                 progress.line(f"{text}  {seconds:.1f} s")
                 meters, clock = None, Clock()
-    last = searching.stages[-1]
-    genotype = last.genotype(config.max_skips)
+    last, genotype = searching.stages[-1], searching.genotype()
     run.folder.draw(genotype)
     others = {
         "max_skips": config.max_skips,

@@ -22,13 +22,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(pdarts, "SearchConfig", lambda **_: pdarts.CIFAR10.__class__(**one_stage))
     for name in SEARCH_PRESETS:
         monkeypatch.setitem(SEARCH_PRESETS, name, ONE_STAGE)
-    device = pdarts.Search.__init__
-
-    def on_the_cpu(self, config, data, device="cpu", *others, **options):
-        init(self, config, data, "cpu", *others, **options)
-
-    init = device
-    monkeypatch.setattr(pdarts.Search, "__init__", on_the_cpu)
+    for owner, name in (pdarts, "search_data"), (pdarts, "Search"):  # on the CPU
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, device=None, _whole=whole, **b: _whole(*a, **b))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(12) % 3

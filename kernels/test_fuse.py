@@ -31,9 +31,11 @@ def _served():
     kernels.use(before)
 
 
-def search_network(candidates=ALL, dtype=torch.float64, cells=3, **settings):
+def search_network(candidates=ALL, dtype=torch.float64, cells=3, skip_dropout=0.0, **settings):
     torch.manual_seed(0)
-    return pdarts.SearchNetwork(4, 10, cells, candidates, candidates, **settings).to(dtype)
+    network = pdarts.SearchNetwork(4, 10, cells, candidates, candidates, **settings).to(dtype)
+    network.set_skip_dropout(skip_dropout)
+    return network
 
 
 def fused(network, **settings):
