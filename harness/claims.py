@@ -334,10 +334,11 @@ def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
             spread([r["parameters"] / 1e3 for r in mine]),
             spread([r["depth"] for r in mine], "{:.2g}"),
             spread([r["skips"] for r in mine], "{:.2g}"),
+            spread([r["seconds"] / 60 for r in mine]),
         ]
         rows.append([f"{group}, {cell}", *columns])
         chart.append((f"{group}, {cell}", [100 * r["test_accuracy"] for r in mine]))
-    lines += table(["cell", "test accuracy (%)", "parameters (thousands)", "depth", "skip-connects"], rows)
+    lines += table(["cell", "test accuracy (%)", "parameters (thousands)", "depth", "skip-connects", "minutes"], rows)
     charts = {"cells": dots_svg(chart, "test accuracy (%) after training from scratch, each seed and the mean")}
     skips = []
     for group in SEARCHES:
