@@ -135,11 +135,17 @@ class Claims:
         for name in ("results", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "locks/summary"):
-            if known.exists() and json.loads(known.read_text()) != about:
+            if known.exists() and not self.same(json.loads(known.read_text()), about):
                 raise InputError(f"{self.folder} holds claims of other settings or data; expected a new folder")
             write_whole(known, json.dumps(about, indent=1).encode())
             lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries)
             write_whole(self.folder / "plan.jsonl", lines.encode())
+
+    @staticmethod
+    def same(old: dict, new: dict) -> bool:
+        """Settings that the old one does not name are younger than it."""
+        named = {name: values | old["settings"].get(name, {}) for name, values in new["settings"].items()}
+        return old | {"settings": named} == new
 
     def result(self, name: str) -> dict | None:
         path = self.folder / "results" / f"{name}.json"

@@ -112,6 +112,15 @@ def test_a_folder_of_other_claims_or_of_something_else_is_refused(tmp_path, runs
     made(tmp_path)
     with pytest.raises(pdarts.InputError, match="claims of other settings or data"):
         made(tmp_path, scale="paper")
+    about = tmp_path / "claims/claims.json"
+    older = json.loads(about.read_text())
+    del older["settings"]["search"]["stem"]  # of a version that did not have it
+    about.write_text(json.dumps(older))
+    made(tmp_path)
+    older["settings"]["search"]["epochs"] += 1
+    about.write_text(json.dumps(older))
+    with pytest.raises(pdarts.InputError, match="claims of other settings or data"):
+        made(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").touch()
     with pytest.raises(pdarts.InputError, match="already holds something else"):
