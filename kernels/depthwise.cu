@@ -536,7 +536,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* from = static_cast<const T*>(g) + plane * OH * OW;
     T* to = static_cast<T*>(grad_x) + plane * p.H * p.W + at.row * p.W + at.column;
     int left = first_window(at.column, stride);
-#pragma unroll 2
+#pragma unroll 1
     for (int r = 0; r < kRows; r++) {
       int h = at.row + r, top = first_window(h, stride);
       A sum = 0;
