@@ -885,7 +885,7 @@ def _parser():
     group.add_argument("--out", metavar="DIR", help="folder of the results; goes on with those there")
     group.add_argument("--minutes", type=float, default=30, metavar="M", help="for all parts together (default: 30)")
     group.add_argument(
-        "--parts", type=int, nargs="+", default=range(1, 11), choices=range(1, 11), help="(default: all)"
+        "--parts", type=int, nargs="+", default=range(1, 12), choices=range(1, 12), help="(default: all)"
     )
     return parser
 

@@ -160,7 +160,7 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_w
         (["steps"], "invalid choice: 'steps'"),
         (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),
         (["gpu", "--out", "x", "--minutes", "0"], "more than 0 minutes"),
-        (["gpu", "--out", "x", "--parts", "11"], "invalid choice: 11"),
+        (["gpu", "--out", "x", "--parts", "12"], "invalid choice: 12"),
     ],
 )
 def test_bench_names_what_is_wrong_in_one_line(capsys, arguments, message):
@@ -233,5 +233,8 @@ def test_the_other_parts_run_on_the_cpu(few_cells, few_weights):
     assert found[-1][1]["to ours"] == 1 and all(row["ms"] > 0 for table, row in found if "cells" in table)
     found = [row for _, row in gpu_speed.mixed_operation(small_args(), cpu)]
     assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)
+    found = list(gpu_speed.convolutions(small_args(), cpu))
+    assert len(found) == 3 * (5 + 4) + 1 and all(row["times faster"] > 0 for _, row in found[:-1])
+    assert found[-1][1]["PDARTS_CUDA_OPERATIONS"].startswith("mixed")
     convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
     assert convolution.error() < 1e-5 and all(min(times) > 0 for times in convolution.times(0.01).values())

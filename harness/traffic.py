@@ -46,22 +46,20 @@ def mixed_backward(call, size):
 
 
 def between(x, y, pointwise, size):
-    """Bytes of what the pointwise convolution reads."""
+    """Bytes of what the pointwise convolution reads, which is kept."""
     return size(y) // pointwise.shape[0] * x.shape[1]
 
 
 def separable(call, size):
     x, _, pointwise, *_, batch, _, _, _, _ = call.arguments
     y = call.results[0]
-    z = between(x, y, pointwise, size)
-    return 2 + 2 * batch, (1 + batch) * size(x) + 2 * z + size(y)
+    return 2 + 2 * batch, (1 + batch) * size(x) + 2 * between(x, y, pointwise, size) + size(y)
 
 
 def separable_backward(call, size):
-    grad, x, depthwise, pointwise, _, _, statistics, batch, *_, needs = call.arguments
+    grad, x, _, pointwise, _, _, statistics, batch, *_, needs = call.arguments
     of_f, z, n = needs[0] or needs[3] or needs[4], between(x, grad, pointwise, size), size(x)
     parts = [
-        (needs[2], 1, n + z),  # z again
         (needs[2], 1, size(grad) + z),
         (of_f or needs[1], 1, size(grad) + z),
         (of_f, 1, z + 2 * n),

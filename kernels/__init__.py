@@ -163,7 +163,8 @@ def separable(
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
     On CUDA, where CUDA_OPERATIONS names it and the depthwise convolution has a kernel of 3, 5 or 7 and stride and
     dilation of 1 or 2, fused but for the pointwise product, which is torch's and as deterministic as that; in NCHW,
-    which the result has. Elsewhere torch's own convolutions serve, which compute the rest again only if `recompute`.
+    which the result has. Elsewhere torch's own convolutions serve. There and on CUDA what the convolutions read is kept
+    too, and not computed again, unless `recompute`.
     """
     running, affine = (running_mean, running_var), (gamma, beta)
     if (running_mean is None) != (running_var is None):
@@ -188,9 +189,10 @@ def separable(
         return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps, *affine)
     statistics, batch = _normalisation([running_mean], [running_var], training, eps)
     norm = (*affine, statistics, *batch, eps)
-    y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, *norm, stride, padding, dilation)
+    within = pointwise if recompute or kind == "cpu" else None
+    y, computed = torch.ops.pdarts.separable(x, depthwise, within, *norm, stride, padding, dilation)
     _move_running([running_mean], [running_var], computed, batch, momentum, x)
-    return y
+    return F.conv2d(y, pointwise) if within is None else y
 
 
 def _separable_serves(x, depthwise, pointwise, stride, dilation, running, affine):
@@ -560,7 +562,7 @@ def _register_fakes():
         if depthwise is not None:
             size = convolved(size, depthwise.shape[2], stride, padding, dilation)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = feature_map(x, x.shape[0], pointwise.shape[0], *size)
+        y = feature_map(x, x.shape[0], x.shape[1] if pointwise is None else pointwise.shape[0], *size)
         return y, x.new_empty((3, 1, x.shape[1]) if batch else 0, dtype=dtype)
 
     @torch.library.register_fake("pdarts::separable_backward")
@@ -627,7 +629,8 @@ def _parsed(operations: str) -> dict[str, list[str]]:
     return parsed
 
 
-_cuda_operations = _parsed(os.environ.get("PDARTS_CUDA_OPERATIONS", CUDA_OPERATIONS))
+_cuda_named = os.environ.get("PDARTS_CUDA_OPERATIONS", CUDA_OPERATIONS)
+_cuda_operations = _parsed(_cuda_named)
 _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 _warned: set[str] = set()  # types of device
@@ -645,6 +648,13 @@ def use(mode: str) -> str:
     if mode == "on":
         load()
     before, _mode = _mode, mode
+    return before
+
+
+def use_on_cuda(operations: str) -> str:
+    """Sets what this process fuses on CUDA, as CUDA_OPERATIONS names it; returns what it fused before."""
+    global _cuda_named, _cuda_operations
+    before, _cuda_named, _cuda_operations = _cuda_named, operations, _parsed(operations)
     return before
 
 
@@ -696,4 +706,4 @@ from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
 
 __all__ = ["cell", "cell_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
 __all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves", "serves_cells"]
-__all__ += ["use", "Norm", "Step", "Sum"]
+__all__ += ["use", "use_on_cuda", "CUDA_OPERATIONS", "Norm", "Step", "Sum"]

@@ -39,13 +39,14 @@ void check_map(at::IntArrayRef size) {
 struct Convolutions : PdartsDepthwise {
   c10::OptionalDeviceGuard guard;
   Tensor in, statistics_, depthwise, pointwise, gamma_, beta_;
-  int64_t OH, OW;
+  int64_t OH, OW, out;
 
   Convolutions(
-      const Tensor& x_, const OptionalTensor& depthwise_in, const Tensor& pointwise_in, const OptionalTensor& gamma_in,
-      const OptionalTensor& beta_in, const OptionalTensor& given, int64_t stride_, int64_t padding_, int64_t dilation_)
-      : PdartsDepthwise{}, guard(x_.device()), pointwise(pointwise_in.contiguous()),
-        gamma_(gamma_in.value_or(Tensor())), beta_(beta_in.value_or(Tensor())) {
+      const Tensor& x_, const OptionalTensor& depthwise_in, const OptionalTensor& pointwise_in,
+      const OptionalTensor& gamma_in, const OptionalTensor& beta_in, const OptionalTensor& given, int64_t stride_,
+      int64_t padding_, int64_t dilation_)
+      : PdartsDepthwise{}, guard(x_.device()), gamma_(gamma_in.value_or(Tensor())),
+        beta_(beta_in.value_or(Tensor())) {
     check_map(x_.sizes());
     type = type_of("x", x_), in = x_.contiguous(), x = in.const_data_ptr();
     N = in.size(0), C = in.size(1), H = in.size(2), W = in.size(3), OH = H, OW = W, stride = dilation = 1;
@@ -55,8 +56,13 @@ struct Convolutions : PdartsDepthwise {
           t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ", in.scalar_type(), " ", expected,
           " with C = ", C, " on ", in.device());
     };
-    bool one = pointwise.dim() == 4 && pointwise.size(1) == C && pointwise.size(2) == 1 && pointwise.size(3) == 1;
-    check_weight("pointwise", pointwise, one, "[channels,C,1,1]");
+    out = C;
+    if (pointwise_in) {
+      const Tensor& w = pointwise = pointwise_in->contiguous();
+      bool one = w.dim() == 4 && w.size(1) == C && w.size(2) == 1 && w.size(3) == 1;
+      check_weight("pointwise", w, one, "[channels,C,1,1]");
+      out = w.size(0);
+    }
     if (given) check_values("statistics", *given, {3, 1, C}, in), use(*given);
     check_affine("gamma", {gamma_}, C, in), check_affine("beta", {beta_}, C, in);
     gamma = data(gamma_), beta = data(beta_);
@@ -78,7 +84,7 @@ struct Convolutions : PdartsDepthwise {
 
   void use(const Tensor& t) { statistics_ = t, statistics = t.const_data_ptr(); }
 
-  bool empty() const { return !(N * C * H * W && pointwise.numel()); }
+  bool empty() const { return !(N * C * H * W * out); }
 
   // The batch norm of x as a mixed operation of one candidate.
   PdartsMixed norm(bool batch, double eps) const {
@@ -110,9 +116,9 @@ struct Convolutions : PdartsDepthwise {
   }
 };
 
-// As on the CPU, see convolution_operators.h.
+// As on the CPU, see convolution_operators.h. Without a pointwise convolution it is what that would see.
 std::tuple<Tensor, Tensor> separable(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& gamma,
+    const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& statistics, bool batch, double eps, int64_t stride,
     int64_t padding, int64_t dilation) {
   TORCH_CHECK(!statistics || !batch, "statistics are given for x that is to be normalised by its own");
@@ -122,17 +128,18 @@ std::tuple<Tensor, Tensor> separable(
   Convolutions s(x, depthwise, pointwise, gamma, beta, statistics, stride, padding, dilation);
   Tensor computed = at::empty({0}, s.in.options().dtype(accumulated(s.in)));
   if (batch) s.compute_statistics(eps), computed = s.statistics_;
-  if (s.empty()) return {at::zeros({s.N, s.pointwise.size(0), s.OH, s.OW}, s.in.options()), computed};
-  return {at::conv2d(s.between(), s.pointwise).contiguous(), computed};
+  if (s.empty()) return {at::zeros({s.N, s.out, s.OH, s.OW}, s.in.options()), computed};
+  Tensor z = s.between();
+  return {pointwise ? at::conv2d(z, s.pointwise).contiguous() : z, computed};
 }
 
 std::vector<Tensor> separable_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise,
     const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& statistics, bool batch,
     int64_t stride, int64_t padding, int64_t dilation, Flags needs) {
   Convolutions s(x, depthwise, pointwise, gamma, beta, statistics, stride, padding, dilation);
   std::vector<bool> needed = flags_of("needs", needs, 5);
-  check_gradient(grad, {s.N, s.pointwise.size(0), s.OH, s.OW});
+  check_gradient(grad, {s.N, s.out, s.OH, s.OW});
   const Tensor* like[] = {&s.in, &s.depthwise, &s.pointwise, &s.gamma_, &s.beta_};
   Tensor to[5];
   for (int i = 0; i < 5; i++) {
@@ -145,19 +152,20 @@ std::vector<Tensor> separable_backward(
   }
   Tensor g = grad.to(s.in.scalar_type()).contiguous();
   bool affine = needed[3] || needed[4], of_f = needed[0] || affine, of_z = of_f || needed[1];
-  Tensor z = needed[2] ? s.between() : s.empty_between();  // else only its size matters
-  auto [of_between, of_pointwise, none] = at::convolution_backward(
-      g, z, s.pointwise, at::OptionalIntArrayRef(), {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1,
-      std::array<bool, 3>{of_z, needed[2], false});
-  z = Tensor();
-  if (needed[2]) to[2] = of_pointwise.contiguous();
+  if (pointwise) {
+    Tensor z = needed[2] ? s.between() : s.empty_between(), of_pointwise;  // else only its size matters
+    std::tie(g, of_pointwise, std::ignore) = at::convolution_backward(
+        g, z, s.pointwise, at::OptionalIntArrayRef(), {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1,
+        std::array<bool, 3>{of_z, needed[2], false});
+    if (needed[2]) to[2] = of_pointwise.contiguous();
+  }
   if (!of_z) return defined({to, to + 5});
-  of_between = of_between.contiguous();
+  g = g.contiguous();
   Tensor grad_f = !of_f ? Tensor() : needed[0] ? to[0] : at::empty_like(s.in);
   auto pointer = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
   Tensor memory = needed[1] ? scratch(depthwise_scratch_cuda(&s), s.in) : Tensor();
   depthwise_backward_cuda(
-      &s, of_between.const_data_ptr(), pointer(grad_f), pointer(to[1]), pointer(memory), stream());
+      &s, g.const_data_ptr(), pointer(grad_f), pointer(to[1]), pointer(memory), stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (of_f && statistics) {
     PdartsMixed m = s.norm(batch, 0);

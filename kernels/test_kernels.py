@@ -541,10 +541,11 @@ def cuda(monkeypatch):
     if not CUDA:
         pytest.skip("no CUDA device")
     assert kernels.fused("cuda")
-    monkeypatch.setattr(kernels, "_cuda_operations", kernels._parsed("mixed separable pool"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    return "cuda"
+    before = kernels.use_on_cuda("mixed separable pool")
+    yield "cuda"
+    kernels.use_on_cuda(before)
 
 MAPS = [(2, 3, 5, 7), (3, 16, 32, 32), (1, 2, 1, 1), (4, 36, 9, 9), (2, 20, 1, 33), (2, 64, 8, 8), (1, 2, 70, 40),
         (0, 3, 4, 4)]
@@ -619,7 +620,8 @@ def test_convolutions_and_pooling_on_cuda_pass_gradcheck_opcheck_and_compile(cud
     function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
     after_norm = functools.partial(function, running_mean=mean, running_var=var, training=True, momentum=0.0)
     pools = [functools.partial(kernels.pool, kind=kind, stride=2) for kind in ("max", "avg")]
-    for f, given in ((function, inputs), (after_norm, inputs), *((p, [x]) for p in pools)):
+    keeping = [functools.partial(f, recompute=False) for f in (function, after_norm)]
+    for f, given in (*((f, inputs) for f in (function, after_norm, *keeping)), *((p, [x]) for p in pools)):
         assert torch.autograd.gradcheck(f, given)
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
         mine, right = (torch.autograd.grad(f(*given).square().sum(), given) for f in (compiled, f))
@@ -631,6 +633,7 @@ def test_convolutions_and_pooling_on_cuda_pass_gradcheck_opcheck_and_compile(cud
     assert_passes_opcheck(
         (ops.separable, (*inputs, *affine, None, True, 1e-5, 2, 2, 2)),
         (ops.separable, (x, None, pointwise, None, affine[1], statistics, False, 1e-5, 1, 0, 1)),
+        (ops.separable, (x, depthwise, None, None, None, None, False, 0.0, 2, 1, 1)),
         (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] * 3 + [False] * 2)),
         (ops.separable_backward, (gradient, *detached, *affine, statistics, True, 1, 1, 1, [True, False] + [True] * 3)),
         (ops.pool, (x, True, 2)), (ops.pool_backward, (of_pool, x.detach(), y, [2, 4, 5, 6], 2)),
@@ -651,6 +654,17 @@ def test_convolutions_and_pooling_on_cuda_compute_only_the_gradients_that_are_ne
     every = gradients(range(5))
     for needed in ([0], [1], [2], [3], [4], [0, 2], [1, 4]):
         assert all(torch.equal(mine, every[i]) for mine, i in zip(gradients(needed), needed, strict=True))
+
+def test_what_convolutions_on_cuda_keep_is_computed_again_or_not(cuda):
+    inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(device=cuda)]
+    kept, results = {}, []
+    for recompute, places in (True, 3), (False, 4):  # x and the weights; and what the pointwise convolution reads
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+            y = kernels.separable(*inputs, padding=1, recompute=recompute)
+        assert len(kept) == places
+        results.append(torch.autograd.grad(y.square().sum(), inputs))
+    assert all(map(torch.allclose, *results))
 
 def test_convolutions_and_pooling_on_cuda_give_the_same_bits_at_every_call(cuda):
     torch.manual_seed(0)
@@ -688,10 +702,11 @@ def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, ex
             self.dtype, self.is_contiguous = dtype, lambda: dtype == torch.float32
 
     monkeypatch.setattr(kernels, "_served", {"cuda"})
-    monkeypatch.setattr(kernels, "_cuda_operations", kernels._parsed(operations))
+    before = kernels.use_on_cuda(operations)
     maps = {"": Map(torch.float32), "16": Map(torch.bfloat16)}
     pairs = [(name, end) for name in ("mixed", "separable", "pool") for end in maps]
-    assert [name + end for name, end in pairs if kernels.serves(name, maps[end])] == expected.split()
-    monkeypatch.setattr(kernels, "_cuda_operations", kernels._parsed("mixed pol"))
+    served = [name + end for name, end in pairs if kernels.serves(name, maps[end])]
+    assert (kernels.use_on_cuda("mixed pol"), served) == (operations, expected.split())
     with pytest.raises(ValueError, match="PDARTS_CUDA_OPERATIONS has .'mixed', 'pol'.; expected mixed, separable or"):
         kernels.serves("pool", maps[""])
+    kernels.use_on_cuda(before)
