@@ -1,7 +1,8 @@
 """Counts the launches of kernels and the bytes that a step moves on CUDA: `python bench.py traffic`. No GPU is needed.
 
-A step runs on the CPU, with few images, in the operations that CUDA would run, once with torch's own convolutions and
-pooling and once with ours; bytes of feature maps are scaled to --batch. An operation counts as one launch that reads
+A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions and
+pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that; bytes of
+feature maps are scaled to --batch. An operation counts as one launch that reads
 its inputs and writes its results once, views as none, and what is known better as `KNOWN` has it. A kernel of torch's
 that reads an input several times, as that of the weights of a depthwise convolution does for every tap, counts as one
 that reads it once: it is the least that is compared.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 from unittest import mock
 
@@ -138,12 +140,24 @@ class Traffic(TorchDispatchMode):
         return results
 
 
+class OneByOne:
+    """Instead of `kernels._Read`."""
+
+    @staticmethod
+    def apply(x, times):
+        return (x,) * times
+
+
 @contextlib.contextmanager
 def side(operations):
     """Where the operations are computed as on CUDA, each by itself; those that are named by ours."""
-    with mock.patch.object(kernels, "_on_cpu", lambda x: False):
-        with mock.patch.object(kernels, "serves", lambda operation, x: operation in operations):
-            yield
+    with contextlib.ExitStack() as stack:
+        patch = functools.partial(mock.patch.object, kernels)
+        stack.enter_context(patch("_on_cpu", lambda x: False))
+        stack.enter_context(patch("serves", lambda operation, x: operation in operations))
+        if "separable" not in operations:
+            stack.enter_context(patch("_Read", OneByOne))
+        yield
 
 
 def rows(stages, channels: int, batch: int):

@@ -351,28 +351,58 @@ def _cell_of(
     separable, pool, mixed, inputs, operations, outputs, probabilities, norms, training, momentum, eps
 ):
     """The cell as single operations."""
-    values, settings, probabilities = list(inputs), (training, momentum, eps), iter(probabilities)
+    settings, probabilities = (training, momentum, eps), iter(probabilities)
+    reads = [v for op in operations for v in (op.terms if isinstance(op, Sum) else [op.source])] + list(outputs)
+    fused_sums = mixed is not mixed_norm_sum_ref
+    values = []  # each as often as it is read
+
+    def add(value):
+        times = reads.count(len(values))
+        together = fused_sums and 1 < times <= MAX_CANDIDATES and value.requires_grad and serves("mixed", value)
+        values.append(list(_Read.apply(value, times)) if together else [value] * times)
+
+    for value in inputs:
+        add(value)
     norms = [norm or (None,) * 4 for norm in norms or [None] * (len(inputs) + len(operations))]
     for op in operations:
         if isinstance(op, Sum):
-            y = 0
+            sums = []
             for part in (op.terms[i : i + MAX_CANDIDATES] for i in range(0, len(op.terms), MAX_CANDIDATES)):
                 means, vars, *affine = zip(*(norms[term] for term in part))
                 p = torch.stack([next(probabilities) for _ in part])
-                y = mixed([values[term] for term in part], p, means, vars, *settings, *affine) + y
+                sums.append(mixed([values[term].pop() for term in part], p, means, vars, *settings, *affine))
+            y = sum(sums[1:], sums[0])
         elif op.kind == "separable":
             mean, var, *affine = norms[op.source]
             geometry = op.stride, op.padding, op.dilation
-            y = separable(values[op.source], *op.weights, *geometry, mean, var, *settings, *affine)
+            y = separable(values[op.source].pop(), *op.weights, *geometry, mean, var, *settings, *affine)
         elif op.kind == "reduce":
-            halves = zip(_Diagonals.apply(values[op.source]), op.weights)
+            halves = zip(_Diagonals.apply(values[op.source].pop()), op.weights)
             y = torch.cat([separable(x, None, weight) for x, weight in halves], dim=1)
         elif op.kind == "product":
-            y = values[op.source] * op.weights[0]
+            y = values[op.source].pop() * op.weights[0]
         else:
-            y = pool(values[op.source], op.kind, op.stride)
-        values.append(y)
-    return torch.cat([values[i] for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]]
+            y = pool(values[op.source].pop(), op.kind, op.stride)
+        add(y)
+    return torch.cat([values[i].pop() for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]].pop()
+
+
+class _Read(torch.autograd.Function):
+    """A tensor as often as it is read. Its gradients are then added up at once, not one after the other."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(times))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        gradients = [g for g in gradients if g is not None]
+        if len(gradients) < 3:
+            return sum(gradients[1:], *gradients[:1]) if gradients else None, None
+        like, dtype = gradients[0], torch.promote_types(gradients[0].dtype, torch.float32)
+        return mixed_sum(gradients, torch.ones(len(gradients), dtype=dtype, device=like.device)), None
 
 
 class _Diagonals(torch.autograd.Function):
