@@ -196,6 +196,13 @@ def test_a_part_that_outruns_its_limit_is_ended(tmp_path):
     assert content["parts"]["9"]["seconds"] < 5 and "ended by its limit of 0.12 s" in text
 
 
+def test_ours_move_less_than_torchs_convolutions_on_cuda_would(tmp_path, few_cells):
+    found = rows(tmp_path, "traffic", "--stages", "1")
+    assert [row["convolutions and pooling"] for row in found] == ["torch's"] * 2 + ["ours"] * 2
+    for torchs, ours in zip(found[:2], found[2:]):
+        assert 0 < ours["GB"] < torchs["GB"] and ours["launches"] > 0
+
+
 def test_another_report_json_is_left_alone(tmp_path, capsys):
     (tmp_path / "report.json").write_text("[1, 2]")
     with pytest.raises(SystemExit):

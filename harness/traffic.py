@@ -26,7 +26,7 @@ import kernels
 import pdarts
 
 IMAGES = 4  # of the step that is run
-RATES = (3.3e12, 4.3e12)  # bytes per second of the memories of an H100 and an H200, by their data sheets
+RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
 SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool")}
 
 
