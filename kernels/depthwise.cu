@@ -338,6 +338,24 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
+// The sums over the threads of a warp of 2 * HALF values of each, a power of two up to 32: in the end values[0] is that
+// of value `lane * 2 * HALF / 32`. Half of the values that are left pass to other lanes at each step, half come in.
+template <int HALF, int OTHER, int M, class A>
+__device__ __forceinline__ void sum_of_lane(A (&values)[M]) {
+  if constexpr (HALF == 0 && OTHER > 0) {
+    values[0] += __shfl_xor_sync(0xffffffff, values[0], OTHER);
+    sum_of_lane<0, OTHER / 2>(values);
+  } else if constexpr (OTHER > 0) {
+    bool upper = threadIdx.x & OTHER;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+      A mine = upper ? values[i + HALF] : values[i], passed = upper ? values[i] : values[i + HALF];
+      values[i] = mine + __shfl_xor_sync(0xffffffff, passed, OTHER);
+    }
+    sum_of_lane<HALF / 2, OTHER / 2>(values);
+  }
+}
+
 // Grid [blocks]. partial [splits][C][K * K]: what the results of a block add to the gradients of all taps. Reads x and
 // g once, the least, and writes K * K values for each block.
 template <int K, int S, int D, class T>
@@ -366,10 +384,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) weight_kernel(
     if (works) for_taps<K, S, D>(tile, t, at, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
     __syncthreads();
   }
+  constexpr int most = K == 3 ? 16 : 32;  // values at a time
 #pragma unroll
-  for (int i = 0; i < K * K; i++) {
-    for (int other = 16; other > 0; other /= 2) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], other);
-    if (threadIdx.x % 32 == 0) tile[threadIdx.x / 32 * K * K + i] = sum[i];
+  for (int first = 0; first < K * K; first += most) {
+    A some[most];
+#pragma unroll
+    for (int i = 0; i < most; i++) some[i] = first + i < K * K ? sum[first + i] : A(0);
+    sum_of_lane<most / 2, 16>(some);
+    int lane = threadIdx.x % 32, tap = first + lane * most / 32;
+    if (tap < K * K && lane * most % 32 == 0) tile[threadIdx.x / 32 * K * K + tap] = some[0];
   }
   __syncthreads();
   if (threadIdx.x >= K * K) return;
