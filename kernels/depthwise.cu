@@ -35,8 +35,9 @@ constexpr int kShared = 48 << 10;      // bytes of shared memory that a block ha
 constexpr int64_t kBlocks = 528;       // blocks of a sum, about, if there is work for them: 4 for each of 132 SMs
 constexpr int64_t kMaxGrid = 1 << 30;
 
-template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 1 : 2;  // blocks that a multiprocessor has room for, as registers go
+// Blocks that a multiprocessor has room for, as registers go. Few: a thread has many results at once.
+template <class T, bool FEW>
+constexpr int kResident = sizeof(T) == 8 ? 1 : FEW ? 2 : 4;
 
 template <class T>
 using Accumulated = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -238,7 +239,7 @@ __device__ __forceinline__ void for_taps(const A* tile, const Tiles& t, const Pl
 
 // Grid [blocks]. Reads x and writes z once, the least.
 template <int K, int S, int D, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+__global__ void __launch_bounds__(kThreads, kResident<T, (K > 5)>)
     forward_kernel(PdartsDepthwise d, Tiles t, int OH, int OW, bool vectors, void* z) {
   using A = Accumulated<T>;
   extern __shared__ double memory[];
@@ -278,7 +279,7 @@ constexpr int kSteps = kRows / S;
 
 // Grid [blocks]. The gradient of what is rectified. Reads g and x and writes the gradient once, the least.
 template <int K, int S, int D, int E, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+__global__ void __launch_bounds__(kThreads, kResident<T, (K > 5 || S > 1)>)
     input_kernel(PdartsDepthwise d, Tiles t, int OH, int OW, bool vectors, const void* g, void* grad_f) {
   using A = Accumulated<T>;
   constexpr int R = kSteps<S>, before = kBefore<K, S, D, E>, after = kAfter<S, E>;
@@ -359,7 +360,7 @@ __device__ __forceinline__ void sum_of_lane(A (&values)[M]) {
 // Grid [blocks]. partial [splits][C][K * K]: what the results of a block add to the gradients of all taps. Reads x and
 // g once, the least, and writes K * K values for each block.
 template <int K, int S, int D, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) weight_kernel(
+__global__ void __launch_bounds__(kThreads, kResident<T, true>) weight_kernel(
     PdartsDepthwise d, Tiles t, int OH, int OW, bool vectors, const void* g, Accumulated<T>* partial) {
   using A = Accumulated<T>;
   extern __shared__ double memory[];
