@@ -6,6 +6,7 @@
     python bench.py evaluate [--official DIR] # a step of an evaluation: training the network of the P-DARTS cell
     python bench.py search                # seconds per epoch of each stage, and what the paper's search would take
     python bench.py losses [--data DIR]   # the losses of training with and without the kernels, side by side
+    python bench.py traffic               # launches and bytes of a step on CUDA, counted without a GPU
     python bench.py gpu --out DIR         # all of that and more on a GPU, in half an hour: see harness/gpu_report.py
     python bench.py claims --data DIR --out DIR # the paper's claims, in hours: see harness/claims.py
 
@@ -884,12 +885,19 @@ def _parser():
     group.add_argument("--out", metavar="DIR", help="folder of the results; goes on with those there")
     group.add_argument("--minutes", type=float, default=30, metavar="M", help="for all parts together (default: 30)")
     group.add_argument(
-        "--parts", type=int, nargs="+", default=range(1, 11), choices=range(1, 11), help="(default: all)"
+        "--parts", type=int, nargs="+", default=range(1, 12), choices=range(1, 12), help="(default: all)"
     )
     return parser
 
 
+def traffic(args):
+    from harness.traffic import traffic  # which imports this file again, as `bench`
+
+    return traffic(args)
+
+
 TABLES = {"operations": operations, "step": steps, "evaluate": evaluations, "search": search, "losses": losses}
+TABLES["traffic"] = traffic
 
 
 def main(arguments=None):
@@ -898,7 +906,7 @@ def main(arguments=None):
     parser = _parser()
     args = parser.parse_args(arguments)
     args.command = shlex.join(["python", "bench.py", *arguments])
-    types = {"operations": (args.dtype,), "losses": ("float32",), "gpu": ("float32",)}
+    types = {"operations": (args.dtype,), "losses": ("float32",), "gpu": ("float32",), "traffic": ("float32",)}
     allowed = types.get(args.what, ("float32", "bfloat16"))
     if args.dtype not in allowed:
         parser.error(f"{args.what} in {args.dtype}; expected {' or '.join(allowed)}")
@@ -916,7 +924,8 @@ def main(arguments=None):
         if args.what != "gpu" or not torch.cuda.is_available():  # the report's own process must not use the GPU
             pick_device(args.device)
         on_cpu = torch.device(args.device).type == "cpu"
-        args.batch = args.batch or (96 if not on_cpu else 8 if args.what == "gpu" else 32)
+        large = args.what == "traffic" or not on_cpu
+        args.batch = args.batch or (96 if large else 8 if args.what == "gpu" else 32)
         if args.what == "gpu":
             from harness.gpu_report import report  # which imports this file again, as `bench`
 

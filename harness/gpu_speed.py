@@ -1,4 +1,4 @@
-"""Parts 6 to 10 of harness/gpu_report.py: how fast it is, and a whole search."""
+"""Parts 6 to 11 of harness/gpu_report.py: how fast it is, and a whole search."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import gc
 import math
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import traceback
 import torch
 
 import bench
+import kernels
 import pdarts
 from harness.devices import pick_kernels
 from harness.files import reason
@@ -236,3 +238,69 @@ def evaluation_steps(args, device):
                         r["to ours"] = ratio_to_ours(r, rows)
                     yield f"C = {channels}, {cells} cells, {dtype}", rows[-1]
     raise_if_any(problems)
+
+
+# --- 11: separable convolutions and pooling ---------------------------------------------------------------------------
+
+SEPARABLE = [(0, 1, 1), *((k, s, d) for k in (3, 5) for s in (1, 2) for d in (1, 2)), (7, 1, 1)]  # and stride, dilation
+WORTH_IT = 1.05  # times faster, to be ours
+
+
+def convolutions(args, device):
+    """Forward and backward passes of both sides; then what is faster as ours, as PDARTS_CUDA_OPERATIONS names it."""
+    pick_kernels("on", device)
+    torch.manual_seed(0)
+    on_cuda = device.type == "cuda"
+    chosen, ratios = kernels.use_on_cuda("mixed separable pool"), {}
+    for dtype in (torch.float32, torch.bfloat16) if on_cuda else (torch.float32,):
+        for layout in ("NCHW", "channels-last") if on_cuda else ("channels-last",):
+            for shape in [(args.batch, *shape[1:]) for shape in bench.SHAPES]:
+                for name, operation, sides in operations_of(shape, dtype, layout, device):
+                    if on_cuda:
+                        times = bench.measure_cuda(sides, args.seconds / 20)
+                    else:
+                        times = bench.measure({side: calls[0] for side, calls in sides.items()}, args.seconds / 20)
+                    ms = {f"{side} (ms)": 1e3 * statistics.median(t) for side, t in times.items()}
+                    ratio = ms["torch's (ms)"] / ms["ours (ms)"]
+                    kind = str(dtype).removeprefix("torch."), layout
+                    ratios.setdefault((operation, *kind), []).append(ratio)
+                    about = {"operation": name, "dtype": kind[0], "layout": layout}
+                    yield str(list(shape)), {**about, **ms, "times faster": ratio}
+    kernels.use_on_cuda(chosen)
+    faster = [":".join(key) for key, values in ratios.items() if statistics.geometric_mean(values) >= WORTH_IT]
+    yield "what is worth it", {"PDARTS_CUDA_OPERATIONS": " ".join(["mixed", *faster]), "in use": chosen}
+
+
+def operations_of(shape, dtype, layout, device):
+    """(name, operation, {side: calls, one for each set of inputs}); the L2 cache holds but a small part of the sets."""
+    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    sets = max(2, math.ceil(3e8 / (4 * dtype.itemsize * math.prod(shape)))) if device.type == "cuda" else 1
+    channels, like = shape[1], {"device": device, "dtype": dtype}
+    maps = [torch.randn(shape, **like).to(memory_format=memory_format).requires_grad_() for _ in range(sets)]
+
+    def calls(function, *weights):
+        y = function(maps[0], *weights)
+        g = torch.randn(y.shape, **like).to(memory_format=memory_format)
+
+        def both_ways(x):
+            return torch.autograd.grad(function(x, *weights), [x, *weights], g)
+
+        return [functools.partial(both_ways, x) for x in maps]
+
+    for kernel, stride, dilation in SEPARABLE[:: 1 if device.type == "cuda" else 2]:
+        weights = [torch.randn(channels, channels, 1, 1, **like).requires_grad_()]
+        weights += [torch.randn(channels, 1, kernel, kernel, **like).requires_grad_()] * (kernel > 0)
+        geometry = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation}
+
+        def separable(function, x, pointwise, *depthwise, geometry=geometry, **settings):
+            return function(x, depthwise[0] if depthwise else None, pointwise, **geometry, **settings)
+
+        name = f"separable {kernel}x{kernel}, stride {stride}, dilation {dilation}" if kernel else "pointwise"
+        ours = functools.partial(separable, kernels.separable, recompute=False)
+        torchs = functools.partial(separable, kernels.separable_ref)
+        yield name, "separable", {"ours": calls(ours, *weights), "torch's": calls(torchs, *weights)}
+    for kind in ("max", "avg"):
+        for stride in (1, 2):
+            sides = {"ours": kernels.pool, "torch's": kernels.pool_ref}
+            pools = {side: calls(functools.partial(f, kind=kind, stride=stride)) for side, f in sides.items()}
+            yield f"{kind} pool, stride {stride}", "pool", pools

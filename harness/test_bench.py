@@ -160,7 +160,7 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_w
         (["steps"], "invalid choice: 'steps'"),
         (["gpu"], "gpu with --out None and --minutes 30; expected --out DIR"),
         (["gpu", "--out", "x", "--minutes", "0"], "more than 0 minutes"),
-        (["gpu", "--out", "x", "--parts", "11"], "invalid choice: 11"),
+        (["gpu", "--out", "x", "--parts", "12"], "invalid choice: 12"),
     ],
 )
 def test_bench_names_what_is_wrong_in_one_line(capsys, arguments, message):
@@ -194,6 +194,13 @@ def test_a_part_that_outruns_its_limit_is_ended(tmp_path):
     status, content, text = report(tmp_path, "--parts", "9", "--minutes", "0.02")
     assert status == 1 and content["parts"]["9"]["status"] == "ended by its limit of 0.12 s"
     assert content["parts"]["9"]["seconds"] < 5 and "ended by its limit of 0.12 s" in text
+
+
+def test_ours_move_less_than_torchs_convolutions_on_cuda_would(tmp_path, few_cells):
+    found = rows(tmp_path, "traffic", "--stages", "1")
+    assert [row["convolutions and pooling"] for row in found] == ["torch's"] * 2 + ["ours"] * 2
+    for torchs, ours in zip(found[:2], found[2:]):
+        assert 0 < ours["GB"] < torchs["GB"] and ours["launches"] > 0
 
 
 def test_another_report_json_is_left_alone(tmp_path, capsys):
@@ -233,5 +240,8 @@ def test_the_other_parts_run_on_the_cpu(few_cells, few_weights):
     assert found[-1][1]["to ours"] == 1 and all(row["ms"] > 0 for table, row in found if "cells" in table)
     found = [row for _, row in gpu_speed.mixed_operation(small_args(), cpu)]
     assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)
+    found = list(gpu_speed.convolutions(small_args(), cpu))
+    assert len(found) == 3 * (5 + 4) + 1 and all(row["times faster"] > 0 for _, row in found[:-1])
+    assert found[-1][1]["PDARTS_CUDA_OPERATIONS"].startswith("mixed")
     convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
     assert convolution.error() < 1e-5 and all(min(times) > 0 for times in convolution.times(0.01).values())

@@ -5,15 +5,16 @@
     y = mixed_sum(outputs, probabilities)                 # sum_k probabilities[k] * outputs[k]
     y = mixed_norm_sum(outputs, probabilities, running_means, running_vars, training=True)
                                                     # sum_k probabilities[k] * batch_norm_k(outputs[k])
-    y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x))), fused on the CPU only
-    y = pool(x, "max")                              # over 3x3 windows, or "avg"; fused on the CPU only
+    y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x)))
+    y = pool(x, "max")                              # over 3x3 windows, or "avg"
 
 `mixed_sum_ref`, `mixed_norm_sum_ref`, `separable_ref` and `pool_ref` are the same in plain torch. The folder works
 alone, copied into any project.
 
 The extension is compiled when it is first needed (by ninja and a C++ compiler, for CUDA nvcc too) and cached.
 `use("auto")`, the default, falls back to plain torch with one warning if that fails, `use("on")` raises instead and
-`use("off")` never tries; the environment variable PDARTS_KERNELS sets the mode at the start.
+`use("off")` never tries; the environment variable PDARTS_KERNELS sets the mode at the start. On CUDA the fused
+operations are those in CUDA_OPERATIONS, or in the environment variable PDARTS_CUDA_OPERATIONS.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from . import build
 
 MODES = ("auto", "on", "off")
 MAX_CANDIDATES = 64  # of one mixed operation, see mixed_op.h
+
+# What is fused on CUDA, for which type and layout of x, for all of them where none is named; torch's own operations
+# serve the others. `python bench.py gpu` measures both ways. In channels-last separable and pool would copy x first.
+CUDA_OPERATIONS = "mixed separable:float32:NCHW pool:float32:NCHW"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -97,7 +102,7 @@ def mixed_sum(outputs, probabilities):
     Deterministic; RuntimeError for what does not fit together. Differentiable once.
     """
     outputs = _one_dtype(outputs)
-    if not fused(outputs[0].device):
+    if not serves("mixed", outputs[0]):
         return mixed_sum_ref(outputs, probabilities)
     return torch.ops.pdarts.mixed(outputs, probabilities, [], [], None, [False] * len(outputs), 0.0)[0]
 
@@ -115,7 +120,7 @@ def mixed_norm_sum(
     """
     outputs = _one_dtype(outputs)
     affine = list(gammas or [None] * len(outputs)), list(betas or [None] * len(outputs))
-    if not fused(outputs[0].device):
+    if not serves("mixed", outputs[0]):
         running = running_means, running_vars
         return mixed_norm_sum_ref(outputs, probabilities, *running, training, momentum, eps, *affine)
     if {len(running_means), len(running_vars), *map(len, affine)} != {len(outputs)}:
@@ -156,16 +161,27 @@ def separable(
     weights; the rest is computed again. Differentiable once.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
-    Elsewhere torch's own convolutions serve, which compute the rest again only if `recompute`.
+    On CUDA, where CUDA_OPERATIONS names it and the depthwise convolution has a kernel of 3, 5 or 7 and stride and
+    dilation of 1 or 2, fused but for the pointwise product, which is torch's and as deterministic as that; in NCHW,
+    which the result has. Elsewhere torch's own convolutions serve. There and on CUDA what the convolutions read is kept
+    too, and not computed again, unless `recompute`.
     """
     running, affine = (running_mean, running_var), (gamma, beta)
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("one of running_mean and running_var is None; expected both or none")
     kind = x.device.type
-    others = [t for t in (depthwise, pointwise, *running, *affine) if t is not None]
-    alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
     autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-    if not alike or autocast or not _on_cpu(x):
+    if autocast and kind == "cuda":
+        dtype = torch.get_autocast_dtype(kind)
+        given = x, depthwise, pointwise
+        cast = x.to(dtype), *(w if w is None else w.to(dtype) for w in given[1:])
+        ours = _separable_serves(*cast, stride, dilation, running, affine)
+        x, depthwise, pointwise = cast if ours else given
+    else:
+        ours = not autocast and _separable_serves(x, depthwise, pointwise, stride, dilation, running, affine)
+    if not ours:
+        others = [t for t in (depthwise, pointwise, *running, *affine) if t is not None]
+        alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
         recomputed = recompute and kind in ("cpu", "cuda") and (alike or autocast) and fused(kind)
         function = _Recomputed.apply if recomputed else separable_ref
         if kind == "cpu":  # torch's gradients of dilated depthwise convolutions in bfloat16 are wrong in channels-last
@@ -173,9 +189,21 @@ def separable(
         return function(x, depthwise, pointwise, stride, padding, dilation, *running, training, momentum, eps, *affine)
     statistics, batch = _normalisation([running_mean], [running_var], training, eps)
     norm = (*affine, statistics, *batch, eps)
-    y, computed = torch.ops.pdarts.separable(x, depthwise, pointwise, *norm, stride, padding, dilation)
+    within = pointwise if recompute or kind == "cpu" else None
+    y, computed = torch.ops.pdarts.separable(x, depthwise, within, *norm, stride, padding, dilation)
     _move_running([running_mean], [running_var], computed, batch, momentum, x)
-    return y
+    return F.conv2d(y, pointwise) if within is None else y
+
+
+def _separable_serves(x, depthwise, pointwise, stride, dilation, running, affine):
+    """Whether `separable` is fused for these."""
+    accumulated = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights, values = ([t for t in ts if t is not None] for ts in ((depthwise, pointwise), (*running, *affine)))
+    alike = all(t.dtype == x.dtype for t in weights) and all(t.dtype == accumulated for t in values)
+    if not alike or any(t.device != x.device for t in weights + values):
+        return False
+    known = depthwise is None or (depthwise.shape[2] in (3, 5, 7) and stride in (1, 2) and dilation in (1, 2))
+    return serves("separable", x) and (known or x.device.type == "cpu")
 
 
 class _Recomputed(torch.autograd.Function):
@@ -268,11 +296,11 @@ def pool(x, kind, stride=1):
 
     x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. For backward "max" keeps x and the result, which must not be
     changed then, instead of the places of the largest elements, and "avg" nothing. Fused, and deterministic, on the CPU
-    in float32 and float64. Differentiable once.
+    in float32 and float64, and on CUDA where CUDA_OPERATIONS names it. Differentiable once.
     """
     if kind not in ("max", "avg"):
         raise ValueError(f"the kind of pooling is {kind!r}; expected max or avg")
-    if not _on_cpu(x):
+    if not serves("pool", x):
         return pool_ref(x, kind, stride)
     return torch.ops.pdarts.pool(x, kind == "max", stride)
 
@@ -323,28 +351,58 @@ def _cell_of(
     separable, pool, mixed, inputs, operations, outputs, probabilities, norms, training, momentum, eps
 ):
     """The cell as single operations."""
-    values, settings, probabilities = list(inputs), (training, momentum, eps), iter(probabilities)
+    settings, probabilities = (training, momentum, eps), iter(probabilities)
+    reads = [v for op in operations for v in (op.terms if isinstance(op, Sum) else [op.source])] + list(outputs)
+    fused_sums = mixed is not mixed_norm_sum_ref
+    values = []  # each as often as it is read
+
+    def add(value):
+        times = reads.count(len(values))
+        together = fused_sums and 1 < times <= MAX_CANDIDATES and value.requires_grad and serves("mixed", value)
+        values.append(list(_Read.apply(value, times)) if together else [value] * times)
+
+    for value in inputs:
+        add(value)
     norms = [norm or (None,) * 4 for norm in norms or [None] * (len(inputs) + len(operations))]
     for op in operations:
         if isinstance(op, Sum):
-            y = 0
+            sums = []
             for part in (op.terms[i : i + MAX_CANDIDATES] for i in range(0, len(op.terms), MAX_CANDIDATES)):
                 means, vars, *affine = zip(*(norms[term] for term in part))
                 p = torch.stack([next(probabilities) for _ in part])
-                y = mixed([values[term] for term in part], p, means, vars, *settings, *affine) + y
+                sums.append(mixed([values[term].pop() for term in part], p, means, vars, *settings, *affine))
+            y = sum(sums[1:], sums[0])
         elif op.kind == "separable":
             mean, var, *affine = norms[op.source]
             geometry = op.stride, op.padding, op.dilation
-            y = separable(values[op.source], *op.weights, *geometry, mean, var, *settings, *affine)
+            y = separable(values[op.source].pop(), *op.weights, *geometry, mean, var, *settings, *affine)
         elif op.kind == "reduce":
-            halves = zip(_Diagonals.apply(values[op.source]), op.weights)
+            halves = zip(_Diagonals.apply(values[op.source].pop()), op.weights)
             y = torch.cat([separable(x, None, weight) for x, weight in halves], dim=1)
         elif op.kind == "product":
-            y = values[op.source] * op.weights[0]
+            y = values[op.source].pop() * op.weights[0]
         else:
-            y = pool(values[op.source], op.kind, op.stride)
-        values.append(y)
-    return torch.cat([values[i] for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]]
+            y = pool(values[op.source].pop(), op.kind, op.stride)
+        add(y)
+    return torch.cat([values[i].pop() for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]].pop()
+
+
+class _Read(torch.autograd.Function):
+    """A tensor as often as it is read. Its gradients are then added up at once, not one after the other."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(times))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        gradients = [g for g in gradients if g is not None]
+        if len(gradients) < 3:
+            return sum(gradients[1:], *gradients[:1]) if gradients else None, None
+        like, dtype = gradients[0], torch.promote_types(gradients[0].dtype, torch.float32)
+        return mixed_sum(gradients, torch.ones(len(gradients), dtype=dtype, device=like.device)), None
 
 
 class _Diagonals(torch.autograd.Function):
@@ -435,6 +493,20 @@ def _on_cpu(x):
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and fused("cpu")
 
 
+def serves(operation: str, x) -> bool:
+    """Whether "mixed", "separable" or "pool" is fused for such a tensor."""
+    if x.device.type != "cuda":
+        return fused(x.device) if operation == "mixed" else _on_cpu(x)
+    if not _cuda_operations.keys() <= {"mixed", "separable", "pool"}:
+        raise ValueError(
+            f"PDARTS_CUDA_OPERATIONS has {sorted(_cuda_operations)}; expected mixed, separable or pool, each followed "
+            "by a type and NCHW or channels-last, such as pool:float32:NCHW, if not all tensors are meant"
+        )
+    layout = "NCHW" if x.is_contiguous() else "channels-last"
+    tensors = _cuda_operations.get(operation, ())
+    return any(t in ("", f"{x.dtype}:{layout}".removeprefix("torch.")) for t in tensors) and fused("cuda")
+
+
 def serves_cells(x) -> bool:
     """Whether `cell` is fused for such a tensor."""
     return _on_cpu(x) and not torch.is_autocast_enabled("cpu")
@@ -489,6 +561,9 @@ def _register_fakes():
         n, c, h, w = size
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
 
+    def feature_map(x, *size):
+        return x.new_empty(size) if x.device.type == "cuda" else channels_last(x, *size)
+
     def needed(needs, *makers):
         """What is made for those that are needed."""
         return [make() for need, make in zip(needs, makers, strict=True) if need]
@@ -516,12 +591,13 @@ def _register_fakes():
         size = x.shape[2:]
         if depthwise is not None:
             size = convolved(size, depthwise.shape[2], stride, padding, dilation)
-        y = channels_last(x, x.shape[0], pointwise.shape[0], *size)
-        return y, x.new_empty((3, 1, x.shape[1]) if batch else 0)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = feature_map(x, x.shape[0], x.shape[1] if pointwise is None else pointwise.shape[0], *size)
+        return y, x.new_empty((3, 1, x.shape[1]) if batch else 0, dtype=dtype)
 
     @torch.library.register_fake("pdarts::separable_backward")
     def _(grad, x, depthwise, pointwise, gamma, beta, statistics, batch, stride, padding, dilation, needs):
-        return needed(needs, lambda: channels_last(x, *x.shape), *map(fresh, (depthwise, pointwise, gamma, beta)))
+        return needed(needs, lambda: feature_map(x, *x.shape), *map(fresh, (depthwise, pointwise, gamma, beta)))
 
     @torch.library.register_fake("pdarts::cell")
     def _(inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, keep):
@@ -555,11 +631,11 @@ def _register_fakes():
 
     @torch.library.register_fake("pdarts::pool")
     def _(x, max, stride):
-        return x.new_empty(x.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]), x.shape[1]).permute(0, 3, 1, 2)
+        return feature_map(x, *x.shape[:2], *((n - 1) // stride + 1 for n in x.shape[2:]))
 
     @torch.library.register_fake("pdarts::pool_backward")
     def _(grad, x, y, size, stride):
-        return grad.new_empty(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
+        return feature_map(grad, *size)
 
     @torch.library.register_fake("pdarts::update_running")
     def _(running_means, running_vars, statistics, batch, momentum):
@@ -572,6 +648,19 @@ def _register_fakes():
 
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
+
+
+def _parsed(operations: str) -> dict[str, list[str]]:
+    """{operation: types and layouts of x, "" for all}"""
+    parsed: dict[str, list[str]] = {}
+    for name in operations.replace(",", " ").split():
+        operation, _, tensors = name.partition(":")
+        parsed.setdefault(operation, []).append(tensors)
+    return parsed
+
+
+_cuda_named = os.environ.get("PDARTS_CUDA_OPERATIONS", CUDA_OPERATIONS)
+_cuda_operations = _parsed(_cuda_named)
 _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 _warned: set[str] = set()  # types of device
@@ -589,6 +678,13 @@ def use(mode: str) -> str:
     if mode == "on":
         load()
     before, _mode = _mode, mode
+    return before
+
+
+def use_on_cuda(operations: str) -> str:
+    """Sets what this process fuses on CUDA, as CUDA_OPERATIONS names it; returns what it fused before."""
+    global _cuda_named, _cuda_operations
+    before, _cuda_named, _cuda_operations = _cuda_named, operations, _parsed(operations)
     return before
 
 
@@ -639,5 +735,5 @@ def load(kind: str = "cpu"):
 from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
 
 __all__ = ["cell", "cell_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
-__all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves_cells", "use"]
-__all__ += ["Norm", "Step", "Sum"]
+__all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves", "serves_cells"]
+__all__ += ["use", "use_on_cuda", "CUDA_OPERATIONS", "Norm", "Step", "Sum"]

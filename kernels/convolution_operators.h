@@ -20,6 +20,10 @@ void check_float(const char* name, const Tensor& t) {
       "; expected float32 or float64");
 }
 
+void check_pointwise(const OptionalTensor& pointwise) {
+  TORCH_CHECK(pointwise, "pointwise is None; expected it, on the CPU");
+}
+
 // A call with its tensors, channels-last.
 struct Separable : PdartsSeparable {
   Tensor in, statistics_, depthwise_, pointwise_, gamma_, beta_;
@@ -90,14 +94,15 @@ struct Separable : PdartsSeparable {
 
 // The result, and the statistics of the batch [3,1,C], if x is to be normalised by them.
 std::tuple<Tensor, Tensor> separable(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& gamma,
+    const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& statistics, bool batch, double eps, int64_t stride,
     int64_t padding, int64_t dilation) {
+  check_pointwise(pointwise);
   TORCH_CHECK(!statistics || !batch, "statistics are given for x that is to be normalised by its own");
   TORCH_CHECK(
       statistics || batch || !(gamma || beta), "gamma or beta is given for x that is not normalised; expected them "
       "with statistics or batch");
-  Separable s(x, depthwise, pointwise, gamma, beta, statistics, stride, padding, dilation);
+  Separable s(x, depthwise, *pointwise, gamma, beta, statistics, stride, padding, dilation);
   Tensor computed = at::empty({0}, s.in.options());
   if (batch) s.compute_statistics(eps), computed = s.statistics_;
   Tensor y = at::empty({s.N, s.out, s.OH, s.OW}, s.in.options(), at::MemoryFormat::ChannelsLast);
@@ -108,10 +113,11 @@ std::tuple<Tensor, Tensor> separable(
 // The gradients that are needed, of x, both weights, gamma and beta, in this order. What is between them is computed
 // again. batch: the statistics are those of x.
 std::vector<Tensor> separable_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise,
     const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& statistics, bool batch,
     int64_t stride, int64_t padding, int64_t dilation, Flags needs) {
-  Separable s(x, depthwise, pointwise, gamma, beta, statistics, stride, padding, dilation);
+  check_pointwise(pointwise);
+  Separable s(x, depthwise, *pointwise, gamma, beta, statistics, stride, padding, dilation);
   std::vector<bool> needed = flags_of("needs", needs, 5);
   check_gradient(grad, {s.N, s.out, s.OH, s.OW});
   Tensor g = grad.to(s.in.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
@@ -191,7 +197,8 @@ struct SeparableOp {
     static auto op = operator_of<decltype(separable)>("pdarts::separable");
     auto [y, computed] = below_autograd([&] {
       return op.call(
-          in[0], given(in[1]), in[2], given(in[3]), given(in[4]), statistics, batch, eps, stride, padding, dilation);
+          in[0], given(in[1]), given(in[2]), given(in[3]), given(in[4]), statistics, batch, eps, stride, padding,
+          dilation);
     });
     return {y, computed};
   }
@@ -204,32 +211,33 @@ struct SeparableOp {
     static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
     return spread(
         op.call(
-            grad, kept[0], given(kept[1]), kept[2], given(kept[3]), given(kept[4]), given(kept[5]), batch, stride,
+            grad, kept[0], given(kept[1]), given(kept[2]), given(kept[3]), given(kept[4]), given(kept[5]), batch, stride,
             padding, dilation, list_of(needs)),
         needs);
   }
 };
 
 std::tuple<Tensor, Tensor> separable_autograd(
-    const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise, const OptionalTensor& gamma,
+    const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& statistics, bool batch, double eps, int64_t stride,
     int64_t padding, int64_t dilation) {
   auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
   variable_list results = run(
       SeparableOp{statistics, batch, eps, stride, padding, dilation},
-      {x, tensor(depthwise), pointwise, tensor(gamma), tensor(beta)});
+      {x, tensor(depthwise), tensor(pointwise), tensor(gamma), tensor(beta)});
   return {results[0], results[1]};
 }
 
 std::vector<Tensor> separable_backward_autograd(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const Tensor& pointwise,
+    const Tensor& grad, const Tensor& x, const OptionalTensor& depthwise, const OptionalTensor& pointwise,
     const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& statistics, bool batch,
     int64_t stride, int64_t padding, int64_t dilation, Flags needs) {
+  auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
   static auto op = operator_of<decltype(separable_backward)>("pdarts::separable_backward");
   return not_twice(below_autograd([&] {
     return op.call(
         grad, x, depthwise, pointwise, gamma, beta, statistics, batch, stride, padding, dilation, needs);
-  }), {grad, x, depthwise.value_or(Tensor()), pointwise, gamma.value_or(Tensor()), beta.value_or(Tensor())});
+  }), {grad, x, tensor(depthwise), tensor(pointwise), tensor(gamma), tensor(beta)});
 }
 
 struct PoolOp {
@@ -266,10 +274,10 @@ Tensor pool_backward_autograd(
 
 TORCH_LIBRARY_FRAGMENT(pdarts, m) {
   m.def(
-      "separable(Tensor x, Tensor? depthwise, Tensor pointwise, Tensor? gamma, Tensor? beta, Tensor? statistics, "
+      "separable(Tensor x, Tensor? depthwise, Tensor? pointwise, Tensor? gamma, Tensor? beta, Tensor? statistics, "
       "bool batch, float eps, int stride, int padding, int dilation) -> (Tensor, Tensor)");
   m.def(
-      "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor pointwise, Tensor? gamma, Tensor? beta, "
+      "separable_backward(Tensor grad, Tensor x, Tensor? depthwise, Tensor? pointwise, Tensor? gamma, Tensor? beta, "
       "Tensor? statistics, bool batch, int stride, int padding, int dilation, bool[] needs) -> Tensor[]");
   m.def("pool(Tensor x, bool max, int stride) -> Tensor");
   m.def("pool_backward(Tensor grad, Tensor? x, Tensor? y, int[] size, int stride) -> Tensor");

@@ -638,7 +638,7 @@ void mixed_forward_cuda(const PdartsMixed* call, void* y, void* scratch, void* s
         statistics_finish<A><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
       }
     }
-    if (!any) return;
+    if (!any || !y) return;
     divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
       forward_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, y);
     });

@@ -43,8 +43,8 @@ struct PdartsMixedGradients {
 };
 
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
-// CPU. On a CPU y may be nullptr: only the statistics are written then. m->x[k] may be nullptr in a backward pass where
-// no gradient depends on it: neither those of the probabilities, of gamma_k and, if k is in `batch`, of x_k.
+// CPU. y may be nullptr: only the statistics are written then. m->x[k] may be nullptr in a backward pass where no
+// gradient depends on it: neither those of the probabilities, of gamma_k and, if k is in `batch`, of x_k.
 #define PDARTS_DECLARE(DEVICE)                                                                                 \
   extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                             \
   extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);          \

@@ -531,3 +531,182 @@ def test_fused_pool_passes_gradcheck_opcheck_and_compiles():
 def test_fused_pool_names_what_does_not_fit(shape, kind, stride, error, message):
     with pytest.raises(error, match=message):
         kernels.pool(torch.rand(shape), kind, stride)
+
+
+# --- separable and pool on CUDA ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Where all operations are ours, whatever the tables say, and torch's part is exact and deterministic."""
+    if not CUDA:
+        pytest.skip("no CUDA device")
+    assert kernels.fused("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    before = kernels.use_on_cuda("mixed separable pool")
+    yield "cuda"
+    kernels.use_on_cuda(before)
+
+MAPS = [(2, 3, 5, 7), (3, 16, 32, 32), (1, 2, 1, 1), (4, 36, 9, 9), (2, 20, 1, 33), (2, 64, 8, 8), (1, 2, 70, 40),
+        (0, 3, 4, 4)]
+TAPS = [(0, 1, 1, 0), (3, 1, 1, 1), (3, 2, 2, 2), (3, 2, 1, 2), (5, 2, 1, 2), (5, 1, 2, 4), (7, 1, 1, 3), (7, 2, 1, 3),
+        (7, 2, 2, 7)]  # kernel, stride, dilation, padding
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+@pytest.mark.parametrize(
+    "shape, taps", [(MAPS[(i + j) % len(MAPS)], taps) for i, taps in enumerate(TAPS) for j in (0, 3)])
+@pytest.mark.parametrize("norm", [None, "training", "evaluation"])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_separable_convolution_on_cuda_equals_plain_torch(cuda, shape, taps, norm, dtype):
+    if norm == "training" and shape[0] * shape[2] * shape[3] <= 1:
+        pytest.skip("no statistics of a single value")
+    torch.manual_seed(0)
+    size, *geometry = taps
+    channels, accumulated = shape[1], torch.float64 if dtype == torch.float64 else torch.float32
+    x, pointwise = torch.randn(shape), torch.randn(6, channels, 1, 1) / channels
+    depthwise = [torch.randn(channels, 1, size, size) / size] * (size > 0)
+    affine = [torch.rand(channels) + 0.5, torch.randn(channels)] if norm else []
+    inputs = [t.to(cuda, dtype) for t in (x, pointwise, *depthwise)] + [t.to(cuda, accumulated) for t in affine]
+
+    def run(function, exact):
+        leaves = [(t.double() if exact else t).requires_grad_() for t in (t.detach().clone() for t in inputs)]
+        x, pointwise, *others = leaves
+        depthwise = others.pop(0) if size else None
+        values, running = dict(zip(("gamma", "beta"), others)), []
+        if norm:
+            ends = (-1, 1), (0.5, 2)
+            running = [torch.linspace(*end, channels, dtype=leaves[-1].dtype, device=cuda) for end in ends]
+            values |= {"training": norm == "training", "momentum": 0.3}
+        stride, dilation, padding = geometry
+        y = function(x, depthwise, pointwise, stride, padding, dilation, *running, **values)
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(cuda, dtype)
+        return [y, *torch.autograd.grad(y, leaves, gradient.to(y.dtype)), *running]
+
+    for mine, right in zip(run(kernels.separable, False), run(kernels.separable_ref, True), strict=True):
+        assert mine.shape == right.shape and mine.is_contiguous()
+        assert (mine.double() - right).norm() <= 5 * ROUNDING[dtype] * right.norm()
+
+@pytest.mark.parametrize("shape", [*MAPS, (3, 2, 5, 300)])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_pool_on_cuda_equals_plain_torch(cuda, shape, kind, stride, dtype):
+    torch.manual_seed(0)
+    x = torch.randint(-2, 3, shape) if kind == "max" else torch.randn(shape)  # of equal elements the first
+    x = x.to(cuda, dtype).requires_grad_()
+    y, right = kernels.pool(x, kind, stride), kernels.pool_ref(x.double(), kind, stride)
+    gradient = torch.randn(right.shape).to(cuda, dtype)
+    mine = y, *torch.autograd.grad(y, x, gradient)
+    for a, b in zip(mine, (right, *torch.autograd.grad(right, x, gradient.double())), strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b.to(dtype))
+
+def test_pool_on_cuda_treats_infinite_elements_and_what_is_not_a_number_as_torch_does(cuda):
+    values = torch.tensor([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan])
+    x = values[torch.randint(6, (2, 16, 9, 9), generator=torch.Generator().manual_seed(0))].to(cuda)
+    x[0] = -math.inf
+    x.requires_grad_()
+    results = []
+    for function in kernels.pool, kernels.pool_ref:
+        y = function(x, "max", 1)
+        results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, equal_nan=True)
+
+def test_convolutions_and_pooling_on_cuda_pass_gradcheck_opcheck_and_compile(cuda):
+    inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(device=cuda)]
+    x, depthwise, pointwise = inputs
+    mean, var = (f(4, dtype=torch.float64, device=cuda) for f in FRESH)
+    function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
+    after_norm = functools.partial(function, running_mean=mean, running_var=var, training=True, momentum=0.0)
+    pools = [functools.partial(kernels.pool, kind=kind, stride=2) for kind in ("max", "avg")]
+    keeping = [functools.partial(f, recompute=False) for f in (function, after_norm)]
+    for f, given in (*((f, inputs) for f in (function, after_norm, *keeping)), *((p, [x]) for p in pools)):
+        assert torch.autograd.gradcheck(f, given)
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        mine, right = (torch.autograd.grad(f(*given).square().sum(), given) for f in (compiled, f))
+        assert all(map(torch.equal, mine, right))
+    ops, detached = torch.ops.pdarts, [t.detach() for t in inputs]
+    statistics, affine = torch.rand(3, 1, 4).double().to(cuda) + 0.5, torch.rand(2, 4).double().to(cuda).unbind()
+    gradient, of_pool = (torch.randn(shape).double().to(cuda) for shape in ((2, 3, 5, 6), (2, 4, 3, 3)))
+    y = kernels.pool(x, "max", 2).detach()
+    assert_passes_opcheck(
+        (ops.separable, (*inputs, *affine, None, True, 1e-5, 2, 2, 2)),
+        (ops.separable, (x, None, pointwise, None, affine[1], statistics, False, 1e-5, 1, 0, 1)),
+        (ops.separable, (x, depthwise, None, None, None, None, False, 0.0, 2, 1, 1)),
+        (ops.separable_backward, (gradient, *detached, None, None, None, False, 1, 1, 1, [True] * 3 + [False] * 2)),
+        (ops.separable_backward, (gradient, *detached, *affine, statistics, True, 1, 1, 1, [True, False] + [True] * 3)),
+        (ops.pool, (x, True, 2)), (ops.pool_backward, (of_pool, x.detach(), y, [2, 4, 5, 6], 2)),
+        (ops.pool_backward, (of_pool, None, None, [2, 4, 5, 6], 2)))
+
+def test_convolutions_and_pooling_on_cuda_compute_only_the_gradients_that_are_needed(cuda):
+    inputs = [t.detach().contiguous() for t in separable_leaves(device=cuda)]
+    inputs += [torch.rand(4, dtype=torch.float64, device=cuda) for _ in range(2)]
+    running = [f(4, dtype=torch.float64, device=cuda) for f in FRESH]
+
+    def gradients(needed):
+        x, depthwise, pointwise, gamma, beta = leaves = [t.clone().requires_grad_(i in needed)
+                                                         for i, t in enumerate(inputs)]
+        norm = {"running_mean": running[0].clone(), "running_var": running[1].clone(), "training": True}
+        y = kernels.separable(x, depthwise, pointwise, padding=1, **norm, gamma=gamma, beta=beta)
+        return torch.autograd.grad(y.square().sum(), [leaves[i] for i in needed])
+
+    every = gradients(range(5))
+    for needed in ([0], [1], [2], [3], [4], [0, 2], [1, 4]):
+        assert all(torch.equal(mine, every[i]) for mine, i in zip(gradients(needed), needed, strict=True))
+
+def test_what_convolutions_on_cuda_keep_is_computed_again_or_not(cuda):
+    inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(device=cuda)]
+    kept, results = {}, []
+    for recompute, places in (True, 3), (False, 4):  # x and the weights; and what the pointwise convolution reads
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+            y = kernels.separable(*inputs, padding=1, recompute=recompute)
+        assert len(kept) == places
+        results.append(torch.autograd.grad(y.square().sum(), inputs))
+    assert all(map(torch.allclose, *results))
+
+def test_convolutions_and_pooling_on_cuda_give_the_same_bits_at_every_call(cuda):
+    torch.manual_seed(0)
+    inputs = [torch.randn(s, device=cuda).requires_grad_() for s in ((96, 16, 32, 32), (16, 1, 5, 5), (16, 16, 1, 1))]
+
+    def run():
+        mean, var = (f(16, device=cuda) for f in FRESH)
+        y = kernels.separable(*inputs, padding=2, running_mean=mean, running_var=var, training=True)
+        y = kernels.pool(y, "max") + kernels.pool(y, "avg")
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs), mean, var]
+
+    first, *others = (run() for _ in range(4))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+def test_convolutions_under_autocast_on_cuda_are_ours_in_the_shorter_type(cuda):
+    inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(torch.float32, cuda)]
+    results = []
+    for function in kernels.separable, kernels.separable_ref:
+        with torch.autocast(cuda, torch.bfloat16):
+            y = function(*inputs, 1, 1, 1, *(f(4, device=cuda) for f in FRESH), training=True)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    assert [t.dtype for t in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
+    for mine, right in zip(*results, strict=True):
+        assert (mine.float() - right.float()).norm() <= 2e-2 * right.float().norm()
+
+@pytest.mark.parametrize("operations, expected", [
+    (kernels.CUDA_OPERATIONS, "mixed mixed16 separable pool"), ("mixed", "mixed mixed16"), ("", ""),
+    ("separable, pool:bfloat16:channels-last", "separable separable16 pool16"),
+])
+def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, expected):
+    class Map:  # a tensor, as far as is asked
+        device = torch.device("cuda")
+
+        def __init__(self, dtype):
+            self.dtype, self.is_contiguous = dtype, lambda: dtype == torch.float32
+
+    monkeypatch.setattr(kernels, "_served", {"cuda"})
+    before = kernels.use_on_cuda(operations)
+    maps = {"": Map(torch.float32), "16": Map(torch.bfloat16)}
+    pairs = [(name, end) for name in ("mixed", "separable", "pool") for end in maps]
+    served = [name + end for name, end in pairs if kernels.serves(name, maps[end])]
+    assert (kernels.use_on_cuda("mixed pol"), served) == (operations, expected.split())
+    with pytest.raises(ValueError, match="PDARTS_CUDA_OPERATIONS has .'mixed', 'pol'.; expected mixed, separable or"):
+        kernels.serves("pool", maps[""])
+    kernels.use_on_cuda(before)
