@@ -107,6 +107,13 @@ def few_weights(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _freed_memory_goes_back(monkeypatch):
+    """Or else, after a test that is refused 20 GB, this process would be too large to fork."""
+    for name in ("harness.cli.keep_freed_memory", "bench.keep_freed_memory"):
+        monkeypatch.setattr(name, lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def _same_mode_of_the_kernels():
     before = kernels._mode
     yield
