@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import bench
+import harness.cli
 import kernels
 import pdarts
 from harness.fuzz import FUZZ
@@ -21,6 +23,8 @@ from harness.search import search
 from harness.settings import SearchSettings
 
 torch.set_num_threads(1)  # the feature maps are small
+# Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.
+harness.cli.keep_freed_memory = bench.keep_freed_memory = lambda: None
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
 
 ROOT = pathlib.Path(pdarts.__file__).parent
@@ -104,13 +108,6 @@ def few_weights(monkeypatch):
     """Pools in the place of convolutions: fast, where it does not matter what a network computes."""
     for name, operation in POOLS.items():
         monkeypatch.setitem(pdarts.OPERATIONS, name, operation)
-
-
-@pytest.fixture(autouse=True)
-def _freed_memory_goes_back(monkeypatch):
-    """Or else, after a test that is refused 20 GB, this process would be too large to fork."""
-    for name in ("harness.cli.keep_freed_memory", "bench.keep_freed_memory"):
-        monkeypatch.setattr(name, lambda: None)
 
 
 @pytest.fixture(autouse=True)
