@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import signal
 
@@ -89,7 +90,8 @@ def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp
     images = load(settings, str(folder), workers=0)
     assert (len(images), images.size, images.num_classes, len(images.x_test)) == (18, (3, 16, 16), 3, 12)
     assert images.y_train.bincount().tolist() == [6, 6, 6] and images.y_train.tolist() != sorted(images.y_train)
-    assert isinstance(images.x_train.numpy().base, np.memmap) or images.x_train.data_ptr() % 4096 == 0
+    maps = pathlib.Path("/proc/self/maps")
+    assert not maps.exists() or str(folder / ".pdarts-cache") in maps.read_text()
     small = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --epochs 1 --warmup 0 --batch 4 --images 0".split()
     folder_and_settings = ["--data", str(folder), "--size", "16", "--stem", "imagenet", "--workers", "0"]
     assert cli.main(["search", *folder_and_settings, *small, "--kernels", "off", "--out", str(tmp_path / "run")]) == 0
@@ -214,9 +216,13 @@ def test_what_is_random_of_a_crop_is_flips_colours_and_their_order(folder):
         low, high = drawn[:, k].min(), drawn[:, k].max()
         assert low == pytest.approx((k < 3) - reach, abs=0.05) and high == pytest.approx((k < 3) + reach, abs=0.05)
     assert len(set(map(tuple, drawn[:, 4:].tolist()))) == math.factorial(4)
-    torch.manual_seed(0)
-    plain = Crops(crops.listing, 16, False)[0][0][0]
-    torch.manual_seed(0)
-    either = [Crops(crops.listing, 16, True)[0][0][0]]
-    assert plain.dtype == torch.uint8 and plain.shape == (3, 16, 16)
-    assert torch.equal(either[0], plain) or torch.equal(either[0], plain.flip(2))
+    flipped = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        plain = Crops(crops.listing, 16, False)[0][0][0]
+        torch.manual_seed(seed)
+        either = crops[0][0][0]
+        assert plain.dtype == torch.uint8 and plain.shape == (3, 16, 16)
+        flipped.append(torch.equal(either, plain.flip(2)))
+        assert flipped[-1] or torch.equal(either, plain)
+    assert 4 < sum(flipped) < 16

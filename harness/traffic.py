@@ -1,11 +1,11 @@
 """Counts the launches of kernels and the bytes that a step moves on CUDA: `python bench.py traffic`. No GPU is needed.
 
-A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions and
-pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that; bytes of
-feature maps are scaled to --batch. An operation counts as one launch that reads
-its inputs and writes its results once, views as none, and what is known better as `KNOWN` has it. A kernel of torch's
-that reads an input several times, as that of the weights of a depthwise convolution does for every tap, counts as one
-that reads it once: it is the least that is compared.
+A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
+and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that;
+bytes of feature maps are scaled to --batch. An operation counts as one launch that reads its inputs and writes its
+results once, views as none, and what is known better as `KNOWN` has it. A kernel of torch's that reads an input
+several times, as that of the weights of a depthwise convolution does for every tap, counts as one that reads it once:
+it is the least that is compared.
 """
 
 from __future__ import annotations
