@@ -35,7 +35,7 @@ MAX_CANDIDATES = 64  # of one mixed operation, see mixed_op.h
 
 # What is fused on CUDA, for which type and layout of x, for all of them where none is named; torch's own operations
 # serve the others. `python bench.py gpu` measures both ways. In channels-last separable and pool would copy x first.
-CUDA_OPERATIONS = "mixed separable:float32:NCHW pool:float32:NCHW"
+CUDA_OPERATIONS = "mixed separable:float32:NCHW pool:float32:NCHW cell:float32:NCHW"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations
@@ -460,10 +460,25 @@ def cell(
     for op in operations:
         if isinstance(op, Step) and op.kind not in KINDS:
             raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
-    if not serves_cells(inputs[0]):
+    if not (serves_cells(inputs[0]) and (inputs[0].device.type == "cpu" or _of_cuda(operations, len(inputs)))):
         single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
         return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings)
     return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps)
+
+
+def _of_cuda(operations, inputs):
+    """Whether cells on CUDA have such operations."""
+    steps = {inputs + i: op for i, op in enumerate(operations) if isinstance(op, Step)}
+
+    def known(op):
+        if isinstance(op, Sum):
+            return len(op.terms) <= MAX_CANDIDATES
+        if op.source in steps and {op.kind, steps[op.source].kind} != {"separable"}:
+            return False
+        kernel = 3 if op.kind != "separable" or op.weights[0] is None else op.weights[0].shape[-1]
+        return kernel in (3, 5) and op.stride in (1, 2) and op.dilation in (1, 2)
+
+    return all(map(known, operations))
 
 
 def cell_program(operations):
@@ -494,13 +509,13 @@ def _on_cpu(x):
 
 
 def serves(operation: str, x) -> bool:
-    """Whether "mixed", "separable" or "pool" is fused for such a tensor."""
+    """Whether "mixed", "separable", "pool" or "cell" is fused for such a tensor."""
     if x.device.type != "cuda":
         return fused(x.device) if operation == "mixed" else _on_cpu(x)
-    if not _cuda_operations.keys() <= {"mixed", "separable", "pool"}:
+    if not _cuda_operations.keys() <= {"mixed", "separable", "pool", "cell"}:
         raise ValueError(
-            f"PDARTS_CUDA_OPERATIONS has {sorted(_cuda_operations)}; expected mixed, separable or pool, each followed "
-            "by a type and NCHW or channels-last, such as pool:float32:NCHW, if not all tensors are meant"
+            f"PDARTS_CUDA_OPERATIONS has {sorted(_cuda_operations)}; expected mixed, separable, pool or cell, each "
+            "followed by a type and NCHW or channels-last, such as pool:float32:NCHW, if not all tensors are meant"
         )
     layout = "NCHW" if x.is_contiguous() else "channels-last"
     tensors = _cuda_operations.get(operation, ())
@@ -509,7 +524,10 @@ def serves(operation: str, x) -> bool:
 
 def serves_cells(x) -> bool:
     """Whether `cell` is fused for such a tensor."""
-    return _on_cpu(x) and not torch.is_autocast_enabled("cpu")
+    kind = x.device.type
+    known = kind in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64)
+    known = known and (kind == "cpu" or x.numel() > 0)
+    return known and not torch.is_autocast_enabled(kind) and serves("cell", x)
 
 
 @torch.no_grad()
@@ -602,6 +620,8 @@ def _register_fakes():
     @torch.library.register_fake("pdarts::cell")
     def _(inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, keep):
         sizes, numbers = [x.shape[1:] for x in inputs], iter(program)
+        between, on_cuda = [], inputs[0].device.type == "cuda"  # what convolutions leave for the pointwise ones
+        pools, again = set(), []  # pools that are there already
         for weight, pointwise in zip(weights[::2], weights[1::2]):
             kind, source = next(numbers), next(numbers)
             if kind == len(KINDS):
@@ -609,24 +629,31 @@ def _register_fakes():
                 continue
             (c, *size), (stride, padding, dilation) = sizes[source], (next(numbers) for _ in range(3))
             if KINDS[kind] == "separable":
-                c = pointwise.shape[0]
                 if weight is not None:
                     size = convolved(size, weight.shape[2], stride, padding, dilation)
+                    between += [(c, *size)] * on_cuda
+                c = pointwise.shape[0]
             elif KINDS[kind] == "reduce":
-                c, size = weight.shape[0] + pointwise.shape[0], [(n + 1) // 2 for n in size]
+                size = [(n + 1) // 2 for n in size]
+                between += [(c, *size)] * 2 * on_cuda
+                c = weight.shape[0] + pointwise.shape[0]
             elif KINDS[kind] != "product":
                 size = [(n - 1) // stride + 1 for n in size]
+                if on_cuda and (kind, source, stride) in pools:
+                    again.append(len(sizes))
+                pools.add((kind, source, stride))
             sizes.append((c, *size))
-        c, *size = sizes[outputs[0]]
-        others = [v for v in range(len(inputs), len(sizes)) if v not in outputs] if keep else []
-        of_values = inputs[0].new_empty((3, len(sizes), c) if statistics is None else 0)
-        values = [channels_last(inputs[0], len(inputs[0]), *sizes[v]) for v in others]
-        return channels_last(inputs[0], len(inputs[0]), c * len(outputs), *size), of_values, values
+        x, (c, *size) = inputs[0], sizes[outputs[0]]
+        omitted = outputs if x.device.type == "cpu" or len(outputs) == 1 else ()
+        kept = [sizes[v] for v in range(len(inputs), len(sizes)) if v not in (*omitted, *again)] + between
+        of_values = x.new_empty((3, len(sizes), c) if statistics is None else 0)
+        values = [feature_map(x, len(x), *of) for of in kept] if keep else []
+        return feature_map(x, len(x), c * len(outputs), *size), of_values, values
 
     @torch.library.register_fake("pdarts::cell_backward")
     def _(grad, y, values, inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, needs):
         none = [None] * (len(inputs) + len(weights) // 2)
-        of_inputs = [lambda x=x: channels_last(grad, *x.shape) for x in inputs]
+        of_inputs = [lambda x=x: feature_map(grad, *x.shape) for x in inputs]
         return needed(needs, *of_inputs, *map(fresh, (*weights, *(gammas or none), *(betas or none), probabilities)))
 
     @torch.library.register_fake("pdarts::pool")

@@ -1,4 +1,4 @@
-// The cell for torch, on the CPU. cell.h says what it computes.
+// The cell for torch, on the CPU and, together with cell_cuda_operators.h, on CUDA. cell.h says what it computes.
 //
 // A program is a list of numbers: for each operation its kind and then source, stride, padding and dilation, or, for a
 // sum, the number of its terms and the terms. weights has two tensors for each operation, as in PdartsOperation.
@@ -44,10 +44,13 @@ struct CellInputs {
 struct Cell : PdartsCell {
   std::vector<Tensor> kept;    // what it points to
   at::TensorOptions options;
+  at::MemoryFormat format;     // of all feature maps
   std::vector<int64_t> outputs;
 
-  Cell(const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch)
-      : PdartsCell{}, outputs(outputs.vec()) {
+  Cell(
+      const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch,
+      at::MemoryFormat format = at::MemoryFormat::ChannelsLast)
+      : PdartsCell{}, format(format), outputs(outputs.vec()) {
     TORCH_CHECK(!in.inputs.empty(), "inputs has 0 tensors; expected 1 or more");
     const Tensor& first = in.inputs[0];
     TORCH_CHECK(
@@ -57,11 +60,11 @@ struct Cell : PdartsCell {
     for (size_t i = 0; i < in.inputs.size(); i++) {
       const Tensor& t = in.inputs[i];
       TORCH_CHECK(
-          t.dim() == 4 && t.size(0) == first.size(0) && t.scalar_type() == first.scalar_type() && t.is_cpu() &&
+          t.dim() == 4 && t.size(0) == first.size(0) && t.scalar_type() == first.scalar_type() && t.device() == first.device() &&
               t.size(2) >= 1 && t.size(3) >= 1,
           "inputs[", i, "] is a ", t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ",
-          first.scalar_type(), " [", first.size(0), ",C,H,W] on the CPU like inputs[0], with at least one pixel");
-      kept.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
+          first.scalar_type(), " [", first.size(0), ",C,H,W] on ", first.device(), " like inputs[0], with at least one pixel");
+      kept.push_back(t.contiguous(format));
       values.push_back({t.size(1), t.size(2), t.size(3), t.size(1), kept.back().data_ptr()});
     }
     N = first.size(0);
@@ -147,11 +150,11 @@ struct Cell : PdartsCell {
     int64_t out = from.C, H = from.H, W = from.W;
     auto check_weight = [&](size_t which, std::vector<int64_t> expected) {
       const Tensor& t = in.weights[2 * i + which];
-      bool fits = t.defined() && t.dim() == 4 && t.scalar_type() == options.dtype();
+      bool fits = t.defined() && t.dim() == 4 && t.scalar_type() == options.dtype() && t.device() == options.device();
       for (size_t d = 0; fits && d < 4; d++) fits = expected[d] < 0 || t.size(d) == expected[d];
       TORCH_CHECK(
           fits, "weights[", 2 * i + which, "] is ", t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None",
-          "; expected a ", first_type(), " ", at::IntArrayRef(expected), ", -1: any");
+          "; expected a ", first_type(), " ", at::IntArrayRef(expected), ", -1: any, on ", options.device());
       kept.push_back(t.contiguous());
       return kept.back().const_data_ptr();
     };
@@ -174,13 +177,20 @@ struct Cell : PdartsCell {
           " channels, half of all");
       H = (H + 1) / 2, W = (W + 1) / 2;
     } else if (op.kind == Kind::kProduct) {
-      kept.push_back(weight.defined() ? weight.contiguous(at::MemoryFormat::ChannelsLast) : Tensor());
+      kept.push_back(weight.defined() ? weight.contiguous(format) : Tensor());
       TORCH_CHECK(
           weight.defined() && weight.sizes() == at::IntArrayRef({N, from.C, H, W}) &&
-              weight.scalar_type() == options.dtype() && !weight.requires_grad(),
+              weight.scalar_type() == options.dtype() && weight.device() == options.device() &&
+              !weight.requires_grad(),
           "weights[", 2 * i, "] does not fit; expected a ", first_type(), " of the shape of value ", op.source,
           ", [", N, ",", from.C, ",", H, ",", W, "], that needs no gradient");
       op.weight = kept.back().const_data_ptr();
+      if (pointwise.defined()) {
+        TORCH_CHECK(
+            pointwise.numel() == 1 && pointwise.scalar_type() == options.dtype() && pointwise.is_cuda(), "weights[",
+            2 * i + 1, "] does not fit; expected none, or, on CUDA, a rate of one element of ", first_type());
+        kept.push_back(pointwise), op.pointwise = pointwise.const_data_ptr();
+      }
     } else {
       H = (H - 1) / op.stride + 1, W = (W - 1) / op.stride + 1;
     }
@@ -203,7 +213,7 @@ struct Cell : PdartsCell {
   // The result, with the channels of all outputs.
   Tensor result() const { return empty(outputs[0], C * outputs.size()); }
   Tensor empty(int64_t v, int64_t channels) const {
-    return at::empty({N, channels, values[v].H, values[v].W}, options, at::MemoryFormat::ChannelsLast);
+    return at::empty({N, channels, values[v].H, values[v].W}, options, format);
   }
   void point_to_result(const Tensor& y) {
     for (size_t j = 0; j < outputs.size(); j++) values[outputs[j]].x = channel(y, j * C);

@@ -8,20 +8,7 @@
 // too: sums, then results. The least is once, and the cache makes it that if it holds them. All else is small; where
 // images have their own probabilities, the sums of each are an HW-th of the candidates, in float.
 
-// torch compiles without the conversions of half and bfloat16, which this file needs.
-#undef __CUDA_NO_HALF_CONVERSIONS__
-#undef __CUDA_NO_HALF_OPERATORS__
-#undef __CUDA_NO_HALF2_OPERATORS__
-#undef __CUDA_NO_BFLOAT16_CONVERSIONS__
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <type_traits>
-
-#include "mixed_op.h"
+#include "cuda_types.h"
 
 namespace {
 
@@ -29,25 +16,9 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = 2;          // rows of a thread whose results are computed together
 constexpr int kLoads = 4;         // loads that a thread has in flight for each of them
-constexpr int64_t kBlocks = 528;  // blocks of a launch, about, if there is work for them: 4 for each of 132 SMs
 constexpr int64_t kMaxSplits = 65535;
 
 enum Layout { kPlain, kPlanes, kPixels };  // no statistics: all elements alike; [N,C,HW]; [N,HW,C]
-
-template <class T>
-struct Accumulated {
-  using type = float;
-};
-template <>
-struct Accumulated<double> {
-  using type = double;
-};
-
-// V elements that are loaded and stored at once, or by 16 bytes if they are more.
-template <class T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
-  T v[V];
-};
 
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const void* p, int64_t i) {
@@ -105,8 +76,6 @@ struct Division {
 // bytes, the least that is read from memory at once.
 template <Layout L>
 constexpr int kLanes = L == kPixels ? 32 : L == kPlanes ? 16 : 1;
-
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // For a launch that does this `others` times over, and whose threads take `each` rows (0: any number) where they are
 // enough to fill the GPU. In [N,C,HW] channels share a block if it has threads for all their rows.
@@ -246,7 +215,7 @@ __host__ __device__ int columns(int64_t n) { return n < kColumns ? 1 : kColumns;
 // elements are added up less the mean of the block's first rows, which keeps the squares small.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Division d, double* moments) {
-  using A = typename Accumulated<T>::type;
+  using A = Accumulated<T>;
   constexpr int S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
   __shared__ A firsts[kWarps * S * kLanes<L>], shared[kWarps * 2 * S * kLanes<L>];
   int k = blockIdx.y, split = blockIdx.z, channels = d.x * S;
@@ -324,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
 // still be cached.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Division d, void* y) {
-  using A = typename Accumulated<T>::type;
+  using A = Accumulated<T>;
   Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
     A sum[kRows][V] = {};
@@ -388,9 +357,9 @@ constexpr int kTogether = L == kPixels && V > 1 ? 4 : 8;
 // cache serves all but the first.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
-    PdartsMixed m, Division d, const void* g, uint64_t needed, typename Accumulated<T>::type* partial,
-    typename Accumulated<T>::type* weighted) {
-  using A = typename Accumulated<T>::type;
+    PdartsMixed m, Division d, const void* g, uint64_t needed, Accumulated<T>* partial,
+    Accumulated<T>* weighted) {
+  using A = Accumulated<T>;
   constexpr int J = kTogether<L, V>, S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
   __shared__ A shared[kWarps * (J + 1) * S * kLanes<L>];
   int k0 = blockIdx.y * J;
@@ -489,9 +458,9 @@ __global__ void __launch_bounds__(kThreads)
 // backwards, as in forward.
 template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
-    PdartsMixed m, Division d, const void* g, const typename Accumulated<T>::type* coefficients,
+    PdartsMixed m, Division d, const void* g, const Accumulated<T>* coefficients,
     PdartsMixedGradients gradients) {
-  using A = typename Accumulated<T>::type;
+  using A = Accumulated<T>;
   Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
     Pack<T, V> gradient[kRows] = {};
@@ -544,7 +513,7 @@ struct Plan {
   static constexpr Layout layout = L;
   static constexpr int vector = V, together = kTogether<L, V>;
   using type = T;
-  using accumulated = typename Accumulated<T>::type;
+  using accumulated = Accumulated<T>;
 
   Division statistics, sums, elements;
   double* moments;
@@ -588,12 +557,7 @@ void with_layout(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
 
 template <class F>
 void with_plan(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
-  switch (m.type) {
-    case kFloat32: return with_layout<float>(m, all_aligned, scratch, f);
-    case kFloat64: return with_layout<double>(m, all_aligned, scratch, f);
-    case kBFloat16: return with_layout<__nv_bfloat16>(m, all_aligned, scratch, f);
-    default: return with_layout<__half>(m, all_aligned, scratch, f);
-  }
+  with_type(m.type, [&](auto type) { with_layout<decltype(type)>(m, all_aligned, scratch, f); });
 }
 
 // launch(grid, d) for all splits: at once, unless there are more images than a grid takes.
@@ -658,7 +622,7 @@ void mixed_backward_cuda(
     gammas |= uint64_t(gradients.gamma[k] != nullptr) << k;
     betas |= uint64_t(gradients.beta[k] != nullptr) << k;
   }
-  m.batch &= inputs;
+  m.batch &= inputs | gradients.deferred;
   // The candidates whose sums with g are needed.
   uint64_t needed = gradients.probabilities ? ~uint64_t(0) >> (64 - m.K) : m.batch | gammas;
   with_plan(m, all_aligned, scratch, [&](auto plan) {

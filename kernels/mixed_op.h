@@ -40,6 +40,9 @@ struct PdartsMixedGradients {
   void* probabilities;                    // [K] or [K,N]
   void* gamma[PDARTS_MAX_CANDIDATES];     // [C]
   void* beta[PDARTS_MAX_CANDIDATES];      // [C]
+  // On CUDA, bit k: that of x_k is not written, but what it takes besides the gradient of y, where k is in `batch`:
+  // b and c [2,K,C], the first in scratch, in p_k * gamma_k * invstd_k * g + b_k * (x_k - mean_k) + c_k.
+  uint64_t deferred;
 };
 
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
