@@ -319,7 +319,8 @@ class Step(NamedTuple):
 
     "separable": `separable` with weights depthwise (or None) and pointwise; "reduce": a factorized reduction with the
     weights of two pointwise convolutions; "max" or "avg": `pool`; "product": that with a tensor of the same shape,
-    which needs no gradient.
+    which needs no gradient. On CUDA a rate may follow, a tensor of one element: the tensor, drawn uniformly from [0,1),
+    stands for inverted dropout at that rate.
     """
 
     source: int
@@ -380,7 +381,8 @@ def _cell_of(
             halves = zip(_Diagonals.apply(values[op.source].pop()), op.weights)
             y = torch.cat([separable(x, None, weight) for x, weight in halves], dim=1)
         elif op.kind == "product":
-            y = values[op.source].pop() * op.weights[0]
+            factor, rate = op.weights
+            y = values[op.source].pop() * (factor if rate is None else (factor >= rate) / (1 - rate))
         else:
             y = pool(values[op.source].pop(), op.kind, op.stride)
         add(y)
@@ -447,10 +449,12 @@ def cell(
     separable convolution that reads a value with a norm normalises it first. What a step computes is used once. Returns
     the channels of the sums in `outputs`, side by side.
 
-    Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has:
-    what steps read in common is read once, and gradients are added up where they belong instead of being written
-    apart. Elsewhere the operations above serve. Kept for backward: all values; the rest is computed again (by torch's
-    own convolutions only if `recompute`). Differentiable once.
+    Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has,
+    and on CUDA where CUDA_OPERATIONS names it, in these types, in NCHW, with kernels of 3 or 5 and strides and
+    dilations of 1 or 2: what steps read in common is read once, and gradients are added up where they belong instead
+    of being written apart. Elsewhere the operations above serve. Kept for backward: all values, and on CUDA what
+    pointwise convolutions read; the rest is computed again (by torch's own convolutions only if `recompute`).
+    Differentiable once.
     """
     norms = list(norms or [None] * (len(inputs) + len(operations)))
     if len(norms) != len(inputs) + len(operations):
@@ -460,14 +464,14 @@ def cell(
     for op in operations:
         if isinstance(op, Step) and op.kind not in KINDS:
             raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
-    if not (serves_cells(inputs[0]) and (inputs[0].device.type == "cpu" or _of_cuda(operations, len(inputs)))):
+    if not (serves_cells(inputs[0]) and (inputs[0].device.type == "cpu" or known_on_cuda(operations, len(inputs)))):
         single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
         return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings)
     return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps)
 
 
-def _of_cuda(operations, inputs):
-    """Whether cells on CUDA have such operations."""
+def known_on_cuda(operations, inputs):
+    """Whether `cell` is fused on CUDA for such operations, after so many inputs."""
     steps = {inputs + i: op for i, op in enumerate(operations) if isinstance(op, Step)}
 
     def known(op):

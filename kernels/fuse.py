@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Norm, Step, Sum, cell, cell_program, fused, pool, run_cell, serves_cells
+from . import Norm, Step, Sum, cell, cell_program, fused, known_on_cuda, pool, run_cell, serves_cells
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -40,6 +40,7 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
 
     recompute: where torch's own convolutions serve, compute again in the backward pass what lies between ReLU and the
     pointwise convolution, instead of keeping it; None: on the CPU only, since a GPU has the memory and not the time.
+    On CUDA cells are not computed as a whole then.
     """
     device = next(network.parameters()).device
     if fused(device):
@@ -53,6 +54,8 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
                 if isinstance(module, _Whole):
                     module.norms = [m for m in module.modules() if _is_norm(m)]
                     module.layers = [m for m in module.modules() if m._parameters or m._buffers]
+                    _, program = module.assemble(2, [False for m in module.modules() if _is_skip_dropout(m)])
+                    module.on_cuda = known_on_cuda(program.operations, 2)
             for stem in _stems(module) if _is_network(module) else ():
                 stem.register_forward_hook(_in_layout)
     return network
@@ -393,10 +396,11 @@ class _Whole:
 
     def served(self, s0):
         """Whether it can be computed as a whole; else single operations serve."""
-        return serves_cells(s0) and _Program().accepts(self.norms)
+        served = serves_cells(s0) and (s0.is_cpu or self.on_cuda and not self.recompute)
+        return served and _Program().accepts(self.norms)
 
     def compute(self, s0, s1, probabilities, masks=(), dropped=()):
-        """probabilities [K] or [K,N]: of the nodes; masks: of dropout, and which of them are not all ones."""
+        """probabilities [K] or [K,N]: of the nodes; masks: weights of products, and which products there are."""
         state = [s0 is s1, *dropped, _settings(self.norms[0])]
         for m in self.layers:
             state += map(id, (*m._parameters.values(), *m._buffers.values()))
@@ -432,9 +436,15 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
         # Skip-connects of stride 1 are between feature maps of the size of the nodes.
         size = [(n + 1) // 2 if self.reduction else n for n in s1.shape[2:]]
         ones = s1.new_ones(()).expand(len(s1), self.norms[-1].num_features, *size)
-        masks = [op(ones) for edge in self.edges for op in edge.ops if _is_skip_dropout(op)]
+        masks = [mask for edge in self.edges for op in edge.ops if _is_skip_dropout(op) for mask in self.mask(op, ones)]
         used = torch.cat([p[edge.skip_none :] for edge, p in zip(self.edges, probabilities)])
-        return self.compute(s0, s1, used, masks, [mask is not ones for mask in masks])
+        return self.compute(s0, s1, used, masks, [mask is not ones for mask in masks[::2]])
+
+    def mask(self, op, ones):
+        """What dropout multiplies by, as the weights of a product; `ones` if it is nothing else."""
+        if ones.is_cpu or not op.training:
+            return op(ones), None
+        return torch.rand(ones.shape, device=ones.device).to(ones.dtype), op.rate.to(ones.dtype)
 
     def add_nodes(self, program, states, dropped):
         """Adds the nodes to the states; dropped: of each skip-connect a number, and whether dropout follows it."""
@@ -443,7 +453,7 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
             if not _is_skip_dropout(op):
                 return op.add_to(program, value)
             mask, drops = next(dropped)
-            return program.step(value, "product", (mask, None)) if drops else value
+            return program.step(value, "product", (2 * mask, 2 * mask + 1)) if drops else value
 
         edges = iter(self.edges)
         for _ in range(self.nodes):
