@@ -40,7 +40,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_refused_and_kept_and_the_one_before_it_goes_on(
-    unbroken, images, tmp_path, damage, message
+    unbroken, images, tmp_path, few_edges, damage, message
 ):
     folder = shutil.copytree(unbroken, tmp_path / "run")
     checkpoint = folder / "checkpoint.pt"

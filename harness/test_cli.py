@@ -285,7 +285,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, few_weights):
+def here(tmp_path, monkeypatch, few_weights, few_edges):
     """A working folder with own images."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
@@ -344,7 +344,7 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
 
 
 def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
-    tmp_path, generated, few_weights, monkeypatch, capsys, limits
+    tmp_path, generated, few_weights, few_edges, monkeypatch, capsys, limits
 ):
     folder, seen, taken = tmp_path / "run", [], 0
     assert stopped(monkeypatch, ["search", *SMALL, "--out", str(folder)]) == 143

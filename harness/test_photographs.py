@@ -85,7 +85,7 @@ def test_top_5_is_said_where_there_are_more_than_10_classes(folder, capsys):
     assert "% (top-1), " in capsys.readouterr().out
 
 
-def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp_path, capsys, few_weights):
+def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp_path, capsys, few_weights, few_edges):
     settings = SearchSettings(dataset="shapes", size=16, fraction=0.5)
     images = load(settings, str(folder), workers=0)
     assert (len(images), images.size, images.num_classes, len(images.x_test)) == (18, (3, 16, 16), 3, 12)

@@ -91,7 +91,7 @@ def test_it_needs_the_optimizer_of_the_weights():
         SecondOrder(small_network()[0])
 
 
-def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch):
+def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch, few_edges):
     orders = []
 
     def spied(kind, gradients):
