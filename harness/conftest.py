@@ -142,8 +142,8 @@ def _same_mode_of_the_kernels():
 
 
 def beside(test):
-    """A test that waits for processes that it starts: it runs beside the others, in a thread, from the beginning of the
-    session. It must not touch what they share, such as torch's random state."""
+    """A test that waits for processes that it starts: it runs beside the others, in one of two threads, from the
+    beginning of the session. It must not touch what they share, such as torch's random state."""
 
     def wait(beside_the_others):
         beside_the_others[test.__name__].result()
@@ -160,7 +160,7 @@ def pytest_collection_modifyitems(items):
 def beside_the_others(request, tmp_path_factory):
     functions = [getattr(item, "function", None) for item in request.session.items]
     tests = [function.beside for function in functions if hasattr(function, "beside")]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 

@@ -165,7 +165,7 @@ def of_two(rank, number, folder):
     with pytest.raises(Stopped):
         search(ONE_STAGE, own(1), f"{folder}/run")
     pdarts.Search.alternate = alternate
-    search(ONE_STAGE, own(1), resume=f"{folder}/run")
+    search(ONE_STAGE, own(0), resume=f"{folder}/run")  # workers take seconds to start
     dist.destroy_process_group()
     os._exit(0)
 
