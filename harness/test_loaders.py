@@ -77,7 +77,9 @@ def stop_after(number, method, monkeypatch):
     monkeypatch.setattr(*method, interrupted)
 
 
-def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(tmp_path, monkeypatch, few_weights, few_edges):
+def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(
+    tmp_path, monkeypatch, few_weights, few_edges
+):
     whole = search(ONE_STAGE, own(0), tmp_path / "whole", kernels="off")
     way = {"out": tmp_path / "run"}
     for number, workers in (2, 0), (3, 1):  # in the first epoch, and in the second, where alphas learn

@@ -170,7 +170,9 @@ def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights, few_edges
     assert capsys.readouterr().out.startswith("epoch   0/0  loss ")
 
 
-def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(steps, monkeypatch, few_weights, few_edges):
+def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(
+    steps, monkeypatch, few_weights, few_edges
+):
     config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
     own = random_images(n=40)
     for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
