@@ -30,7 +30,7 @@ def own_images(shape, classes=3, n=12):
 
 
 @pytest.mark.parametrize("shape", [(9, 13), (10, 11, 4)])
-def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
+def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, few_edges, shape):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (12, *shape), np.uint8), np.arange(12) % 5
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5].astype(np.uint8))
