@@ -2,6 +2,9 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import gc
+import importlib
 import os
 import pathlib
 import resource
@@ -29,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a ti
 
 ROOT = pathlib.Path(pdarts.__file__).parent
 POOLS = {name: pdarts.OPERATIONS["avg_pool_3x3"] for name in pdarts.PRIMITIVES if "conv" in name}
+OF_TWO_NODES = functools.partialmethod(pdarts.Search.__init__, space=pdarts.SearchSpace(nodes=2))
 TINY = SearchSettings(
     dataset="shapes",
     cells=(3, 3, 3),
@@ -88,6 +92,12 @@ def assert_same_run(a, b):
         assert file.name in ("config.json", "times.jsonl") or (a / file).read_bytes() == (b / file).read_bytes()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _imported_modules_are_no_garbage():
+    importlib.import_module("torch._dynamo")  # as the first optimizer does
+    gc.freeze()  # many collections would look at all of them
+
+
 @pytest.fixture(scope="session")
 def images():
     return random_images()
@@ -95,10 +105,12 @@ def images():
 
 @pytest.fixture(scope="session")
 def unbroken(images, tmp_path_factory):
-    """The folder of a search of two stages that nothing stopped."""
+    """The folder of a search of two stages, and cells of two nodes, that nothing stopped."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     mode = kernels._mode
-    search(TWO_STAGES, images, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdarts.Search, "__init__", OF_TWO_NODES)
+        search(TWO_STAGES, images, folder)
     kernels._mode = mode
     return folder
 
@@ -110,6 +122,18 @@ def few_weights(monkeypatch):
         monkeypatch.setitem(pdarts.OPERATIONS, name, operation)
 
 
+@pytest.fixture
+def few_edges(monkeypatch):
+    """Searches find cells of two nodes, of 5 edges instead of 14: fast, where it does not matter what is found."""
+    monkeypatch.setattr(pdarts.Search, "__init__", OF_TWO_NODES)
+
+
+def few_weights_and_edges():
+    """Both, for good: in a process that runs a test only."""
+    pdarts.OPERATIONS.update(POOLS)
+    pdarts.Search.__init__ = OF_TWO_NODES
+
+
 @pytest.fixture(autouse=True)
 def _same_mode_of_the_kernels():
     before = kernels._mode
@@ -118,8 +142,8 @@ def _same_mode_of_the_kernels():
 
 
 def beside(test):
-    """A test that waits for processes that it starts: it runs beside the others, in a thread, from the beginning of the
-    session. It must not touch what they share, such as torch's random state."""
+    """A test that waits for processes that it starts: it runs beside the others, in one of two threads, from the
+    beginning of the session. It must not touch what they share, such as torch's random state."""
 
     def wait(beside_the_others):
         beside_the_others[test.__name__].result()
@@ -136,7 +160,7 @@ def pytest_collection_modifyitems(items):
 def beside_the_others(request, tmp_path_factory):
     functions = [getattr(item, "function", None) for item in request.session.items]
     tests = [function.beside for function in functions if hasattr(function, "beside")]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 

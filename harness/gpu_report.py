@@ -74,7 +74,7 @@ def report(args: Namespace) -> int:
         print(f"{number}  {PARTS[number].title} ...", end=" ", flush=True)
         part = run_part(number, args, folder)
         content["parts"][str(number)] = part
-        content["parts"] = dict(sorted(content["parts"].items()))
+        content["parts"] = dict(sorted(content["parts"].items(), key=lambda item: int(item[0])))
         content |= {key: part.pop(key) for key in ("device", "versions") if key in part}
         write_whole(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode())
         write_whole(folder / "report.md", markdown(content).encode())

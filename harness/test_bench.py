@@ -22,6 +22,12 @@ def few_cells(monkeypatch):
     monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, cells=(3, 3, 3)))
 
 
+@pytest.fixture
+def peak(monkeypatch):
+    """That of the machine, which takes a second to measure, made up."""
+    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
+
+
 def rows(tmp_path, *arguments):
     assert bench.main([*arguments, *SMALL, "--json", str(tmp_path / "rows.json")]) == 0
     return json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -38,7 +44,7 @@ def report(folder, *arguments):
     return status, json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
 
 
-def test_the_candidates_are_those_that_the_stages_of_a_search_keep():
+def test_the_candidates_are_those_that_the_stages_of_a_search_keep(few_weights):
     for stage, keep in enumerate(pdarts.CIFAR10.keep, 1):
         for cell in bench.candidates(stage):
             assert [len(set(names)) for names in cell] == [keep] * 14
@@ -96,7 +102,7 @@ class NetworkCIFAR(pdarts.Network):
 """
 
 
-def test_bench_measures_a_step_of_an_evaluation_and_checks_it_against_the_official_code(tmp_path, capsys):
+def test_bench_measures_a_step_of_an_evaluation_and_checks_it_against_the_official_code(tmp_path, capsys, peak):
     (tmp_path / "model.py").write_text(OFFICIAL_EVALUATION)
     found = rows(tmp_path, "evaluate", "--networks", "2x4", "--official", str(tmp_path))
     assert [(r["C"], r["cells"], r["side"]) for r in found] == [
@@ -139,7 +145,7 @@ class Network(torch.nn.Module):
 """
 
 
-def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_weights):
+def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_weights, peak):
     (tmp_path / "model_search.py").write_text(OFFICIAL)
     found = rows(tmp_path, "step", "--official", str(tmp_path))
     assert [r["side"] for r in found] == ["ours", "plain", "official"] * 2
@@ -178,14 +184,14 @@ def test_the_report_of_parts_is_kept_and_a_part_that_fails_does_not_stop_the_oth
     assert settings["torch.backends.cudnn.allow_tf32"] == "True" and settings["torch.backends.cuda.matmul.allow_tf32"]
     assert torch.__version__ in content["versions"] and torch.__version__ in text and content["device"] in text
 
-    status, content, text = report(folder, "--parts", "6", "2", "--official", str(folder))
-    assert status == 1 and list(content["parts"]) == ["1", "2", "4", "6"]
-    assert content["parts"]["2"]["status"] == "done"
-    assert "official: InputError: no model_search.py" in content["parts"]["6"]["status"]
-    measured = [r for r in content["parts"]["6"]["tables"]["stage 3"] if r.get("ms")]
-    assert {r["side"] for r in measured} == {"plain", "ours", "ours, recompute"}
-    assert all(r["to ours"] == 1 for r in measured if r["side"] == "ours")
-    for line in ("| 1. Versions and device | done |", "## 6. Steps of a search", "**stage 3**", "--parts 6 2"):
+    status, content, text = report(folder, "--parts", "11", "10", "--official", str(folder), "--networks", "2x4")
+    assert status == 1 and list(content["parts"]) == ["1", "4", "10", "11"]
+    assert content["parts"]["11"]["status"] == "done"
+    assert "failed: no model.py in" in content["parts"]["10"]["status"]
+    measured = [r["side"] for r in content["parts"]["10"]["tables"]["C = 2, 4 cells, float32"] if r.get("ms")]
+    assert measured == ["plain"]
+    table = "**C = 2, 4 cells, float32**"
+    for line in ("| 1. Versions and device | done |", "## 10. Steps of an evaluation", table, "--parts 11 10"):
         assert line in text
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("part-*.json"))
 
@@ -224,12 +230,22 @@ def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
     assert len(found) == 4 * 2 * 14 + 2 and all(row["right"] for row in found)
     wrong = [("pool", lambda f, x: f.pool(x, "max") + (f is gpu_checks.FUSED) * 1e-3, [(2, 4, 8, 8)], [])]
     monkeypatch.setattr(gpu_checks, "operators", lambda shape: wrong)
+    monkeypatch.setattr(gpu_checks, "network_rows", lambda *_: [])  # right, as above
     with pytest.raises(gpu_checks.Wrong, match="4 relative errors"):
         list(gpu_checks.correctness(arguments, cpu))
 
 
-def test_the_other_parts_run_on_the_cpu(few_cells, few_weights):
+def test_the_other_parts_run_on_the_cpu(few_cells, few_weights, tmp_path):
     cpu = torch.device("cpu")
+    (built,) = (row for _, row in gpu_checks.build(small_args(), cpu) if row["device"] == "cpu")
+    assert built["served"] and built["why not"] is None
+    found = []
+    with pytest.raises(gpu_checks.Wrong, match="official: InputError: no model_search.py"):
+        for row in gpu_speed.steps(small_args(official=str(tmp_path)), cpu):
+            found.append(row)
+    rows_of = [row for table, row in found if table == "stage 3" and row.get("ms")]
+    assert {row["side"] for row in rows_of} == {"plain", "ours", "ours, recompute"}
+    assert all(row["to ours"] == 1 for row in rows_of if row["side"] == "ours")
     found = list(gpu_speed.whole_search(small_args(), cpu))
     hours = {row["side"]: row["hours"] for table, row in found if table == "projected hours"}
     ms = {row["side"]: row for table, row in found if table == "steps"}

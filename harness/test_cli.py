@@ -36,7 +36,7 @@ ONE_EPOCH = ["--epochs", "1", "--warmup", "0"]
 
 
 @beside
-def test_search_evaluate_draw_and_test_again_from_the_repository(folder):
+def test_search_and_evaluate_from_the_repository(folder):
     """On CIFAR-10's layout."""
     write_cifar(folder / "images", "cifar10", binary=True)
 
@@ -51,15 +51,9 @@ def test_search_evaluate_draw_and_test_again_from_the_repository(folder):
     following = shlex.split(re.search(r"next: +python pdarts.py (.*)", text)[1])
     cell = f"{folder}/found/genotype.json"
     assert following == ["evaluate", cell, "--preset", "demo", "--data", f"{folder}/images"]
-    size = ["--cells", "3", "--channels", "2"]
-    text = run(*following, *size, "--epochs", 1, "--batch", 16, "--out", folder / "evaluated")
+    text = run(*following, "--cells", 3, "--channels", 2, "--epochs", 1, "--batch", 16, "--out", folder / "evaluated")
     assert "preset demo: training on 50 images of cifar10, 3 cells, 2 channels, 1 epochs" in text
-    error = re.search(r"test error: +(\S+%)", text)[1]
-    tested = run(*following, *size, "--weights", folder / "evaluated/weights.pt")
-    assert f"test error:    {error}" in tested and "written" not in tested
-    drawn = run("draw", cell, "-o", folder / "cell-")
-    assert drawn.split() == [f"{folder}/cell-normal.svg", f"{folder}/cell-reduce.svg"]
-    assert (folder / "cell-normal.svg").read_text() == (folder / "found/normal.svg").read_text()
+    assert re.search(r"test error: +\d+\.\d\d%", text) and (folder / "evaluated/weights.pt").exists()
 
 
 @beside
@@ -285,7 +279,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, few_weights):
+def here(tmp_path, monkeypatch, few_weights, few_edges):
     """A working folder with own images."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
@@ -313,6 +307,9 @@ def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
     assert cli.main(["search", "--resume", "a run/checkpoint.pt"]) == 0  # it has ended: the same again
     assert read_genotype("a run/genotype.json") == genotype
     capsys.readouterr()
+    assert cli.main(["draw", "a run/genotype.json", "-o", "cell-"]) == 0
+    assert capsys.readouterr().out.split() == ["cell-normal.svg", "cell-reduce.svg"]
+    assert (here / "cell-normal.svg").read_text() == (here / "a run/normal.svg").read_text()
     assert cli.main([*command, "--lr", "1"]) == 2
     assert "lr is 0.05 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
 
@@ -324,6 +321,10 @@ def test_an_evaluation_goes_on_with_the_cell_settings_and_data_in_its_folder(her
     output = capsys.readouterr().out
     assert "training on 24 images of own.npz, 3 cells, 2 channels, 2 epochs; results in run" in output
     assert "written:       run/weights.pt" in output
+    error = re.search(r"test error: +\S+%\n", output)[0]
+    assert cli.main(["evaluate", "run/genotype.json", *size, "--weights", "run/weights.pt"]) == 0
+    tested = capsys.readouterr().out
+    assert error in tested and "written" not in tested
 
 
 def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypatch, capsys):
@@ -344,7 +345,7 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
 
 
 def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
-    tmp_path, generated, few_weights, monkeypatch, capsys, limits
+    tmp_path, generated, few_weights, few_edges, monkeypatch, capsys, limits
 ):
     folder, seen, taken = tmp_path / "run", [], 0
     assert stopped(monkeypatch, ["search", *SMALL, "--out", str(folder)]) == 143

@@ -10,7 +10,16 @@ import torch.distributed as dist
 
 import kernels
 import pdarts
-from harness.conftest import ONE_STAGE, POOLS, ROOT, assert_same_run, beside, python, random_images, write_images
+from harness.conftest import (
+    ONE_STAGE,
+    ROOT,
+    assert_same_run,
+    beside,
+    few_weights_and_edges,
+    python,
+    random_images,
+    write_images,
+)
 from harness.distributed import (
     Shared,
     average,
@@ -79,7 +88,7 @@ def check_what_two_processes_agree_on(rank):
 
 def check_that_two_processes_stop_and_go_on_together(rank, folder):
     """Where only one of them gets a signal; its settings and data must be the other's."""
-    pdarts.OPERATIONS.update(POOLS)  # fast
+    few_weights_and_edges()
     images, alternate = random_images((8, 8), 3, 24), pdarts.Search.alternate
     search(ONE_STAGE, images, f"{folder}/whole")
 

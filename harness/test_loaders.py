@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kernels
 import pdarts
-from harness.conftest import ONE_STAGE, POOLS, assert_same_run, beside
+from harness.conftest import ONE_STAGE, assert_same_run, beside, few_weights_and_edges
 from harness.distributed import Shared
 from harness.evaluate import evaluate
 from harness.loaders import Batches, Checked, Loaders
@@ -77,7 +77,9 @@ def stop_after(number, method, monkeypatch):
     monkeypatch.setattr(*method, interrupted)
 
 
-def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(tmp_path, monkeypatch, few_weights):
+def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(
+    tmp_path, monkeypatch, few_weights, few_edges
+):
     whole = search(ONE_STAGE, own(0), tmp_path / "whole", kernels="off")
     way = {"out": tmp_path / "run"}
     for number, workers in (2, 0), (3, 1):  # in the first epoch, and in the second, where alphas learn
@@ -150,7 +152,7 @@ def test_a_loader_that_ends_early_or_yields_too_few_is_named():
 def of_two(rank, number, folder):
     kernels.use("off")
     torch.set_num_threads(1)
-    pdarts.OPERATIONS.update(POOLS)  # fast
+    few_weights_and_edges()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=number)
     search(ONE_STAGE, own(0), f"{folder}/whole")
     alternate, steps = pdarts.Search.alternate, []
@@ -165,7 +167,7 @@ def of_two(rank, number, folder):
     with pytest.raises(Stopped):
         search(ONE_STAGE, own(1), f"{folder}/run")
     pdarts.Search.alternate = alternate
-    search(ONE_STAGE, own(1), resume=f"{folder}/run")
+    search(ONE_STAGE, own(0), resume=f"{folder}/run")  # workers take seconds to start
     dist.destroy_process_group()
     os._exit(0)
 

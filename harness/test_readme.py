@@ -34,7 +34,7 @@ def small(monkeypatch, tmp_path):
             "y_test": labels} | arrays  # fmt: skip
 
 
-def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights):
+def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights, few_edges):
     assert len(BLOCKS) == 3
     for block in BLOCKS:
         assert block.count("\n") <= 15

@@ -108,7 +108,7 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
     assert (tmp_path / "run/curves.svg").read_bytes() == before
 
 
-def test_a_page_shows_any_name_as_text(images, tmp_path):
+def test_a_page_shows_any_name_as_text(images, tmp_path, few_edges):
     run = Run("search", TINY, images, tmp_path / "<b>", "cpu", "off", None)
     run.description["data"] = "<script>alert(1)</script> & co"
     run.log = [record(1, 0), record(1, 1)]

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ from harness.settings import EvaluateSettings
 from pdarts import GENOTYPES, Evaluation, Genotype, InputError, Search, SkipDropout
 
 CELL = GENOTYPES["PDARTS"]
-TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=3, batch=6, cutout=4)
+TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=3, batch=6, cutout=4, auxiliary=False)
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_norms_folded_into_convolutions_change_no_logits(name, stem):
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for cell in folded.cells for m in cell.modules())
 
 
-def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights):
+def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights, few_edges):
     search(ONE_STAGE, images, show=True)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("stage 1/1  epoch  0/1  loss ") and "alphas" not in first and "test" not in first
@@ -170,7 +171,9 @@ def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights):
     assert capsys.readouterr().out.startswith("epoch   0/0  loss ")
 
 
-def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(steps, monkeypatch, few_weights):
+def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(
+    steps, monkeypatch, few_weights, few_edges
+):
     config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
     own = random_images(n=40)
     for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
@@ -181,7 +184,7 @@ def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_sa
         seen.clear()
 
 
-def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images, few_weights):
+def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images, few_weights, few_edges):
     torch.manual_seed(1)
     first = search(ONE_STAGE, images)
     torch.manual_seed(2)
@@ -235,13 +238,16 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
 # --- runs that survive ------------------------------------------------------------------------------------------------
 
 
-def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(monkeypatch, tmp_path, few_weights):
+def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
+    monkeypatch, tmp_path, few_weights, few_edges
+):
     config, few = dataclasses.replace(TWO_STAGES, epochs=1, warmup=0), random_images((8, 8), 2, 8)
     whole, replace, instants = tmp_path / "whole", os.replace, itertools.count()
 
-    def copying(*arguments):
-        shutil.copytree(whole, tmp_path / str(next(instants)))  # as it lies there if the process is killed now
-        replace(*arguments)
+    def copying(source, target):
+        if whole in pathlib.Path(target).parents:  # not what a test beside this one writes
+            shutil.copytree(whole, tmp_path / str(next(instants)))  # as it lies there if the process is killed now
+        replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", copying)
@@ -265,7 +271,7 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(monkeyp
 # After how many of the 8 steps: also after the last one of an epoch and of the search.
 @pytest.mark.parametrize("number, instants", [(signal.SIGINT, (0, 0, 1, 2, 0)), (signal.SIGTERM, (3,))])
 def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
-    unbroken, images, steps, tmp_path, number, instants
+    unbroken, images, steps, tmp_path, few_edges, number, instants
 ):
     handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
     for skipped in (*instants, 99):
@@ -282,7 +288,7 @@ def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
     assert_same_run(unbroken, tmp_path / "run")
 
 
-def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(images, steps, few_weights):
+def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(images, steps, few_weights, few_edges):
     steps[:] = [lambda: os.kill(os.getpid(), signal.SIGINT)]
     with pytest.raises(Stopped, match="stopped by SIGINT; nothing is saved, because it has no folder") as stopped:
         search(ONE_STAGE, images)
@@ -317,7 +323,7 @@ def test_a_second_signal_ends_the_process_at_once(_):
         assert process.wait(10) == -signal.SIGINT
 
 
-def test_a_run_in_another_thread_gets_no_signals_and_works(images, few_weights):
+def test_a_run_in_another_thread_gets_no_signals_and_works(images, few_weights, few_edges):
     results = []
     thread = threading.Thread(target=lambda: results.append(search(ONE_STAGE, images)))
     thread.start()
@@ -377,7 +383,7 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
 # --- how a run computes -----------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch):
+def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch, few_edges):
     config, types = dataclasses.replace(ONE_STAGE, dtype="bfloat16"), collections.defaultdict(set)
 
     def see(cell, arguments, output):
@@ -398,7 +404,7 @@ def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
-def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, few_weights, before):
+def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, few_weights, few_edges, before):
     def mode():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -415,7 +421,7 @@ def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, f
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch):
+def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch, few_edges):
     seen, fuse = [], kernels.fuse
     monkeypatch.setattr(kernels, "fuse", lambda network, **options: seen.append((network, options)) or fuse(network))
     search(ONE_STAGE, images, kernels="off")

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from harness.conftest import ONE_STAGE
 from harness.search import search
 from harness.second_order import SecondOrder
-from pdarts import Architect, InputError, SearchNetwork, require_gradients
+from pdarts import Architect, InputError, SearchNetwork, SearchSpace, require_gradients
 
-FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small candidate sets for fast tests
+TWO_NODES = SearchSpace(("none", "skip_connect", "sep_conv_3x3"), nodes=2)  # small, for fast tests
 
 
 def small_network():
     """In double precision, with an optimizer whose momentum is filled, and batches for alphas and weights."""
     torch.manual_seed(0)
-    network = SearchNetwork(2, 3, 3, FEW, FEW).double()
+    candidates = (TWO_NODES.primitives,) * len(TWO_NODES.edges)
+    network = SearchNetwork(2, 3, 3, candidates, candidates, space=TWO_NODES).double()
     batch, train = ([torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 3] for _ in range(2))
     optimizer = torch.optim.SGD(network.weights(), 0.05, 0.9, weight_decay=3e-4)
     F.cross_entropy(network(train[0]), train[1]).backward()
@@ -51,7 +52,7 @@ def test_second_order_gradient_is_the_derivative_through_one_step_of_the_weights
     first_order = torch.autograd.grad(F.cross_entropy(network(batch[0]), batch[1]), network.alphas())
     for alpha, gradient, plain in zip(network.alphas(), gradients, first_order):
         for _ in range(4):
-            entry = int(rng.integers(14)), int(rng.integers(3))
+            entry = int(rng.integers(len(TWO_NODES.edges))), int(rng.integers(3))
             sides = []
             for h in 1e-6, -1e-6:
                 alpha.data[entry] += h
@@ -91,7 +92,7 @@ def test_it_needs_the_optimizer_of_the_weights():
         SecondOrder(small_network()[0])
 
 
-def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch):
+def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch, few_edges):
     orders = []
 
     def spied(kind, gradients):

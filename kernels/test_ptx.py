@@ -1,17 +1,10 @@
 """What nvcc makes of mixed_op.cu: no GPU is needed."""
 
-import pathlib
 import re
 import shutil
-import subprocess
 
 import pytest
 
-ARCHITECTURE = "sm_90"
-FLAGS = ["-std=c++17", f"-arch={ARCHITECTURE}"] + [  # the -D are torch's
-    f"-D__CUDA_NO_{name}__"
-    for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-]
 LAYOUTS, PLANES = 3, "LayoutE1E"  # where a row is of one channel, whose values are single ones
 IN_FLIGHT = 4  # candidates whose elements a thread loads at once, and with them their probabilities
 MOST_BYTES = 4096  # of parameters, before CUDA 12.1
@@ -25,17 +18,10 @@ SIXTEEN_BYTES = re.compile(r"(?:\w+\.)*(?:v4\.[bfus]32|v2\.[bfus]64|v8\.[bus]16|
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA compiler: nvcc is not in PATH")
 
 
-def nvcc(*arguments):
-    result = subprocess.run(["nvcc", *FLAGS, *map(str, arguments)], check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(nvcc_beside_the_others):
     """Where the PTX is, and what the compiler said."""
-    ptx = tmp_path_factory.mktemp("ptx") / "mixed_op.ptx"
-    return ptx, nvcc("-ptx", pathlib.Path(__file__).with_name("mixed_op.cu"), "-o", ptx)
+    return nvcc_beside_the_others[0].result()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +73,7 @@ def test_parameters_are_no_more_than_older_toolkits_take(kernels):
         assert sizes and sum(sizes) <= MOST_BYTES, f"{kernel}: {sizes}"
 
 
-def test_no_kernel_spills_registers(compiled, tmp_path):
-    report = nvcc("-cubin", "-Xptxas", "-v", compiled[0], "-o", tmp_path / "mixed_op.cubin")
+def test_no_kernel_spills_registers(nvcc_beside_the_others):
+    report = nvcc_beside_the_others[1].result()
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills and set(spills) == {("0", "0", "0")}, report
