@@ -167,8 +167,13 @@ def correctness(args, device):
                     "right": right,
                     "same bits twice": all(same for *_, same in errors),
                 }
+    found = []
+    for operations in "mixed separable pool", "mixed separable pool cell":  # one at a time, and whole cells
+        kernels.use_on_cuda(operations)
+        yield from network_rows(args, device, found, operations)
+        if device.type != "cuda":
+            break
     kernels.use_on_cuda(chosen)
-    yield from network_rows(args, device, found := [])
     if wrong + len(found):
         raise Wrong(f"{wrong + len(found)} relative errors are larger than allowed")
 
@@ -195,7 +200,7 @@ def operator_errors(call, maps, parameters, device, dtype, memory_format):
     return errors[0], max(errors[1:], key=lambda x: (math.isnan(x), x)), all(map(torch.equal, *results))
 
 
-def network_rows(args, device, wrong):
+def network_rows(args, device, wrong, operations):
     """Loss and gradients of whole search networks, fused, against plain torch in float64 on the CPU."""
     config = dataclasses.replace(pdarts.CIFAR10, cells=(3, 4, 5), channels=args.channels)
     ((images, labels),) = bench.batches(1, 8, torch.device("cpu"))
@@ -214,7 +219,8 @@ def network_rows(args, device, wrong):
             loss, gradients = (relative(*pair) for pair in zip(results[dtype], results["right"]))
             right = loss <= allowed and gradients <= allowed
             wrong += [] if right else [stage]
-            row = {"stage": stage, "dtype": dtype, "error of the loss": loss, "of gradients": gradients}
+            row = {"stage": stage, "operations on CUDA": operations, "dtype": dtype}
+            row |= {"error of the loss": loss, "of gradients": gradients}
             yield "search networks of 3, 4 and 5 cells", row | {"allowed": allowed, "right": right}
 
 

@@ -26,6 +26,12 @@ from harness.gpu_checks import GPU_ONLY, Wrong
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 
+# What is fused on CUDA, of sides that have less of it than the others.
+OPERATIONS = {
+    "ours, one operation at a time, graph": "mixed separable:float32:NCHW pool:float32:NCHW",
+    "ours, mixed operations only, graph": "mixed",
+}
+
 
 def sides(args, device, config, batch):
     """{name: stage -> function that builds it}; None for what needs a GPU where there is none."""
@@ -44,18 +50,23 @@ def sides(args, device, config, batch):
         "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
         "ours": ours(recompute=False),
         "ours, graph": ours(recompute=False, graph=True) if on_cuda else None,
+        **{name: ours(recompute=False, graph=True) if on_cuda else None for name in OPERATIONS},
         "ours, recompute": ours(recompute=True),
         "ours, recompute, graph": ours(recompute=True, graph=True) if on_cuda else None,
     }
 
 
-def measured(args, device, make, kinds):
-    """Rows of one side, or one with the reason why there are none."""
+def measured(args, device, make, kinds, operations=None):
+    """Rows of one side, or one with the reason why there are none. operations: fused on CUDA, instead of the chosen."""
+    chosen = kernels.use_on_cuda(operations) if operations is not None else None
     try:
         yield from bench.measure_steps({"": make}, kinds, device, args.seconds, args.rounds)
     except Exception as error:
         yield {"problem": reason(error)}
         traceback.print_exc()
+    finally:
+        if chosen is not None:
+            kernels.use_on_cuda(chosen)
     gc.collect()  # what the failed side held
 
 
@@ -73,7 +84,7 @@ def steps(args, device):
             if make is None:
                 yield f"stage {stage}", about | {"problem": GPU_ONLY}
                 continue
-            for result in measured(args, device, make(stage), ("weights", "alphas")):
+            for result in measured(args, device, make(stage), ("weights", "alphas"), OPERATIONS.get(name)):
                 problems += [f"{name}: {result['problem']}"] if "problem" in result else []
                 rows.append(about | step_row(result))
                 for r in rows:
@@ -268,7 +279,8 @@ def convolutions(args, device):
                     yield str(list(shape)), {**about, **ms, "times faster": ratio}
     kernels.use_on_cuda(chosen)
     faster = [":".join(key) for key, values in ratios.items() if statistics.geometric_mean(values) >= WORTH_IT]
-    yield "what is worth it", {"PDARTS_CUDA_OPERATIONS": " ".join(["mixed", *faster]), "in use": chosen}
+    cells = [name for name in chosen.split() if name.startswith("cell")]  # which part 6 measures
+    yield "what is worth it", {"PDARTS_CUDA_OPERATIONS": " ".join(["mixed", *faster, *cells]), "in use": chosen}
 
 
 def operations_of(shape, dtype, layout, device):

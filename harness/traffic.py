@@ -1,11 +1,12 @@
 """Counts the launches of kernels and the bytes that a step moves on CUDA: `python bench.py traffic`. No GPU is needed.
 
 A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
-and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that;
-bytes of feature maps are scaled to --batch. An operation counts as one launch that reads its inputs and writes its
-results once, views as none, and what is known better as `KNOWN` has it. A kernel of torch's that reads an input
-several times, as that of the weights of a depthwise convolution does for every tap, counts as one that reads it once:
-it is the least that is compared.
+and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that, one
+operation at a time, and "cells" with whole cells; bytes of feature maps are scaled to --batch. An operation counts as
+one launch that reads its inputs and writes its results once, views as none, and what is known better as `KNOWN` has it;
+`Launches` follows kernels/cell_cuda_operators.h. A kernel of torch's that reads an input several times, as that of the
+weights of a depthwise convolution does for every tap, counts as one that reads it once: it is the least that is
+compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 from unittest import mock
 
@@ -25,9 +27,12 @@ import bench
 import kernels
 import pdarts
 
+fusion = importlib.import_module("kernels.fuse")  # of which kernels.fuse is a function
+
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
-SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool")}
+SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool"), "cells": ("mixed", "separable", "pool", "cell")}
+RATE = 0.3  # of the dropout after skip-connects: on a GPU it is drawn at any rate
 
 
 def mixed(call, size):
@@ -91,13 +96,187 @@ def max_pool_backward(call, size):
     return 2, size(grad) + size(indices) + 2 * size(x)  # cleared and then added to
 
 
+class Launches:
+    """Those of a cell, level by level, and the bytes that they move."""
+
+    def __init__(self, inputs, weights, program, outputs, batch, size):
+        self.batch, self.outputs, self.size, self.count, self.bytes = batch, outputs, size, 0, 0
+        self.shapes, self.inputs = [x.shape for x in inputs], len(inputs)
+        # Of each value: kind, sources, parts, stride, whether there is one that is computed alike.
+        self.operations = [("input", [], (), 1, False)] * len(inputs)
+        numbers = iter(program)
+        for pair in zip(weights[::2], weights[1::2]):
+            self.add(kernels.KINDS, numbers, *pair)
+
+    def add(self, kinds, numbers, weight, pointwise):
+        kind, source = next(numbers), next(numbers)
+        if kind == len(kinds):
+            terms = [next(numbers) for _ in range(source)]
+            self.operations.append(("sum", terms, (), 1, False))
+            self.shapes.append(self.shapes[terms[0]])
+            return
+        kind, (stride, padding, dilation) = kinds[kind], (next(numbers) for _ in range(3))
+        n, c, *size = self.shapes[source]
+        parts = []  # (shape of what the pointwise convolution reads, whether it is written, how a launch is found)
+        if kind == "separable":
+            kernel = 1 if weight is None else weight.shape[2]
+            size = [(s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size] if kernel > 1 else size
+            parts = [((n, c, *size), kernel > 1, weight is not None)]
+            c = len(pointwise)
+        elif kind == "reduce":
+            size, stride = [(s + 1) // 2 for s in size], 2
+            parts, c = [((n, c, *size), True, False)] * 2, len(weight) + len(pointwise)
+        elif kind != "product":
+            size = [(s - 1) // stride + 1 for s in size]
+        there = [(op[0], op[1], op[3]) for op in self.operations[self.inputs :]]
+        alike = kind in ("max", "avg") and (kind, [source], stride) in there
+        self.operations.append((kind, [source], parts, stride, alike))
+        self.shapes.append((n, c, *size))
+
+    def of(self, shape):
+        return self.size(torch.empty(shape, device="meta"))
+
+    def launch(self, *shapes, times=1):
+        self.count += times
+        self.bytes += sum(map(self.of, shapes))
+
+    def is_state(self, v):
+        return v < self.inputs or self.operations[v][0] == "sum"
+
+    def grouped(self, values):
+        """Values of steps whose convolutions are one launch."""
+        groups = collections.defaultdict(list)
+        for v in values:
+            _, (source,), *_, stride, _ = self.operations[v]
+            groups[self.shapes[source], self.shapes[v][2:], stride].append(v)
+        return groups.values()
+
+    def levels(self, level):
+        return [[v for v in range(len(level)) if level[v] == now] for now in range(max(level) + 1)]
+
+    def reads(self, values):
+        return [self.shapes[source] for source in {self.operations[v][1][0] for v in values}]
+
+    def forward(self, keep):
+        shapes, level = self.shapes, [0] * self.inputs
+        for _, sources, *_ in self.operations[self.inputs :]:
+            level.append(1 + max(level[v] for v in sources))
+        self.count += 2 * any(self.batch)  # statistics are cleared
+        for values in self.levels(level)[1:]:
+            kind = {v: self.operations[v][0] for v in values}
+            for group in self.grouped(v for v in values if kind[v] in ("separable", "reduce")):
+                between = [z for v in group for z, kept, _ in self.operations[v][2] if keep and kept]
+                self.launch(*self.reads(group), *(shapes[v] for v in group), *between)
+                self.count += any(self.batch[v] for v in group)
+            for group in self.grouped(v for v in values if kind[v] in ("max", "avg") and not self.operations[v][4]):
+                self.launch(*self.reads(group), *(shapes[v] for v in group))
+                self.count += any(self.batch[v] for v in group)
+            products = [v for v in values if kind[v] == "product"]
+            self.launch(*(shapes[v] for v in 3 * products), times=len({shapes[v] for v in products}))
+            for v in values:
+                if kind[v] == "sum":
+                    terms = self.operations[v][1]
+                    self.launch(*(shapes[u] for u in terms), shapes[v], times=2 - all(map(self.is_state, terms)))
+        self.launch(*(shapes[v] for v in 2 * self.outputs), times=len(self.outputs) > 1)
+
+    def backward(self, needs):
+        shapes, count = self.shapes, len(self.shapes)
+        of_inputs, of_weights, of_probabilities = needs[: self.inputs], needs[self.inputs :], needs[-1]
+        wanted, users = list(of_inputs), [[] for _ in shapes]
+        for v, (kind, sources, *_) in list(enumerate(self.operations))[self.inputs :]:
+            own = of_probabilities if kind == "sum" else any(of_weights[2 * (v - self.inputs) :][:2])
+            wanted.append(own or any(wanted[u] for u in sources))
+            for u in sources:
+                users[u].append(v)
+        level = [0] * count
+        for v in reversed(range(count)):
+            level[v] = max((level[u] + 1 for u in users[v]), default=0)
+        weights = 0
+        for values in self.levels(level):
+            states = [v for v in values if wanted[v] and self.is_state(v)]
+            self.gather(states, users, wanted)
+            for v in states:
+                if v >= self.inputs:
+                    self.sum_gradients(v, of_probabilities, wanted)
+            steps = [v for v in values if wanted[v] and self.operations[v][0] in ("separable", "reduce")]
+            for group in self.grouped(steps):
+                weights += self.convolution_gradients(group, users, of_weights, wanted)
+        self.count += math.ceil(weights / 64)  # the sums over blocks
+
+    def gather(self, states, users, wanted):
+        sizes, readers = set(), []
+        for v in states:
+            read = [u for u in users[v] if wanted[u]]
+            kinds = [self.operations[u][0] for u in read]
+            moved = [self.shapes[v]] * (2 * (v in self.outputs) + kinds.count("sum") + 2 * kinds.count("product"))
+            self.count += v in self.outputs and len(self.outputs) > 1  # its part of the gradient is copied
+            sizes |= {self.shapes[v]} if moved else set()
+            self.launch(*moved, self.shapes[v], times=0)
+            pools = [u for u in read if self.operations[u][0] in ("max", "avg")]
+            self.launch(*(self.shapes[u] for u in pools), times=bool(pools))  # of each what the sum's gradient is
+            kept = [u for u in pools if not self.operations[u][4]]
+            self.launch(*(self.shapes[u] for u in kept), *[self.shapes[v]] * (3 * bool(pools)), times=0)
+            readers += [u for u in read if self.operations[u][0] in ("separable", "reduce")]
+        self.count += len(sizes)
+        for group in self.grouped(readers):
+            between = [z for u in group for z, *_ in self.operations[u][2]]
+            self.launch(*between, *3 * self.reads(group))
+
+    def sum_gradients(self, v, of_probabilities, wanted):
+        terms = self.operations[v][1]
+        normed = [u for u in terms if self.batch[u]]
+        read = terms if of_probabilities else [u for u in normed if wanted[u]]
+        if read:
+            self.launch(*(self.shapes[u] for u in read), self.shapes[v])
+        self.count += bool(normed) + of_probabilities + (not all(map(self.is_state, terms)))
+
+    def convolution_gradients(self, group, users, of_weights, wanted):
+        """Returns how many weights have gradients."""
+        shapes, weights, passed = self.shapes, 0, []
+        parts = [(v, i, *part) for v in group for i, part in enumerate(self.operations[v][2])]
+        asked = {v: of_weights[2 * (v - self.inputs) :][:2] for v in group}
+        # Terms of a sum read one gradient; and those with a norm read themselves.
+        incoming = [*{u: shapes[v] for v in group for u in users[v]}.values()]
+        incoming += [shapes[v] for v in group if self.batch[v]]
+        passed = [p for p in parts if wanted[self.operations[p[0]][1][0]] or (p[4] and asked[p[0]][0])]
+        if passed:
+            self.launch(*incoming, *(z for _, _, z, *_ in passed))
+        pointwise = [p for p in parts if asked[p[0]][1 if self.operations[p[0]][0] == "separable" else p[1]]]
+        if pointwise:
+            self.launch(*incoming, *(z for _, _, z, *_ in pointwise))
+        kernels = [p for p in parts if p[4] and asked[p[0]][0]]
+        if kernels:
+            self.launch(*(z for _, _, z, *_ in kernels), *self.reads(p[0] for p in kernels))
+        chained = [v for v in group if not self.is_state(self.operations[v][1][0]) and wanted[self.operations[v][1][0]]]
+        if chained:
+            between = [z for v in chained for z, *_ in self.operations[v][2]]
+            self.launch(*between, *2 * self.reads(chained), times=2)
+        return len(pointwise) + len(kernels)
+
+
+def cell(call, size):
+    inputs, weights, *_, program, outputs, batch, _, keep = call.arguments
+    launches = Launches(inputs, weights, program, outputs, batch, size)
+    launches.forward(keep)
+    return launches.count, launches.bytes
+
+
+def cell_backward(call, size):
+    _, _, _, inputs, weights, *_, program, outputs, batch, needs = call.arguments
+    launches = Launches(inputs, weights, program, outputs, batch, size)
+    launches.backward(needs)
+    return launches.count, launches.bytes
+
+
 KNOWN = {
+    "pdarts::cell": cell,
+    "pdarts::cell_backward": cell_backward,
     "pdarts::mixed": mixed,
     "pdarts::mixed_backward": mixed_backward,
     "pdarts::separable": separable,
     "pdarts::separable_backward": separable_backward,
     "pdarts::pool_backward": lambda call, size: (1, size(call.arguments[:2]) + size(call.results)),
-    "pdarts::update_running": lambda call, size: (2, 2 * size(call.arguments)),
+    "pdarts::update_running": lambda call, size: (4 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
     "aten::convolution_backward": convolution_backward,
     "aten::native_batch_norm": batch_norm,
     "aten::native_batch_norm_backward": batch_norm_backward,
@@ -155,6 +334,8 @@ def side(operations):
         patch = functools.partial(mock.patch.object, kernels)
         stack.enter_context(patch("_on_cpu", lambda x: False))
         stack.enter_context(patch("serves", lambda operation, x: operation in operations))
+        cell = fusion._WholeSearchCell
+        stack.enter_context(mock.patch.object(cell, "mask", lambda self, op, ones: (torch.rand(ones.shape), None)))
         if "separable" not in operations:
             stack.enter_context(patch("_Read", OneByOne))
         yield
@@ -168,6 +349,7 @@ def rows(stages, channels: int, batch: int):
         for name, operations in SIDES.items():
             with side(operations):
                 step = bench.OurStep(stage, config, images, labels, recompute=False)
+                step.network.set_skip_dropout(RATE)
                 for which in ("weights", "alphas"):
                     step.run(which)  # what an optimizer makes at its first step
                     with Traffic(IMAGES, batch) as counted:

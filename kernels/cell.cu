@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_packs(const T* from, T (&to)[N]) {
 template <int R, int O, class T>
 __device__ __forceinline__ void write_moments(
     const T (&results)[R][O], int rows, int count, T* shared, double* moments, int first, int out) {
-  constexpr int some = 16;
+  constexpr int some = 8;
   T* means = shared + kWarps * O;
 #pragma unroll
   for (int pass = 0; pass < 2; pass++) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void write_moments(
         }
       }
       sum_of_lane<some / 2, 16>(sums);
-      if (threadIdx.x % 2 == 0) shared[threadIdx.x / 32 * O + o + threadIdx.x % 32 / 2] = sums[0];
+      if (threadIdx.x % 4 == 0) shared[threadIdx.x / 32 * O + o + threadIdx.x % 32 / 4] = sums[0];
     }
     __syncthreads();
     if (threadIdx.x < O) {
@@ -124,44 +124,46 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
   T* pointwise = tiles + elements;
   T* weight = pointwise + together * O;
   Place at(t, R);
-  int first = at.c * O, taps = d.kernel * d.kernel;
+  int first = at.c * O;
   if (first >= d.out) return;
   clear(tiles, together * t.images * t.image);
-  int64_t n = at.group * t.images, size = static_cast<int64_t>(all.OH) * all.OW;
-  int rows = max(0, min(R, all.OH - at.row));
-  if (at.image >= t.images || n + at.image >= all.N || at.column >= all.OW) rows = 0;
-  int64_t pixel = static_cast<int64_t>(at.row) * all.OW + at.column;
+  int n = static_cast<int>(at.group) * t.images, size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
+  bool works = at.image < t.images && n + at.image < all.N && at.column < all.OW;
+  int rows = works ? max(0, min(R, all.OH - at.row)) : 0;
   T sum[R][O] = {};
   for (int c0 = 0; c0 < d.C; c0 += together) {
     int channels = min(together, d.C - c0);
     if (c0) __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < channels; i++) {
       Norm<T> norm = norm_of<T>(d.norm, c0 + i);
-      load_tile<S, T>(
+      load_tile<S, T, 1>(
           vectors, tiles + i * t.images * t.image, t, d.x, n, d.C, c0 + i, all.H, all.W, at.tile_row * S - d.padding,
           at.tile_column * S - d.padding, [&](T x) { return norm.rectified(x); });
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < channels * O; i += kThreads) {
       int o = first + i % O;
-      pointwise[i] = o < d.out ? static_cast<const T*>(d.pointwise)[static_cast<int64_t>(o) * d.C + c0 + i / O] : T(0);
+      pointwise[i] = o < d.out ? static_cast<const T*>(d.pointwise)[o * d.C + c0 + i / O] : T(0);
     }
+    int taps = d.kernel * d.kernel;
+#pragma unroll 1
     for (int i = threadIdx.x; i < channels * taps; i += kThreads) {
-      weight[i / taps * kTaps + i % taps] =
-          d.weight ? static_cast<const T*>(d.weight)[static_cast<int64_t>(c0) * taps + i] : T(1);
+      weight[i / taps * kTaps + i % taps] = d.weight ? static_cast<const T*>(d.weight)[c0 * taps + i] : T(1);
     }
     __syncthreads();
     if (!rows) continue;
     for (int i = 0; i < channels; i++) {
+      const T* from = tiles + i * t.images * t.image + at.offset(t, R, S);
       T z[R] = {};
       with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
         T w[quotient_up(K.value * K.value, V) * V];
         load_packs(weight + i * kTaps, w);
         for_taps<K.value, S, D.value, R>(
-            tiles + i * t.images * t.image, t, at,
-            [&](int r, int row, int column, T v) { z[r] += w[row * K.value + column] * v; });
+            from, t.pitch, [&](int r, int row, int column, T v) { z[r] += w[row * K.value + column] * v; });
       });
-      if (d.z && !at.c) {
-        T* to = static_cast<T*>(d.z) + ((n + at.image) * d.C + c0 + i) * size + pixel;
+      if (d.z && !first) {
+        T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
 #pragma unroll
         for (int r = 0; r < R; r++) {
           if (r < rows) to[r * all.OW] = z[r];
@@ -179,12 +181,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
       }
     }
   }
-  T* to = static_cast<T*>(d.y) + ((n + at.image) * d.channels + first) * size + pixel;
+  T* to = static_cast<T*>(d.y) + (static_cast<int64_t>(n + at.image) * d.channels + first) * size + pixel;
 #pragma unroll
   for (int o = 0; o < O; o++) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      if (r < rows && first + o < d.out) to[o * size + r * all.OW] = sum[r][o];
+      if (r < rows && first + o < d.out) to[static_cast<int64_t>(o) * size + r * all.OW] = sum[r][o];
     }
   }
   if (!d.moments) return;
@@ -346,11 +348,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<T>(d.incoming, o0 + threadIdx.x);
     __syncthreads();
     if (!works) continue;
-#pragma unroll(I == 64 ? 2 : 4)
+    int64_t next = (n * d.channels + o0) * size + pixel;
+    Pack<T, P> next_g = load<P, T>(d.incoming.g, next, count), next_y = {};
+    if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
+#pragma unroll 1
     for (int j = 0; j < outs; j++) {
-      int64_t at = (n * d.channels + o0 + j) * size + pixel;
-      Pack<T, P> g = load<P, T>(d.incoming.g, at, count), y = {};
-      if (d.incoming.b) y = load<P, T>(d.incoming.y, at, count);
+      Pack<T, P> g = next_g, y = next_y;
+      if (j + 1 < outs) {  // in flight while this one is computed
+        next += size;
+        next_g = load<P, T>(d.incoming.g, next, count);
+        if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
+      }
       Coefficients<T> of = coefficients[j];
 #pragma unroll
       for (int q = 0; q < P; q++) g.v[q] = of.gradient(p, g.v[q], y.v[q]);
@@ -509,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
     if (!works) continue;
     auto add = [&](auto K, auto D, auto E) {
       int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
-      const T* from = tile + at.image * t.image + (at.y * R + offset) * t.pitch + at.x + offset;
+      const T* from = tile + at.offset(t, R, 1) + offset * (t.pitch + 1);
       for_gradient_taps<K.value, S, D.value, E.value, R>(
           from, t.pitch, [&](int r, int rho, int sigma, int i, int j, T v) {
             sum[r][rho][sigma] += weight[i * K.value + j] * v;

@@ -90,6 +90,11 @@ struct Place {
   int64_t group;              // the first of the block
   int split;                  // which of the blocks of this channel
 
+  // Where the first element is that a thread reads of a tile, for `each` * stride rows from thread to thread.
+  __device__ int offset(const Tiles& t, int each, int stride) const {
+    return image * t.image + y * each * stride * t.pitch + x;
+  }
+
   __device__ Place(const Tiles& t, int each) {
     unsigned rest = blockIdx.x / static_cast<unsigned>(t.C), r = rest / t.columns;
     c = blockIdx.x % static_cast<unsigned>(t.C), split = rest;
@@ -128,7 +133,7 @@ __device__ __forceinline__ void clear(A* tile, int count) {
 
 // f of the elements of some images of a channel, H x W, from `row` and `column` on (which may lie outside), into the
 // tile; what is outside is left as it is.
-template <int S, int V, class T, class A, class F>
+template <int S, int V, int LOADS, class T, class A, class F>
 __device__ __forceinline__ void load_tile(
     A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row, int column, F f) {
   int first = max(0, row), left = max(0, column) / V * V;
@@ -137,11 +142,11 @@ __device__ __forceinline__ void load_tile(
   int images = static_cast<int>(min(static_cast<int64_t>(t.images), t.N - n));
   Divisor by_packs(packs), by_rows(rows);
   const T* base = static_cast<const T*>(from) + (n * C + c) * H * W + static_cast<int64_t>(first) * W + left;
-  for (int i = threadIdx.x; i < images * rows * packs; i += kLoads * kThreads) {
-    Pack<T, V> pack[kLoads];
-    int to[kLoads], at[kLoads];
+  for (int i = threadIdx.x; i < images * rows * packs; i += LOADS * kThreads) {
+    Pack<T, V> pack[LOADS];
+    int to[LOADS], at[LOADS];
 #pragma unroll
-    for (int u = 0; u < kLoads; u++) {
+    for (int u = 0; u < LOADS; u++) {
       int j = i + u * kThreads, r = by_packs.quotient(j), p = j - r * packs, image = by_rows.quotient(r);
       r -= image * rows;
       to[u] = -1;
@@ -150,7 +155,7 @@ __device__ __forceinline__ void load_tile(
       to[u] = image * t.image + (first - row + r) * t.pitch, at[u] = left - column + p * V;
     }
 #pragma unroll
-    for (int u = 0; u < kLoads; u++) {
+    for (int u = 0; u < LOADS; u++) {
 #pragma unroll
       for (int l = 0; l < V; l++) {
         bool inside = to[u] >= 0 && (V == 1 || (at[u] + l >= 0 && at[u] + l < t.width));
@@ -160,14 +165,14 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-template <int S, class T, class A, class F>
+template <int S, class T, int LOADS = kLoads, class A, class F>
 __device__ __forceinline__ void load_tile(
     bool vectors, A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row,
     int column, F f) {
   if (vectors) {
-    load_tile<S, kVector<T>, T>(tile, t, from, n, C, c, H, W, row, column, f);
+    load_tile<S, kVector<T>, LOADS, T>(tile, t, from, n, C, c, H, W, row, column, f);
   } else {
-    load_tile<S, 1, T>(tile, t, from, n, C, c, H, W, row, column, f);
+    load_tile<S, 1, LOADS, T>(tile, t, from, n, C, c, H, W, row, column, f);
   }
 }
 
@@ -177,10 +182,9 @@ bool vectors_of(const void* p, int W) {
   return W % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p) % (sizeof(T) * kVector<T>) == 0;
 }
 
-// f(row of the thread, tap's row i, tap's column j, element) for all that the rows of a thread read.
+// f(row of the thread, tap's row i, tap's column j, element) for all that the rows of a thread read; from: the first.
 template <int K, int S, int D, int R = kRows, class A, class F>
-__device__ __forceinline__ void for_taps(const A* tile, const Tiles& t, const Place& at, F f) {
-  const A* from = tile + at.image * t.image + at.y * (R * S) * t.pitch + at.x;
+__device__ __forceinline__ void for_taps(const A* from, int pitch, F f) {
 #pragma unroll
   for (int q = 0; q <= (R - 1) * S + (K - 1) * D; q++) {
 #pragma unroll
@@ -191,7 +195,7 @@ __device__ __forceinline__ void for_taps(const A* tile, const Tiles& t, const Pl
       for (int r = 0; r < R; r++) {
         int i = (q - r * S) / D;
         if (q < r * S || (q - r * S) % D || i >= K) continue;
-        if (!loaded) v = from[q * t.pitch + in_row<S>(j * D, t.pitch)], loaded = true;
+        if (!loaded) v = from[q * pitch + in_row<S>(j * D, pitch)], loaded = true;
         f(r, i, j, v);
       }
     }
@@ -276,7 +280,7 @@ __device__ __forceinline__ void weight_gradients(
         vectors, tile, t, x, n, C, at.c, H, W, at.tile_row * S - padding, at.tile_column * S - padding,
         [&](A v) { return norm.rectified(v); });
     __syncthreads();
-    if (works) for_taps<K, S, D>(tile, t, at, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
+    if (works) for_taps<K, S, D>(tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
     __syncthreads();
   }
   constexpr int most = K == 3 ? 16 : 32;  // values at a time

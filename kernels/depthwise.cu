@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5)>)
     __syncthreads();
     if (at.image < t.images && n + at.image < d.N && at.column < OW) {
       A sum[kRows] = {};
-      for_taps<K, S, D>(tile, t, at, [&](int r, int i, int j, A v) { sum[r] += w[i * K + j] * v; });
+      for_taps<K, S, D>(
+          tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[r] += w[i * K + j] * v; });
       T* to = static_cast<T*>(z) + ((n + at.image) * d.C + at.c) * OH * OW + static_cast<int64_t>(at.row) * OW;
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5 || S > 1)>)
     if (at.image < t.images && n + at.image < d.N && at.column * S < d.W) {
       A sum[R][S][S] = {};
       for_gradient_taps<K, S, D, E, R>(
-          tile + at.image * t.image + at.y * R * t.pitch + at.x, t.pitch,
+          tile + at.offset(t, R, 1), t.pitch,
           [&](int r, int rho, int sigma, int i, int j, A v) { sum[r][rho][sigma] += w[i * K + j] * v; });
       int64_t plane = ((n + at.image) * d.C + at.c) * d.H * d.W;
       int64_t first = plane + static_cast<int64_t>(at.row) * S * d.W + at.column * S;

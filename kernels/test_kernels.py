@@ -691,7 +691,7 @@ def test_convolutions_under_autocast_on_cuda_are_ours_in_the_shorter_type(cuda):
         assert (mine.float() - right.float()).norm() <= 2e-2 * right.float().norm()
 
 @pytest.mark.parametrize("operations, expected", [
-    (kernels.CUDA_OPERATIONS, "mixed mixed16 separable pool"), ("mixed", "mixed mixed16"), ("", ""),
+    (kernels.CUDA_OPERATIONS, "mixed mixed16 separable pool cell"), ("mixed", "mixed mixed16"), ("", ""),
     ("separable, pool:bfloat16:channels-last", "separable separable16 pool16"),
 ])
 def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, expected):
@@ -704,9 +704,9 @@ def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, ex
     monkeypatch.setattr(kernels, "_served", {"cuda"})
     before = kernels.use_on_cuda(operations)
     maps = {"": Map(torch.float32), "16": Map(torch.bfloat16)}
-    pairs = [(name, end) for name in ("mixed", "separable", "pool") for end in maps]
+    pairs = [(name, end) for name in ("mixed", "separable", "pool", "cell") for end in maps]
     served = [name + end for name, end in pairs if kernels.serves(name, maps[end])]
     assert (kernels.use_on_cuda("mixed pol"), served) == (operations, expected.split())
-    with pytest.raises(ValueError, match="PDARTS_CUDA_OPERATIONS has .'mixed', 'pol'.; expected mixed, separable or"):
+    with pytest.raises(ValueError, match="PDARTS_CUDA_OPERATIONS has .'mixed', 'pol'.; expected mixed, separable, pool or"):
         kernels.serves("pool", maps[""])
     kernels.use_on_cuda(before)
