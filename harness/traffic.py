@@ -224,15 +224,15 @@ class Launches:
 
     def sum_gradients(self, v, of_probabilities, wanted):
         terms = self.operations[v][1]
-        normed = [u for u in terms if self.batch[u]]
-        read = terms if of_probabilities else [u for u in normed if wanted[u]]
+        normed = [u for u in terms if self.batch[u] and wanted[u]]
+        read = terms if of_probabilities else normed
         if read:
             self.launch(*(self.shapes[u] for u in read), self.shapes[v])
         self.count += bool(normed) + of_probabilities + (not all(map(self.is_state, terms)))
 
     def convolution_gradients(self, group, users, of_weights, wanted):
         """Returns how many weights have gradients."""
-        shapes, weights, passed = self.shapes, 0, []
+        shapes = self.shapes
         parts = [(v, i, *part) for v in group for i, part in enumerate(self.operations[v][2])]
         asked = {v: of_weights[2 * (v - self.inputs) :][:2] for v in group}
         # Terms of a sum read one gradient; and those with a norm read themselves.

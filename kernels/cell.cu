@@ -532,7 +532,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
     });
   }
   Norm<T> norm = norm_of<T>(any.norm, at.c);
-  int64_t first = ((n + at.image) * any.C + at.c) * all.H * all.W + static_cast<int64_t>(at.row) * S * all.W + at.column * S;
+  int64_t plane = ((n + at.image) * any.C + at.c) * all.H * all.W;
+  int64_t first = plane + static_cast<int64_t>(at.row) * S * all.W + at.column * S;
   const T* x = static_cast<const T*>(any.x) + first;
   T* to = static_cast<T*>(target.to) + first;
   T sums[2] = {};
@@ -620,7 +621,8 @@ __global__ void __launch_bounds__(kThreads) terms_kernel(const __grid_constant__
       const PdartsTerm& d = all.at[k];
       T p = d.p ? static_cast<const T*>(d.p)[d.per_image ? n : 0] : T(1);
       if (d.factor) {
-        T factor = static_cast<const T*>(d.factor)[n * all.size + i], rate = d.rate ? *static_cast<const T*>(d.rate) : T(0);
+        T factor = static_cast<const T*>(d.factor)[n * all.size + i];
+        T rate = d.rate ? *static_cast<const T*>(d.rate) : T(0);
         p *= !d.rate ? factor : factor >= rate ? 1 / (1 - rate) : T(0);
       }
       sum += p * static_cast<const T*>(d.x)[n * all.size + i];
@@ -739,7 +741,8 @@ void with_convolutions(const PdartsConvolutions& all, F f) {
   with_float(all.type, [&](auto type) {
     using T = decltype(type);
     with_channels(out, [&](auto O) {
-      int around = most(all, reach) + 1 - all.stride, extra = together * (O.value + kTaps) * static_cast<int>(sizeof(T));
+      int around = most(all, reach) + 1 - all.stride;
+      int extra = together * (O.value + kTaps) * static_cast<int>(sizeof(T));
       Tiles t = one_group(tiles_of(
           all.N, quotient(out, O.value), all.OH, all.OW, kResults / O.value, all.stride, around, together * sizeof(T),
           kShared - extra));
@@ -765,10 +768,10 @@ void with_inputs(const PdartsConvolutions& all, F f) {
       before = std::max(before, (reach(d) - parity + s - 1) / s - whole);
       after = std::max(after, whole + (parity + s - 1) / s);
     });
-    int extra = kTaps * static_cast<int>(sizeof(T));
+    int extra = kTaps * static_cast<int>(sizeof(T)), sums = 2 * kWarps * static_cast<int>(sizeof(T));
     Tiles t = one_group(tiles_of(
         all.N, all.at[0].C, quotient(all.H, s), quotient(all.W, s), kRows / s, 1, before + after, sizeof(T),
-        kShared - extra));
+        kShared - extra - sums));
     int bytes = t.images * t.image * static_cast<int>(sizeof(T)) + extra;
     s == 1 ? f(type, Int<1>(), t, bytes, before) : f(type, Int<2>(), t, bytes, before);
   });
@@ -857,7 +860,8 @@ int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all) {
 void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
   const PdartsConvolutions& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_convolutions(all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements, int together) {
+  with_convolutions(all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements,
+                             int together) {
     using T = decltype(type);
     constexpr int S = stride.value, O = results.value;
     bool vectors = true;

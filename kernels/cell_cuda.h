@@ -161,7 +161,8 @@ extern "C" int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all);
 
 // y, z and moments, and from these the statistics.
 extern "C" void cell_convolutions_cuda(const PdartsConvolutions* all, void* stream);
-extern "C" void cell_convolution_statistics_cuda(const PdartsConvolutions* all, const PdartsStatistics* to, void* stream);
+extern "C" void cell_convolution_statistics_cuda(
+    const PdartsConvolutions* all, const PdartsStatistics* to, void* stream);
 extern "C" void cell_pools_cuda(const PdartsCellPools* pools, void* stream);
 extern "C" void cell_pool_statistics_cuda(const PdartsCellPools* pools, const PdartsStatistics* to, void* stream);
 

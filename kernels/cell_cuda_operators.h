@@ -95,7 +95,8 @@ struct CudaCell : Cell {
     Part part{v, int32_t(first), int32_t(values[v].H), int32_t(values[v].W), stride, {}};
     PdartsConvolution& d = part.d;
     d.C = values[op.source].C, d.out = pointwise.size(0), d.channels = C;
-    d.kernel = std::max(kernel, 1), d.dilation = kernel ? dilation : 1, d.padding = kernel ? padding : std::min(padding, 0);
+    d.kernel = std::max(kernel, 1), d.dilation = kernel ? dilation : 1;
+    d.padding = kernel ? padding : std::min(padding, 0);
     part.weight = weight.defined() ? weight.contiguous() : weight, part.pointwise = pointwise.contiguous();
     d.weight = data(part.weight), d.pointwise = data(part.pointwise);
     parts.push_back(part);
@@ -283,7 +284,8 @@ struct CudaCell : Cell {
     for (size_t i = 0; i < group.size(); i++) {
       int64_t v = group[i];
       bool with_moments = false;
-      PdartsCellPool& d = all.at[i] = {values[operation(v).source].x, values[v].x, operation(v).kind == Kind::kMax, nullptr};
+      PdartsCellPool& d = all.at[i];
+      d = {values[operation(v).source].x, values[v].x, operation(v).kind == Kind::kMax, nullptr};
       for (int64_t other = v; other < count(); other++) {
         if (same[other] == v && values[other].batch) others.push_back({v, other}), with_moments = true;
       }
@@ -389,8 +391,11 @@ struct CudaCell : Cell {
         }
         if (op.kind != Kind::kProduct) continue;
         const PdartsIncoming& of = incoming[user];
-        terms.push_back(explicit_[user].defined() ? product_of(user, explicit_[user].data_ptr()) : product_of(user, of.g));
-        if (!explicit_[user].defined()) terms.back().p = of.p, terms.back().per_image = of.per_image;
+        if (explicit_[user].defined()) {
+          terms.push_back(product_of(user, explicit_[user].data_ptr()));
+        } else {
+          terms.push_back(product_of(user, of.g)), terms.back().p = of.p, terms.back().per_image = of.per_image;
+        }
       }
       if (!terms.empty()) add_target(v, gradients[v], terms), there[v] = true;
       for (Part& part : parts) {
