@@ -79,7 +79,10 @@ def separable_ref(
     """Plain torch version of `separable`."""
     if running_mean is not None:
         x = F.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
-    x = F.relu(x)
+    return _convolved(F.relu(x), depthwise, pointwise, stride, padding, dilation)
+
+
+def _convolved(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
     if depthwise is not None:
         x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
     return F.conv2d(x, pointwise)
@@ -340,31 +343,50 @@ class Sum(NamedTuple):
 KINDS = ("separable", "reduce", "max", "avg", "product")
 
 
-def cell_ref(
-    inputs, operations, outputs, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5
-):
+def cell_ref(inputs, operations, outputs, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5):
     """Plain torch version of `cell`."""
     plain, settings = (separable_ref, pool_ref, mixed_norm_sum_ref), (training, momentum, eps)
     return _cell_of(*plain, inputs, operations, outputs, probabilities, norms, *settings)
 
 
 def _cell_of(
-    separable, pool, mixed, inputs, operations, outputs, probabilities, norms, training, momentum, eps
+    separable,
+    pool,
+    mixed,
+    inputs,
+    operations,
+    outputs,
+    probabilities,
+    norms,
+    training,
+    momentum,
+    eps,
+    recompute=True,
 ):
     """The cell as single operations."""
     settings, probabilities = (training, momentum, eps), iter(probabilities)
     reads = [v for op in operations for v in (op.terms if isinstance(op, Sum) else [op.source])] + list(outputs)
+    rectifying = [op.source for op in operations if isinstance(op, Step) and op.kind in ("separable", "reduce")]
+    norms = [norm or (None,) * 4 for norm in norms or [None] * (len(inputs) + len(operations))]
     fused_sums = mixed is not mixed_norm_sum_ref
-    values = []  # each as often as it is read
+    values, rectified = [], {}  # each as often as it is read
+
+    def copies(value, times):
+        together = fused_sums and 1 < times <= MAX_CANDIDATES and value.requires_grad and serves("mixed", value)
+        return list(_Read.apply(value, times)) if together else [value] * times
 
     def add(value):
-        times = reads.count(len(values))
-        together = fused_sums and 1 < times <= MAX_CANDIDATES and value.requires_grad and serves("mixed", value)
-        values.append(list(_Read.apply(value, times)) if together else [value] * times)
+        v = len(values)
+        times, shared = reads.count(v), rectifying.count(v)
+        # Where torch's convolutions serve, and keep what they read, one ReLU does for all of them.
+        once = fused_sums and shared > 1 and not recompute and norms[v][0] is None and _torch_convolves(value)
+        values.append(copies(value, times - shared + 1 if once else times))
+        if once:
+            x = F.relu(values[v].pop())
+            rectified[v] = copies(x.contiguous() if x.is_cpu else x, shared)  # contiguous: see `separable`
 
     for value in inputs:
         add(value)
-    norms = [norm or (None,) * 4 for norm in norms or [None] * (len(inputs) + len(operations))]
     for op in operations:
         if isinstance(op, Sum):
             sums = []
@@ -373,13 +395,16 @@ def _cell_of(
                 p = torch.stack([next(probabilities) for _ in part])
                 sums.append(mixed([values[term].pop() for term in part], p, means, vars, *settings, *affine))
             y = sum(sums[1:], sums[0])
-        elif op.kind == "separable":
-            mean, var, *affine = norms[op.source]
-            geometry = op.stride, op.padding, op.dilation
-            y = separable(values[op.source].pop(), *op.weights, *geometry, mean, var, *settings, *affine)
-        elif op.kind == "reduce":
-            halves = zip(_Diagonals.apply(values[op.source].pop()), op.weights)
-            y = torch.cat([separable(x, None, weight) for x, weight in halves], dim=1)
+        elif op.kind in ("separable", "reduce"):
+            once = rectified.get(op.source)
+            x, convolve = (once.pop(), _convolved) if once else (values[op.source].pop(), separable)
+            if op.kind == "reduce":
+                halves = zip(_Diagonals.apply(x), op.weights)
+                y = torch.cat([convolve(half, None, weight) for half, weight in halves], dim=1)
+            else:
+                mean, var, *affine = norms[op.source]
+                norm = () if once else (mean, var, *settings, *affine)
+                y = convolve(x, *op.weights, op.stride, op.padding, op.dilation, *norm)
         elif op.kind == "product":
             factor, rate = op.weights
             y = values[op.source].pop() * (factor if rate is None else (factor >= rate) / (1 - rate))
@@ -464,25 +489,33 @@ def cell(
     for op in operations:
         if isinstance(op, Step) and op.kind not in KINDS:
             raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
-    if not (serves_cells(inputs[0]) and (inputs[0].device.type == "cpu" or known_on_cuda(operations, len(inputs)))):
+    on_cuda = inputs[0].device.type == "cuda"
+    if not serves_cells(inputs[0]) or (on_cuda and not known_on_cuda(operations, norms, outputs)):
         single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
-        return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings)
+        return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings, recompute)
     return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps)
 
 
-def known_on_cuda(operations, inputs):
-    """Whether `cell` is fused on CUDA for such operations, after so many inputs."""
+def known_on_cuda(operations, norms, outputs):
+    """Whether `cell` is fused on CUDA for these: see cell_cuda_operators.h."""
+    inputs = len(norms) - len(operations)
     steps = {inputs + i: op for i, op in enumerate(operations) if isinstance(op, Step)}
-
-    def known(op):
+    together = list(outputs)
+    for v, op in enumerate(operations, inputs):
         if isinstance(op, Sum):
-            return len(op.terms) <= MAX_CANDIDATES
-        if op.source in steps and {op.kind, steps[op.source].kind} != {"separable"}:
+            together += op.terms
+            known = len(op.terms) <= MAX_CANDIDATES
+        else:
+            together += [op.source] * (op.kind == "product")
+            known = op.source not in steps or {op.kind, steps[op.source].kind} == {"separable"}
+            known = known and op.stride in (1, 2) and not (op.kind == "product" and norms[v])
+            if op.kind == "separable" and op.weights[0] is not None:
+                kernel = op.weights[0].shape[-1]
+                known = known and kernel in (3, 5) and op.dilation in (1, 2)
+                known = known and op.padding <= op.dilation * (kernel - 1)
+        if not known:
             return False
-        kernel = 3 if op.kind != "separable" or op.weights[0] is None else op.weights[0].shape[-1]
-        return kernel in (3, 5) and op.stride in (1, 2) and op.dilation in (1, 2)
-
-    return all(map(known, operations))
+    return max(map(together.count, together)) <= MAX_CANDIDATES
 
 
 def cell_program(operations):
@@ -512,8 +545,16 @@ def _on_cpu(x):
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and fused("cpu")
 
 
-def serves(operation: str, x) -> bool:
-    """Whether "mixed", "separable", "pool" or "cell" is fused for such a tensor."""
+def _torch_convolves(x):
+    """Whether torch's convolutions serve `separable`, whatever its geometry."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return not serves("separable", x)
+    return kind == "cpu" or not serves("separable", x, torch.get_autocast_dtype(kind))
+
+
+def serves(operation: str, x, dtype: torch.dtype | None = None) -> bool:
+    """Whether "mixed", "separable", "pool" or "cell" is fused for such a tensor, or for it in `dtype`."""
     if x.device.type != "cuda":
         return fused(x.device) if operation == "mixed" else _on_cpu(x)
     if not _cuda_operations.keys() <= {"mixed", "separable", "pool", "cell"}:
@@ -523,7 +564,8 @@ def serves(operation: str, x) -> bool:
         )
     layout = "NCHW" if x.is_contiguous() else "channels-last"
     tensors = _cuda_operations.get(operation, ())
-    return any(t in ("", f"{x.dtype}:{layout}".removeprefix("torch.")) for t in tensors) and fused("cuda")
+    kind = f"{dtype or x.dtype}:{layout}".removeprefix("torch.")
+    return any(t in ("", kind) for t in tensors) and fused("cuda")
 
 
 def serves_cells(x) -> bool:

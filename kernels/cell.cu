@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
     const __grid_constant__ PdartsConvolutions all, const Tiles t, int together, int elements, bool vectors) {
   constexpr int R = kResults / O, V = 16 / sizeof(T);
   const PdartsConvolution& d = all.at[blockIdx.y];
-  extern __shared__ double memory[];
+  extern __shared__ __align__(16) double memory[];
   T* tiles = reinterpret_cast<T*>(memory);
   T* pointwise = tiles + elements;
   T* weight = pointwise + together * O;

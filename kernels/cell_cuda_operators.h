@@ -23,18 +23,20 @@ namespace on_cuda {
 struct CudaCell : Cell {
   c10::OptionalDeviceGuard guard;
   int64_t size;                 // bytes of an element
-  bool given = false;           // backward: the statistics were
   std::vector<Tensor> tensors;  // of the values
   Tensor of_values;             // the statistics
-  std::vector<Tensor> alive;    // what launches read
+  std::vector<Tensor> alive;    // what launches of this level read
+  std::vector<Tensor> lasting;  // what launches of later ones do
   std::vector<int64_t> same;    // of each value the first one that is computed alike: pools of the same
 
   // A convolution of an operation: of a factorized reduction the one of the first or second half of the channels.
   struct Part {
     int64_t value;  // that it computes, from channel `first` on
+    int32_t which;  // of the operation's weights is the pointwise one
     int32_t first, OH, OW, stride;
     PdartsConvolution d;
     Tensor z, weight, pointwise;  // z undefined where it is f(x)
+    Tensor grad_z;                // until it has been read
   };
   std::vector<Part> parts;
 
@@ -42,9 +44,18 @@ struct CudaCell : Cell {
       const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch)
       : Cell(in, program, outputs, batch, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
         size(in.inputs[0].element_size()), tensors(values.size()) {
-    TORCH_CHECK(N && C, "inputs[0] has shape ", in.inputs[0].sizes(), "; expected, on CUDA, an image and a channel");
-    for (const PdartsValue& v : values) {
-      TORCH_CHECK(v.H * v.W < int64_t(1) << 30, "a value has ", v.H, " x ", v.W, " pixels; expected fewer than 2^30");
+    for (int64_t v = 0; v < count(); v++) {
+      const PdartsValue& x = values[v];
+      TORCH_CHECK(
+          N && x.C && x.H * x.W < int64_t(1) << 30, "value ", v, " has shape [", N, ",", x.C, ",", x.H, ",", x.W,
+          "]; expected, on CUDA, an image, a channel and fewer than 2^30 pixels");
+      int64_t reads = std::count(outputs.begin(), outputs.end(), v);
+      for (const PdartsOperation& op : operations) {
+        reads += std::count(op.terms.begin(), op.terms.end(), v) + (op.kind == Kind::kProduct && op.source == v);
+      }
+      TORCH_CHECK(
+          reads <= kPdartsTogether, "sums, products and the result read value ", v, " ", reads,
+          " times; expected, on CUDA, at most ", kPdartsTogether);
     }
     std::map<std::vector<int64_t>, int64_t> pools;
     for (int64_t v = 0; v < count(); v++) {
@@ -66,15 +77,21 @@ struct CudaCell : Cell {
           is_state(op.source) || (separable && operation(op.source).kind == Kind::kSeparable), "operation ",
           v - inputs(), " reads value ", op.source, "; expected, on CUDA, an input or a sum, or that of a separable "
           "convolution for another");
+      bool small = (op.kernel == 3 || op.kernel == 5) && op.stride <= 2 && op.dilation <= 2;
       TORCH_CHECK(
-          !separable || ((op.kernel == 0 || op.kernel == 3 || op.kernel == 5) && op.stride <= 2 && op.dilation <= 2),
-          "kernel, stride and dilation of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, " and ",
-          op.dilation, "; expected, on CUDA, 3 or 5, 1 or 2 and 1 or 2");
+          op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1)),
+          "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
+          op.dilation, " and ", op.padding, "; expected, on CUDA, 3 or 5, 1 or 2, 1 or 2 and no more than the kernel's "
+          "reach");
+      TORCH_CHECK(
+          op.kind != Kind::kProduct || !(values[v].batch || values[v].gamma || values[v].beta), "value ", v,
+          ", a product, has a norm; expected none on CUDA");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
-      if (separable) add_part(v, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
+      if (separable) add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
       if (op.kind == Kind::kReduce) {
-        add_part(v, 0, 0, 0, 2, 1, Tensor(), weight);
-        add_part(v, weight.size(0), 0, -1, 2, 1, Tensor(), pointwise);
+        TORCH_CHECK(weight.size(0), "operation ", v - inputs(), " reduces to 1 channel; expected, on CUDA, 2 or more");
+        add_part(v, 0, 0, 0, 0, 2, 1, Tensor(), weight);
+        add_part(v, 1, weight.size(0), 0, -1, 2, 1, Tensor(), pointwise);
       }
     }
   }
@@ -89,10 +106,10 @@ struct CudaCell : Cell {
   int64_t HW(int64_t v) const { return values[v].H * values[v].W; }
 
   void add_part(
-      int64_t v, int64_t first, int kernel, int padding, int stride, int dilation, const Tensor& weight,
+      int64_t v, int which, int64_t first, int kernel, int padding, int stride, int dilation, const Tensor& weight,
       const Tensor& pointwise) {
     const PdartsOperation& op = operation(v);
-    Part part{v, int32_t(first), int32_t(values[v].H), int32_t(values[v].W), stride, {}};
+    Part part{v, which, int32_t(first), int32_t(values[v].H), int32_t(values[v].W), stride, {}};
     PdartsConvolution& d = part.d;
     d.C = values[op.source].C, d.out = pointwise.size(0), d.channels = C;
     d.kernel = std::max(kernel, 1), d.dilation = kernel ? dilation : 1;
@@ -111,9 +128,9 @@ struct CudaCell : Cell {
   }
   const void* from(const void* p, int64_t i) const { return p ? static_cast<const char*>(p) + i * size : nullptr; }
 
-  Tensor scratch(int64_t bytes) {
-    alive.push_back(at::empty({std::max<int64_t>(bytes, 1)}, options.dtype(at::kByte)));
-    return alive.back();
+  void* memory(int64_t bytes, std::vector<Tensor>& owner) {
+    owner.push_back(at::empty({std::max<int64_t>(bytes, 1)}, options.dtype(at::kByte)));
+    return owner.back().data_ptr();
   }
 
   // Of a value that a step computes, from a channel on; 0, 1, 1, 0 without a norm.
@@ -184,9 +201,6 @@ struct CudaCell : Cell {
   std::map<int64_t, int32_t> pending_terms;
 
   void add_target(int64_t v, const Tensor& to, const std::vector<PdartsTerm>& terms) {
-    TORCH_CHECK(
-        terms.size() <= size_t(kPdartsTogether), "value ", v, " is read ", terms.size(), " times; expected, on CUDA, at "
-        "most ", kPdartsTogether);
     int64_t size = values[v].C * HW(v);
     if (pending.count(size) && pending_terms[size] + terms.size() > size_t(kPdartsTogether)) finish_targets();
     PdartsTerms& all = pending[size];
@@ -247,8 +261,9 @@ struct CudaCell : Cell {
       for (int64_t v = inputs(); v < count(); v++) {
         if (level[v] != now || !is_sum(v)) continue;
         PdartsMixed m = mixed(v);
-        mixed_forward_cuda(&m, values[v].x, scratch(mixed_scratch_cuda(&m)).data_ptr(), stream());
+        mixed_forward_cuda(&m, values[v].x, memory(mixed_scratch_cuda(&m), alive), stream());
       }
+      alive.clear();
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -265,7 +280,7 @@ struct CudaCell : Cell {
     for (size_t i = 0; i < group.size(); i++) {
       const Part& part = *group[i];
       if (!values[part.value].batch) continue;
-      all.at[i].moments = scratch(splits * 2 * part.d.out * sizeof(double)).data_ptr();
+      all.at[i].moments = memory(splits * 2 * part.d.out * sizeof(double), alive);
       to.at[to.count++] = {all.at[i].moments, from(of_values, part.value * C + part.first), part.d.out};
     }
     cell_convolutions_cuda(&all, stream());
@@ -289,7 +304,7 @@ struct CudaCell : Cell {
       for (int64_t other = v; other < count(); other++) {
         if (same[other] == v && values[other].batch) others.push_back({v, other}), with_moments = true;
       }
-      if (with_moments) d.moments = scratch(splits * 2 * C * sizeof(double)).data_ptr();
+      if (with_moments) d.moments = memory(splits * 2 * C * sizeof(double), alive);
     }
     cell_pools_cuda(&all, stream());
     for (size_t i = 0; i < others.size(); i++) {
@@ -313,12 +328,11 @@ struct CudaCell : Cell {
 
   std::vector<bool> wanted;               // values whose gradient something depends on
   std::vector<Tensor> gradients;          // of inputs and sums, and of what convolutions read of another's result
-  std::vector<Tensor> explicit_;          // of products that may have a norm
   std::vector<PdartsIncoming> incoming;   // of what steps compute
   std::vector<PdartsSum> sums;            // to be added up in the end
 
   void backward(const Tensor& grad, Gradients& to) {
-    wanted.assign(count(), false), gradients.resize(count()), explicit_.resize(count()), incoming.resize(count());
+    wanted.assign(count(), false), gradients.resize(count()), incoming.resize(count());
     std::vector<std::vector<int64_t>> users(count());
     for (int64_t v = 0; v < count(); v++) {
       wanted[v] = to.gammas[v].defined() || to.betas[v].defined();
@@ -359,6 +373,7 @@ struct CudaCell : Cell {
         part.d.incoming = incoming_of(part.value, part.first), convolutions.push_back(&part);
       }
       grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate(group, to); });
+      alive.clear();
     }
     for (size_t i = 0; i < sums.size(); i += kPdartsTogether) {
       PdartsSums some;
@@ -391,11 +406,7 @@ struct CudaCell : Cell {
         }
         if (op.kind != Kind::kProduct) continue;
         const PdartsIncoming& of = incoming[user];
-        if (explicit_[user].defined()) {
-          terms.push_back(product_of(user, explicit_[user].data_ptr()));
-        } else {
-          terms.push_back(product_of(user, of.g)), terms.back().p = of.p, terms.back().per_image = of.per_image;
-        }
+        terms.push_back(product_of(user, of.g)), terms.back().p = of.p, terms.back().per_image = of.per_image;
       }
       if (!terms.empty()) add_target(v, gradients[v], terms), there[v] = true;
       for (Part& part : parts) {
@@ -414,6 +425,7 @@ struct CudaCell : Cell {
         targets.at[targets.count - 1].last++;
       }
       cell_input_gradients_cuda(&all, &targets, stream());
+      for (Part* part : group) part->grad_z.reset();
     });
     for (int64_t v : states) {
       if (!there[v]) gradients[v].zero_();
@@ -447,23 +459,19 @@ struct CudaCell : Cell {
       int64_t term = op.terms[k];
       if (is_state(term) || !wanted[term]) continue;
       m.batch |= uint64_t(values[term].batch) << k;
-      bool product = operation(term).kind == Kind::kProduct;
-      if (!product) asked.deferred |= uint64_t(1) << k;
-      if (product && (values[term].batch || values[term].gamma || given)) {
-        explicit_[term] = empty(term, C), asked.x[k] = explicit_[term].data_ptr();
-      }
+      asked.deferred |= uint64_t(1) << k;
       asked.gamma[k] = from(to.gammas[term], 0), asked.beta[k] = from(to.betas[term], 0);
     }
     asked.probabilities = from(to.probabilities, op.first * (per_image ? N : 1));
-    Tensor memory = scratch(mixed_scratch_cuda(&m));
-    mixed_backward_cuda(&m, gradients[v].data_ptr(), &asked, memory.data_ptr(), stream());
+    void* scratch = memory(mixed_scratch_cuda(&m), lasting);
+    mixed_backward_cuda(&m, gradients[v].data_ptr(), &asked, scratch, stream());
     for (int k = 0; k < m.K; k++) {
       int64_t term = op.terms[k];
       if (is_state(term)) continue;
       bool batch = values[term].batch;
       incoming[term] = {
           gradients[v].data_ptr(), values[term].x, norm(term), probability(op.first + k), per_image,
-          batch ? from(memory, k * C) : nullptr, batch ? from(memory, (m.K + k) * C) : nullptr};
+          batch ? from(scratch, k * C) : nullptr, batch ? from(scratch, (m.K + k) * C) : nullptr};
     }
   }
 
@@ -479,14 +487,12 @@ struct CudaCell : Cell {
     std::vector<Part*> weighted, pointwise, chained;
     for (Part* part : group) {
       int64_t i = part->value - inputs(), source = operation(part->value).source;
-      bool second = part->first > 0 || operation(part->value).kind == Kind::kSeparable;
-      const Tensor &of_weight = to.weights[2 * i], &of_pointwise = to.weights[2 * i + second];
-      bool with_kernel = part->weight.defined() && of_weight.defined();
+      bool with_kernel = part->weight.defined() && to.weights[2 * i].defined();
       if (with_kernel) weighted.push_back(part);
-      if (of_pointwise.defined()) pointwise.push_back(part);
+      if (to.weights[2 * i + part->which].defined()) pointwise.push_back(part);
       if (!is_state(source) && wanted[source]) chained.push_back(part);
       if (with_kernel || wanted[source]) {
-        alive.push_back(empty_between(*part)), part->d.grad_z = alive.back().data_ptr();
+        part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
       }
     }
     std::vector<Part*> between;
@@ -498,29 +504,33 @@ struct CudaCell : Cell {
       PdartsConvolutions these = together(some);
       f(these);
     };
-    auto add_up = [&](const Tensor& partial, const Tensor& to, int64_t splits) {
-      sums.push_back({partial.data_ptr(), to.data_ptr(), to.numel(), int32_t(splits)});
+    auto add_up = [&](const Tensor& of, int64_t splits) {  // returns where the partial sums are to be
+      void* partial = memory(splits * of.numel() * size, lasting);
+      sums.push_back({partial, of.data_ptr(), of.numel(), int32_t(splits)});
+      return partial;
     };
     with(between, [&](auto& these) { cell_between_gradients_cuda(&these, stream()); });
     with(pointwise, [&](auto& these) {
       int64_t splits = cell_pointwise_splits_cuda(&these);
       for (size_t j = 0; j < pointwise.size(); j++) {
         const Part& part = *pointwise[j];
-        bool second = part.first > 0 || operation(part.value).kind == Kind::kSeparable;
-        Tensor of = to.weights[2 * (part.value - inputs()) + second], partial = scratch(splits * of.numel() * size);
-        these.at[j].of_pointwise = partial.data_ptr(), add_up(partial, of, splits);
+        these.at[j].of_pointwise = add_up(to.weights[2 * (part.value - inputs()) + part.which], splits);
       }
       cell_pointwise_gradients_cuda(&these, stream());
     });
     with(weighted, [&](auto& these) {
       int64_t splits = cell_weight_splits_cuda(&these);
       for (size_t j = 0; j < weighted.size(); j++) {
-        Tensor of = to.weights[2 * (weighted[j]->value - inputs())], partial = scratch(splits * of.numel() * size);
-        these.at[j].of_weight = partial.data_ptr(), add_up(partial, of, splits);
+        these.at[j].of_weight = add_up(to.weights[2 * (weighted[j]->value - inputs())], splits);
       }
       cell_weight_gradients_cuda(&these, stream());
     });
     with(chained, [&](auto& these) { differentiate_chained(chained, these, to); });
+    for (Part* part : group) {
+      int64_t source = operation(part->value).source;
+      if (!is_state(source) || !wanted[source]) part->grad_z.reset();
+      gradients[part->value].reset();  // of one that another convolution reads
+    }
   }
 
   // What convolutions read of another's result, and its norm.
@@ -536,9 +546,9 @@ struct CudaCell : Cell {
       PdartsIncoming& in = incoming[v] = {gradients[v].data_ptr(), values[v].x, norm(v), nullptr, 0, nullptr, nullptr};
       bool batch = values[v].batch;
       if (!batch && !to.gammas[v].defined() && !to.betas[v].defined()) continue;
-      target.sums = scratch(norms.splits * 2 * C * size).data_ptr();
+      target.sums = memory(norms.splits * 2 * C * size, alive);
       Tensor both = batch ? at::empty({2, C}, options) : Tensor();
-      alive.push_back(both), in.b = from(both, 0), in.c = from(both, C);
+      lasting.push_back(both), in.b = from(both, 0), in.c = from(both, C);
       norms.at[norms.count++] = {
           target.sums, norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0), from(to.betas[v], 0)};
     }
@@ -547,9 +557,8 @@ struct CudaCell : Cell {
   }
 };
 
-// As on the CPU, see cell_operators.h; but of several outputs the values are kept too, of pools that are the same one,
-// and after the values what
-// convolutions with a kernel or a stride leave for the pointwise ones.
+// As on the CPU, see cell_operators.h; but of several outputs the values are kept too, of pools that are computed alike
+// one, and after the values what convolutions with a kernel or a stride leave for the pointwise ones.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
     const Tensor& probabilities, const OptionalTensor& statistics, at::IntArrayRef program, at::IntArrayRef outputs,
@@ -591,7 +600,7 @@ std::vector<Tensor> cell_backward(
   int64_t count = in.gammas.size();
   CudaCell c(in, program, outputs, flags_of("batch", batch, count));
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
-  c.of_values = statistics, c.given = !std::count(batch.begin(), batch.end(), true);
+  c.of_values = statistics;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);
   auto check = [&](const char* name, const Tensor& t, at::IntArrayRef expected) {
     TORCH_CHECK(

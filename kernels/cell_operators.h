@@ -60,10 +60,11 @@ struct Cell : PdartsCell {
     for (size_t i = 0; i < in.inputs.size(); i++) {
       const Tensor& t = in.inputs[i];
       TORCH_CHECK(
-          t.dim() == 4 && t.size(0) == first.size(0) && t.scalar_type() == first.scalar_type() && t.device() == first.device() &&
-              t.size(2) >= 1 && t.size(3) >= 1,
+          t.dim() == 4 && t.size(0) == first.size(0) && t.scalar_type() == first.scalar_type() &&
+              t.device() == first.device() && t.size(2) >= 1 && t.size(3) >= 1,
           "inputs[", i, "] is a ", t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ",
-          first.scalar_type(), " [", first.size(0), ",C,H,W] on ", first.device(), " like inputs[0], with at least one pixel");
+          first.scalar_type(), " [", first.size(0), ",C,H,W] on ", first.device(),
+          " like inputs[0], with at least one pixel");
       kept.push_back(t.contiguous(format));
       values.push_back({t.size(1), t.size(2), t.size(3), t.size(1), kept.back().data_ptr()});
     }
@@ -153,8 +154,8 @@ struct Cell : PdartsCell {
       bool fits = t.defined() && t.dim() == 4 && t.scalar_type() == options.dtype() && t.device() == options.device();
       for (size_t d = 0; fits && d < 4; d++) fits = expected[d] < 0 || t.size(d) == expected[d];
       TORCH_CHECK(
-          fits, "weights[", 2 * i + which, "] is ", t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None",
-          "; expected a ", first_type(), " ", at::IntArrayRef(expected), ", -1: any, on ", options.device());
+          fits, "weights[", 2 * i + which, "] is ",
+          t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None", "; expected a ", first_type(), " ", at::IntArrayRef(expected), ", -1: any, on ", options.device());
       kept.push_back(t.contiguous());
       return kept.back().const_data_ptr();
     };

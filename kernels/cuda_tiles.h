@@ -280,7 +280,10 @@ __device__ __forceinline__ void weight_gradients(
         vectors, tile, t, x, n, C, at.c, H, W, at.tile_row * S - padding, at.tile_column * S - padding,
         [&](A v) { return norm.rectified(v); });
     __syncthreads();
-    if (works) for_taps<K, S, D>(tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
+    if (works) {
+      for_taps<K, S, D>(
+          tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
+    }
     __syncthreads();
   }
   constexpr int most = K == 3 ? 16 : 32;  // values at a time

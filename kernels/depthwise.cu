@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5 || S > 1)>)
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t n = group * t.images;
     load_tile<1, T>(
-        vectors, tile, t, g, n, d.C, at.c, OH, OW, at.tile_row + offset, at.tile_column + offset, [](A v) { return v; });
+        vectors, tile, t, g, n, d.C, at.c, OH, OW, at.tile_row + offset, at.tile_column + offset,
+        [](A v) { return v; });
     __syncthreads();
     if (at.image < t.images && n + at.image < d.N && at.column * S < d.W) {
       A sum[R][S][S] = {};

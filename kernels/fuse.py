@@ -55,7 +55,7 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
                     module.norms = [m for m in module.modules() if _is_norm(m)]
                     module.layers = [m for m in module.modules() if m._parameters or m._buffers]
                     _, program = module.assemble(2, [False for m in module.modules() if _is_skip_dropout(m)])
-                    module.on_cuda = known_on_cuda(program.operations, 2)
+                    module.on_cuda = known_on_cuda(program.operations, program.norms, program.outputs)
             for stem in _stems(module) if _is_network(module) else ():
                 stem.register_forward_hook(_in_layout)
     return network

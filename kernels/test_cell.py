@@ -217,6 +217,24 @@ def test_fused_cell_keeps_its_values_inputs_and_result_only(device):
     assert sum(kept.values()) <= values + others + more
 
 
+def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1), torch.randn(4, 1, 5, 5), torch.randn(4, 4, 1, 1)]
+    halves = [torch.randn(2, 4, 1, 1), torch.randn(2, 4, 1, 1)]
+    tensors = [t.to(device).requires_grad_() for t in (torch.randn(2, 4, 6, 6), *weights, *halves, torch.rand(4))]
+    results, relus = [], []
+    for function in functools.partial(cell, recompute=False), cell_ref:
+        x, *w, p = tensors
+        steps = [Step(0, "separable", w[:2], 2, 1), Step(0, "separable", w[2:4], 2, 4, 2), Step(0, "reduce", w[4:])]
+        with torch.autocast(device, torch.bfloat16), torch.profiler.profile() as profile:
+            y = function([x], [*steps, Step(0, "max", stride=2), Sum([1, 2, 3, 4])], [5], p)
+        relus.append(sum(event.key == "aten::relu" and event.count for event in profile.key_averages()))
+        results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), tensors)])
+    assert relus == [1, 4]
+    for mine, right in zip(*results, strict=True):
+        assert (mine - right).norm() <= 2e-2 * right.norm()
+
+
 def test_second_derivative_of_the_fused_cell_is_refused():
     case = Case()
     tensors = case.leaves()
