@@ -34,7 +34,7 @@ MODES = ("auto", "on", "off")
 MAX_CANDIDATES = 64  # of one mixed operation, see mixed_op.h
 
 # What is fused on CUDA, for which type and layout of x, for all of them where none is named; torch's own operations
-# serve the others. `python bench.py gpu` measures both ways. In channels-last separable and pool would copy x first.
+# serve the others. `python bench.py gpu` measures both ways. In channels-last all but mixed would copy x first.
 CUDA_OPERATIONS = "mixed separable:float32:NCHW pool:float32:NCHW cell:float32:NCHW"
 
 # ----------------------------------------------------------------------------------------------------------------------
