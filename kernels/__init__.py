@@ -396,8 +396,8 @@ def _cell_of(
                 sums.append(mixed([values[term].pop() for term in part], p, means, vars, *settings, *affine))
             y = sum(sums[1:], sums[0])
         elif op.kind in ("separable", "reduce"):
-            once = rectified.get(op.source)
-            x, convolve = (once.pop(), _convolved) if once else (values[op.source].pop(), separable)
+            once = op.source in rectified
+            x, convolve = (rectified[op.source].pop(), _convolved) if once else (values[op.source].pop(), separable)
             if op.kind == "reduce":
                 halves = zip(_Diagonals.apply(x), op.weights)
                 y = torch.cat([convolve(half, None, weight) for half, weight in halves], dim=1)

@@ -225,7 +225,7 @@ def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
     results, relus = [], []
     for function in functools.partial(cell, recompute=False), cell_ref:
         x, *w, p = tensors
-        steps = [Step(0, "separable", w[:2], 2, 1), Step(0, "separable", w[2:4], 2, 4, 2), Step(0, "reduce", w[4:])]
+        steps = [Step(0, "reduce", w[4:]), Step(0, "separable", w[:2], 2, 1), Step(0, "separable", w[2:4], 2, 4, 2)]
         with torch.autocast(device, torch.bfloat16), torch.profiler.profile() as profile:
             y = function([x], [*steps, Step(0, "max", stride=2), Sum([1, 2, 3, 4])], [5], p)
         relus.append(sum(event.key == "aten::relu" and event.count for event in profile.key_averages()))
