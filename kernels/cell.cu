@@ -17,6 +17,7 @@ namespace {
 constexpr int kResults = 64;  // of a thread, in registers
 constexpr int kTaps = 28;     // 5 x 5, and what keeps 16 bytes aligned
 constexpr int kChannels = 4;  // whose tiles are in shared memory together
+constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
 
 // Blocks that a multiprocessor has room for, as registers go.
 template <class T>
@@ -134,12 +135,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
   for (int c0 = 0; c0 < d.C; c0 += together) {
     int channels = min(together, d.C - c0);
     if (c0) __syncthreads();
+    // One by one where registers would not do for more.
+    constexpr int some = S == 1 ? kChannels : 1;
+    int64_t plane = static_cast<int64_t>(all.H) * all.W;
 #pragma unroll 1
-    for (int i = 0; i < channels; i++) {
-      Norm<T> norm = norm_of<T>(d.norm, c0 + i);
-      load_tile<S, T, 1>(
-          vectors, tiles + i * t.images * t.image, t, d.x, n, d.C, c0 + i, all.H, all.W, at.tile_row * S - d.padding,
-          at.tile_column * S - d.padding, [&](T x) { return norm.rectified(x); });
+    for (int i = 0; i < channels; i += some) {
+      load_tiles<S, T>(
+          vectors, tiles + i * t.images * t.image, t, min(some, channels - i), all.N - n, d.C * plane, all.H, all.W,
+          at.tile_row * S - d.padding, at.tile_column * S - d.padding,
+          [&](int k) { return static_cast<const T*>(d.x) + (static_cast<int64_t>(n) * d.C + c0 + i + k) * plane; },
+          [&](int k, T x) { return norm_of<T>(d.norm, c0 + i + k).rectified(x); });
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < channels * O; i += kThreads) {
@@ -496,40 +501,45 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
   const PdartsConvolution& any = all.at[target.first];
   extern __shared__ double memory[];
   T* tile = reinterpret_cast<T*>(memory);
-  T* weight = tile + t.images * t.image;
+  T* weight = tile + kMaps * t.images * t.image;
   Place at(t, R);
-  clear(tile, t.images * t.image);
+  clear(tile, kMaps * t.images * t.image);
   int64_t n = at.group * t.images;
   bool works = at.image < t.images && n + at.image < all.N && at.column * S < all.W && at.row * S < all.H;
   T sum[R][S][S] = {};
-  for (int k = target.first; k < target.last; k++) {
-    const PdartsConvolution& d = all.at[k];
-    int taps = d.kernel * d.kernel;
-    if (k > target.first) __syncthreads();
-    if (threadIdx.x < taps) {
-      weight[threadIdx.x] =
-          d.weight ? static_cast<const T*>(d.weight)[static_cast<int64_t>(at.c) * taps + threadIdx.x] : T(1);
+  int64_t size = static_cast<int64_t>(all.OH) * all.OW;
+  for (int k0 = target.first; k0 < target.last; k0 += kMaps) {
+    int maps = min(kMaps, target.last - k0);
+    if (k0 > target.first) __syncthreads();
+    for (int i = threadIdx.x; i < maps * kTaps; i += kThreads) {
+      const PdartsConvolution& d = all.at[k0 + i / kTaps];
+      int taps = d.kernel * d.kernel, tap = i % kTaps;
+      if (tap < taps) weight[i] = d.weight ? static_cast<const T*>(d.weight)[at.c * taps + tap] : T(1);
     }
-    load_tile<1, T>(
-        vectors, tile, t, d.grad_z, n, d.C, at.c, all.OH, all.OW, at.tile_row - before, at.tile_column - before,
-        [](T v) { return v; });
+    load_tiles<1, T>(
+        vectors, tile, t, maps, all.N - n, any.C * size, all.OH, all.OW, at.tile_row - before, at.tile_column - before,
+        [&](int i) { return static_cast<const T*>(all.at[k0 + i].grad_z) + (n * any.C + at.c) * size; },
+        [](int, T v) { return v; });
     __syncthreads();
     if (!works) continue;
-    auto add = [&](auto K, auto D, auto E) {
-      int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
-      const T* from = tile + at.offset(t, R, 1) + offset * (t.pitch + 1);
-      for_gradient_taps<K.value, S, D.value, E.value, R>(
-          from, t.pitch, [&](int r, int rho, int sigma, int i, int j, T v) {
-            sum[r][rho][sigma] += weight[i * K.value + j] * v;
-          });
-    };
-    with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
-      if constexpr (S == 1) {
-        add(K, D, Int<0>());
-      } else {
-        d.padding & 1 ? add(K, D, Int<1>()) : add(K, D, Int<0>());
-      }
-    });
+    for (int i = 0; i < maps; i++) {
+      const PdartsConvolution& d = all.at[k0 + i];
+      const T* own = tile + i * t.images * t.image + at.offset(t, R, 1);
+      auto add = [&](auto K, auto D, auto E) {
+        int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
+        for_gradient_taps<K.value, S, D.value, E.value, R>(
+            own + offset * (t.pitch + 1), t.pitch, [&](int r, int rho, int sigma, int row, int column, T v) {
+              sum[r][rho][sigma] += weight[i * kTaps + row * K.value + column] * v;
+            });
+      };
+      with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
+        if constexpr (S == 1) {
+          add(K, D, Int<0>());
+        } else {
+          d.padding & 1 ? add(K, D, Int<1>()) : add(K, D, Int<0>());
+        }
+      });
+    }
   }
   Norm<T> norm = norm_of<T>(any.norm, at.c);
   int64_t plane = ((n + at.image) * any.C + at.c) * all.H * all.W;
@@ -768,11 +778,11 @@ void with_inputs(const PdartsConvolutions& all, F f) {
       before = std::max(before, (reach(d) - parity + s - 1) / s - whole);
       after = std::max(after, whole + (parity + s - 1) / s);
     });
-    int extra = kTaps * static_cast<int>(sizeof(T)), sums = 2 * kWarps * static_cast<int>(sizeof(T));
+    int element = kMaps * static_cast<int>(sizeof(T)), extra = kTaps * element, sums = kWarps * element;
     Tiles t = one_group(tiles_of(
-        all.N, all.at[0].C, quotient(all.H, s), quotient(all.W, s), kRows / s, 1, before + after, sizeof(T),
+        all.N, all.at[0].C, quotient(all.H, s), quotient(all.W, s), kRows / s, 1, before + after, element,
         kShared - extra - sums));
-    int bytes = t.images * t.image * static_cast<int>(sizeof(T)) + extra;
+    int bytes = t.images * t.image * element + extra;
     s == 1 ? f(type, Int<1>(), t, bytes, before) : f(type, Int<2>(), t, bytes, before);
   });
 }

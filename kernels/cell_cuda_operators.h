@@ -11,8 +11,6 @@
 #include "depthwise_operators.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mul.h>
 
 #include <map>
 

@@ -133,7 +133,7 @@ __device__ __forceinline__ void clear(A* tile, int count) {
 
 // f of the elements of some images of a channel, H x W, from `row` and `column` on (which may lie outside), into the
 // tile; what is outside is left as it is.
-template <int S, int V, int LOADS, class T, class A, class F>
+template <int S, int V, class T, class A, class F>
 __device__ __forceinline__ void load_tile(
     A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row, int column, F f) {
   int first = max(0, row), left = max(0, column) / V * V;
@@ -142,11 +142,11 @@ __device__ __forceinline__ void load_tile(
   int images = static_cast<int>(min(static_cast<int64_t>(t.images), t.N - n));
   Divisor by_packs(packs), by_rows(rows);
   const T* base = static_cast<const T*>(from) + (n * C + c) * H * W + static_cast<int64_t>(first) * W + left;
-  for (int i = threadIdx.x; i < images * rows * packs; i += LOADS * kThreads) {
-    Pack<T, V> pack[LOADS];
-    int to[LOADS], at[LOADS];
+  for (int i = threadIdx.x; i < images * rows * packs; i += kLoads * kThreads) {
+    Pack<T, V> pack[kLoads];
+    int to[kLoads], at[kLoads];
 #pragma unroll
-    for (int u = 0; u < LOADS; u++) {
+    for (int u = 0; u < kLoads; u++) {
       int j = i + u * kThreads, r = by_packs.quotient(j), p = j - r * packs, image = by_rows.quotient(r);
       r -= image * rows;
       to[u] = -1;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_tile(
       to[u] = image * t.image + (first - row + r) * t.pitch, at[u] = left - column + p * V;
     }
 #pragma unroll
-    for (int u = 0; u < LOADS; u++) {
+    for (int u = 0; u < kLoads; u++) {
 #pragma unroll
       for (int l = 0; l < V; l++) {
         bool inside = to[u] >= 0 && (V == 1 || (at[u] + l >= 0 && at[u] + l < t.width));
@@ -165,14 +165,63 @@ __device__ __forceinline__ void load_tile(
   }
 }
 
-template <int S, class T, int LOADS = kLoads, class A, class F>
+template <int S, class T, class A, class F>
 __device__ __forceinline__ void load_tile(
     bool vectors, A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row,
     int column, F f) {
   if (vectors) {
-    load_tile<S, kVector<T>, LOADS, T>(tile, t, from, n, C, c, H, W, row, column, f);
+    load_tile<S, kVector<T>, T>(tile, t, from, n, C, c, H, W, row, column, f);
   } else {
-    load_tile<S, 1, LOADS, T>(tile, t, from, n, C, c, H, W, row, column, f);
+    load_tile<S, 1, T>(tile, t, from, n, C, c, H, W, row, column, f);
+  }
+}
+
+// f(k, element) of maps k = 0 ... count - 1 of H x W, from `row` and `column` on (which may lie outside), into as many
+// tiles; what is outside is left as it is. from(k): a map's first element in the first image of the tile; `images` of
+// them are there, `apart` elements from one to the next. Where an element goes is found once for all maps.
+template <int S, int V, class T, class A, class P, class F>
+__device__ __forceinline__ void load_tiles(
+    A* tiles, const Tiles& t, int count, int64_t images, int64_t apart, int H, int W, int row, int column, P from, F f) {
+  int first = max(0, row), left = max(0, column) / V * V;
+  int rows = min(H, row + t.height) - first, packs = (min(W, column + t.width) - left + V - 1) / V;
+  if (rows <= 0 || packs <= 0) return;
+  Divisor by_packs(packs), by_rows(rows);
+  int all = static_cast<int>(min(static_cast<int64_t>(t.images), images)) * rows * packs, size = t.images * t.image;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    int r = by_packs.quotient(i), p = i - r * packs, image = by_rows.quotient(r);
+    r -= image * rows;
+    int64_t source = image * apart + static_cast<int64_t>(first + r) * W + left + p * V;
+    A* to = tiles + image * t.image + (first - row + r) * t.pitch;
+    int at = left - column + p * V;
+#pragma unroll 1
+    for (int k = 0; k < count; k += kLoads) {
+      Pack<T, V> pack[kLoads];
+#pragma unroll
+      for (int u = 0; u < kLoads; u++) {
+        if (k + u < count) pack[u] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from(k + u)) + source);
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; u++) {
+        if (k + u >= count) break;
+#pragma unroll
+        for (int l = 0; l < V; l++) {
+          bool inside = V == 1 || (at + l >= 0 && at + l < t.width);
+          if (inside) to[(k + u) * size + in_row<S>(at + l, t.pitch)] = f(k + u, static_cast<A>(pack[u].v[l]));
+        }
+      }
+    }
+  }
+}
+
+template <int S, class T, class A, class P, class F>
+__device__ __forceinline__ void load_tiles(
+    bool vectors, A* tiles, const Tiles& t, int count, int64_t images, int64_t apart, int H, int W, int row, int column,
+    P from, F f) {
+  if (vectors) {
+    load_tiles<S, kVector<T>, T>(tiles, t, count, images, apart, H, W, row, column, from, f);
+  } else {
+    load_tiles<S, 1, T>(tiles, t, count, images, apart, H, W, row, column, from, f);
   }
 }
 
