@@ -45,7 +45,7 @@ __device__ Norm<T> norm_of(const PdartsNorm& norm, int c) {
   return {norm.mean, norm.invstd, norm.gamma, norm.beta, c};
 }
 
-// The sums of S values over a block, for thread 0.
+// The sums of S values over a block.
 template <int S, class T>
 __device__ __forceinline__ void sum_of_block(T (&values)[S]) {
   __shared__ T shared[kWarps][S];
