@@ -217,6 +217,17 @@ def test_fused_cell_keeps_its_values_inputs_and_result_only(device):
     assert sum(kept.values()) <= values + others + more
 
 
+def test_a_product_with_a_rate_is_inverted_dropout(device):
+    x, drawn, rate = (t.to(device) for t in (torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.tensor(0.4)))
+    x.requires_grad_()
+    function = cell_ref if device == "cpu" else cell
+    y = function([x], [Step(0, "product", (drawn, rate)), Sum([1])], [2], torch.full((1,), 0.5, device=device))
+    factor = torch.where(drawn < rate, 0, 1 / (1 - rate))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(y, 0.5 * x * factor) and torch.allclose(gradient, 0.5 * factor)
+    assert 0 < (factor == 0).sum() < factor.numel()
+
+
 def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
     torch.manual_seed(0)
     weights = [torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1), torch.randn(4, 1, 5, 5), torch.randn(4, 4, 1, 1)]
@@ -273,6 +284,7 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Step(0, "max", stride=0), Sum([1])], [2], ONE, None, "stride, padding and dilation of operation 0 are 0"),
     ([X], [Step(0, "max", stride=2**32), Sum([1])], [2], ONE, None, "expected at least 1, 0 and 1, and at most 256"),
     ([X], [Step(0, "product", (X[:1], None)), Sum([1])], [2], ONE, None, "weights.0. does not fit; expected a Float"),
+    ([X], [Step(0, "product", (X, ONE)), Sum([1])], [2], ONE, None, "weights.1. does not fit; expected none, or, on"),
     ([X], [Step(0, "reduce", POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is None; expected a Float"),
     ([X], [Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [3], ONE, [None, NORM, None, None],
      "operation 1 reads value 1, which has a norm; expected that of a separable convolution only"),
@@ -284,3 +296,22 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
 def test_fused_cell_names_what_does_not_fit(inputs, operations, outputs, probabilities, norms, message):
     with pytest.raises(RuntimeError, match=message):
         cell(inputs, operations, outputs, probabilities, norms, training=True)
+
+
+def of_size(kernel):
+    return torch.rand(4, 1, kernel, kernel), POINTWISE[1]
+
+
+@pytest.mark.parametrize("operations, norms, known", [
+    ([Step(0, "separable", of_size(5), 2, 4, 2), Step(0, "avg"), Step(0, "product", (X, ONE)), Sum([1, 2, 3])], [], True),
+    ([Step(0, "separable", of_size(3), padding=1), Step(1, "separable", POINTWISE), Sum([2])], [None, NORM], True),
+    ([Step(0, "separable", of_size(7), padding=3), Sum([1])], [], False),
+    ([Step(0, "separable", of_size(3), padding=3), Sum([1])], [], False),
+    ([Step(0, "separable", of_size(3), stride=3), Sum([1])], [], False),
+    ([Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [], False),
+    ([Step(0, "product", (X, None)), Sum([1])], [None, NORM], False),
+    ([Sum([0] * 65)], [], False), ([Sum([0] * 40), Sum([0] * 30)], [], False),
+])
+def test_cells_that_are_fused_on_cuda_are_known(operations, norms, known):
+    norms = norms + [None] * (1 + len(operations) - len(norms))
+    assert kernels.known_on_cuda(operations, norms, [len(operations)]) == known
