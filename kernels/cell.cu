@@ -140,9 +140,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
     int64_t plane = static_cast<int64_t>(all.H) * all.W;
 #pragma unroll 1
     for (int i = 0; i < channels; i += some) {
+      Region region =
+          region_of<T>(vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding);
       load_tiles<S, T>(
-          vectors, tiles + i * t.images * t.image, t, min(some, channels - i), all.N - n, d.C * plane, all.H, all.W,
-          at.tile_row * S - d.padding, at.tile_column * S - d.padding,
+          vectors, tiles + i * t.images * t.image, t, region, min(some, channels - i), all.N - n, d.C * plane,
           [&](int k) { return static_cast<const T*>(d.x) + (static_cast<int64_t>(n) * d.C + c0 + i + k) * plane; },
           [&](int k, T x) { return norm_of<T>(d.norm, c0 + i + k).rectified(x); });
     }
@@ -508,6 +509,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
   bool works = at.image < t.images && n + at.image < all.N && at.column * S < all.W && at.row * S < all.H;
   T sum[R][S][S] = {};
   int64_t size = static_cast<int64_t>(all.OH) * all.OW;
+  Region region = region_of<T>(vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before);
   for (int k0 = target.first; k0 < target.last; k0 += kMaps) {
     int maps = min(kMaps, target.last - k0);
     if (k0 > target.first) __syncthreads();
@@ -517,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
       if (tap < taps) weight[i] = d.weight ? static_cast<const T*>(d.weight)[at.c * taps + tap] : T(1);
     }
     load_tiles<1, T>(
-        vectors, tile, t, maps, all.N - n, any.C * size, all.OH, all.OW, at.tile_row - before, at.tile_column - before,
+        vectors, tile, t, region, maps, all.N - n, any.C * size,
         [&](int i) { return static_cast<const T*>(all.at[k0 + i].grad_z) + (n * any.C + at.c) * size; },
         [](int, T v) { return v; });
     __syncthreads();

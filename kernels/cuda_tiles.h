@@ -131,69 +131,33 @@ __device__ __forceinline__ void clear(A* tile, int count) {
   __syncthreads();
 }
 
-// f of the elements of some images of a channel, H x W, from `row` and `column` on (which may lie outside), into the
-// tile; what is outside is left as it is.
-template <int S, int V, class T, class A, class F>
-__device__ __forceinline__ void load_tile(
-    A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row, int column, F f) {
-  int first = max(0, row), left = max(0, column) / V * V;
-  int rows = min(H, row + t.height) - first, packs = (min(W, column + t.width) - left + V - 1) / V;
-  if (rows <= 0 || packs <= 0) return;
-  int images = static_cast<int>(min(static_cast<int64_t>(t.images), t.N - n));
-  Divisor by_packs(packs), by_rows(rows);
-  const T* base = static_cast<const T*>(from) + (n * C + c) * H * W + static_cast<int64_t>(first) * W + left;
-  for (int i = threadIdx.x; i < images * rows * packs; i += kLoads * kThreads) {
-    Pack<T, V> pack[kLoads];
-    int to[kLoads], at[kLoads];
-#pragma unroll
-    for (int u = 0; u < kLoads; u++) {
-      int j = i + u * kThreads, r = by_packs.quotient(j), p = j - r * packs, image = by_rows.quotient(r);
-      r -= image * rows;
-      to[u] = -1;
-      if (j >= images * rows * packs) continue;
-      pack[u] = *reinterpret_cast<const Pack<T, V>*>(base + image * C * H * W + r * W + p * V);
-      to[u] = image * t.image + (first - row + r) * t.pitch, at[u] = left - column + p * V;
-    }
-#pragma unroll
-    for (int u = 0; u < kLoads; u++) {
-#pragma unroll
-      for (int l = 0; l < V; l++) {
-        bool inside = to[u] >= 0 && (V == 1 || (at[u] + l >= 0 && at[u] + l < t.width));
-        if (inside) tile[to[u] + in_row<S>(at[u] + l, t.pitch)] = f(static_cast<A>(pack[u].v[l]));
-      }
-    }
-  }
-}
+// What a tile whose first element is at `row` and `column` (which may lie outside) has of maps of H x W, in packs of V.
+// It is found before a loop over maps: there are divisions in it.
+struct Region {
+  int row, column, first, left, rows, packs, W;
+  Divisor by_packs, by_rows;
 
-template <int S, class T, class A, class F>
-__device__ __forceinline__ void load_tile(
-    bool vectors, A* tile, const Tiles& t, const void* from, int64_t n, int64_t C, int c, int H, int W, int row,
-    int column, F f) {
-  if (vectors) {
-    load_tile<S, kVector<T>, T>(tile, t, from, n, C, c, H, W, row, column, f);
-  } else {
-    load_tile<S, 1, T>(tile, t, from, n, C, c, H, W, row, column, f);
-  }
-}
+  __device__ Region(const Tiles& t, int H, int W, int row, int column, int V)
+      : row(row), column(column), first(max(0, row)), left(max(0, column) / V * V),
+        rows(max(0, min(H, row + t.height) - first)), packs(max(0, (min(W, column + t.width) - left + V - 1) / V)), W(W),
+        by_packs(max(1, packs)), by_rows(max(1, rows)) {}
+};
 
-// f(k, element) of maps k = 0 ... count - 1 of H x W, from `row` and `column` on (which may lie outside), into as many
-// tiles; what is outside is left as it is. from(k): a map's first element in the first image of the tile; `images` of
-// them are there, `apart` elements from one to the next. Where an element goes is found once for all maps.
+// f(k, element) of maps k = 0 ... count - 1 into as many tiles; what is outside is left as it is. from(k): a map's first
+// element in the first image of the tile; `images` of them are there, `apart` elements from one to the next. Where an
+// element goes is found once for all maps.
 template <int S, int V, class T, class A, class P, class F>
 __device__ __forceinline__ void load_tiles(
-    A* tiles, const Tiles& t, int count, int64_t images, int64_t apart, int H, int W, int row, int column, P from, F f) {
-  int first = max(0, row), left = max(0, column) / V * V;
-  int rows = min(H, row + t.height) - first, packs = (min(W, column + t.width) - left + V - 1) / V;
-  if (rows <= 0 || packs <= 0) return;
-  Divisor by_packs(packs), by_rows(rows);
-  int all = static_cast<int>(min(static_cast<int64_t>(t.images), images)) * rows * packs, size = t.images * t.image;
+    A* tiles, const Tiles& t, const Region& region, int count, int64_t images, int64_t apart, P from, F f) {
+  int all = static_cast<int>(min(static_cast<int64_t>(t.images), images)) * region.rows * region.packs;
+  int size = t.images * t.image;
 #pragma unroll 1
   for (int i = threadIdx.x; i < all; i += kThreads) {
-    int r = by_packs.quotient(i), p = i - r * packs, image = by_rows.quotient(r);
-    r -= image * rows;
-    int64_t source = image * apart + static_cast<int64_t>(first + r) * W + left + p * V;
-    A* to = tiles + image * t.image + (first - row + r) * t.pitch;
-    int at = left - column + p * V;
+    int r = region.by_packs.quotient(i), p = i - r * region.packs, image = region.by_rows.quotient(r);
+    r += region.first - image * region.rows;
+    int at = region.left - region.column + p * V;
+    int64_t source = image * apart + static_cast<int64_t>(r) * region.W + region.left + p * V;
+    A* to = tiles + image * t.image + (r - region.row) * t.pitch;
 #pragma unroll 1
     for (int k = 0; k < count; k += kLoads) {
       Pack<T, V> pack[kLoads];
@@ -214,15 +178,31 @@ __device__ __forceinline__ void load_tiles(
   }
 }
 
+template <class T>
+__device__ __forceinline__ Region region_of(bool vectors, const Tiles& t, int H, int W, int row, int column) {
+  return {t, H, W, row, column, vectors ? kVector<T> : 1};
+}
+
 template <int S, class T, class A, class P, class F>
 __device__ __forceinline__ void load_tiles(
-    bool vectors, A* tiles, const Tiles& t, int count, int64_t images, int64_t apart, int H, int W, int row, int column,
-    P from, F f) {
+    bool vectors, A* tiles, const Tiles& t, const Region& region, int count, int64_t images, int64_t apart, P from,
+    F f) {
   if (vectors) {
-    load_tiles<S, kVector<T>, T>(tiles, t, count, images, apart, H, W, row, column, from, f);
+    load_tiles<S, kVector<T>, T>(tiles, t, region, count, images, apart, from, f);
   } else {
-    load_tiles<S, 1, T>(tiles, t, count, images, apart, H, W, row, column, from, f);
+    load_tiles<S, 1, T>(tiles, t, region, count, images, apart, from, f);
   }
+}
+
+// f(element) of a channel [N,C,H,W] in the images from n on into a tile, likewise.
+template <int S, class T, class A, class F>
+__device__ __forceinline__ void load_tile(
+    bool vectors, A* tile, const Tiles& t, const Region& region, const void* x, int64_t n, int64_t C, int c, int H,
+    F f) {
+  int64_t plane = static_cast<int64_t>(H) * region.W;
+  const T* from = static_cast<const T*>(x) + (n * C + c) * plane;
+  load_tiles<S, T>(
+      vectors, tile, t, region, 1, t.N - n, C * plane, [from](int) { return from; }, [&](int, A v) { return f(v); });
 }
 
 // Whether rows of W elements from p on can be loaded so.
@@ -314,6 +294,7 @@ __device__ __forceinline__ void weight_gradients(
     A* tile, const Tiles& t, const Place& at, const Norm<A>& norm, const void* x, const void* g, int64_t C, int H,
     int W, int OH, int OW, int padding, bool vectors, A* partial) {
   A sum[K * K] = {};
+  Region region = region_of<T>(vectors, t, H, W, at.tile_row * S - padding, at.tile_column * S - padding);
   clear(tile, t.images * t.image);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t n = group * t.images;
@@ -325,9 +306,7 @@ __device__ __forceinline__ void weight_gradients(
     for (int r = 0; r < kRows; r++) {
       if (works && at.row + r < OH) of_z[r] = static_cast<A>(from[r * OW]);
     }
-    load_tile<S, T>(
-        vectors, tile, t, x, n, C, at.c, H, W, at.tile_row * S - padding, at.tile_column * S - padding,
-        [&](A v) { return norm.rectified(v); });
+    load_tile<S, T>(vectors, tile, t, region, x, n, C, at.c, H, [&](A v) { return norm.rectified(v); });
     __syncthreads();
     if (works) {
       for_taps<K, S, D>(

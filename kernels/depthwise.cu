@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5)>)
   Norm<A> norm = norm_of<A>(d, at.c);
   A w[K * K];
   load_weight<K, T>(d, at.c, w);
+  Region region =
+      region_of<T>(vectors, t, d.H, d.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding);
   clear(tile, t.images * t.image);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t n = group * t.images;
-    load_tile<S, T>(
-        vectors, tile, t, d.x, n, d.C, at.c, d.H, d.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding,
-        [&](A x) { return norm.rectified(x); });
+    load_tile<S, T>(vectors, tile, t, region, d.x, n, d.C, at.c, d.H, [&](A x) { return norm.rectified(x); });
     __syncthreads();
     if (at.image < t.images && n + at.image < d.N && at.column < OW) {
       A sum[kRows] = {};
@@ -89,11 +89,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5 || S > 1)>)
   load_weight<K, T>(d, at.c, w);
   clear(tile, t.images * t.image);
   int offset = d.padding / S - kBefore<K, S, D, E>;
+  Region region = region_of<T>(vectors, t, OH, OW, at.tile_row + offset, at.tile_column + offset);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t n = group * t.images;
-    load_tile<1, T>(
-        vectors, tile, t, g, n, d.C, at.c, OH, OW, at.tile_row + offset, at.tile_column + offset,
-        [](A v) { return v; });
+    load_tile<1, T>(vectors, tile, t, region, g, n, d.C, at.c, OH, [](A v) { return v; });
     __syncthreads();
     if (at.image < t.images && n + at.image < d.N && at.column * S < d.W) {
       A sum[R][S][S] = {};
