@@ -242,26 +242,16 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ 
 template <class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(
     const __grid_constant__ PdartsStatistics all, const Tiles t, int splits, int each, int H, int W) {
-  __shared__ double shared[kThreads];
   const PdartsMoments& d = all.at[blockIdx.y];
-  int column = threadIdx.x % kColumns;
-  int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + column;
+  int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   const double* moments = static_cast<const double*>(d.moments) + c;
-  auto sum = [&](auto f) {
-    double some = 0;
-    for (int s = threadIdx.x / kColumns; c < d.C && s < splits; s += kThreads / kColumns) {
-      some += f(t.count(s, each, H, W), moments[s * 2 * d.C], moments[(s * 2 + 1) * d.C]);
-    }
-    __syncthreads();
-    shared[threadIdx.x] = some;
-    __syncthreads();
-    double total = 0;
-    for (int i = column; i < kThreads; i += kColumns) total += shared[i];
-    return total;
-  };
-  double mean = sum([](int count, double mean, double) { return count * mean; }) / all.elements;
-  double variance = sum([mean](int count, double other, double squares) {
-    return squares + count * (other - mean) * (other - mean);
+  if (c >= d.C) splits = 0;
+  double mean = sum_of_column(splits, [&](int s) {
+    return t.count(s, each, H, W) * moments[s * 2 * d.C];
+  }) / all.elements;
+  double variance = sum_of_column(splits, [&](int s) {
+    double distance = moments[s * 2 * d.C] - mean;
+    return moments[(s * 2 + 1) * d.C] + t.count(s, each, H, W) * distance * distance;
   }) / all.elements;
   if (threadIdx.x >= kColumns || c >= d.C) return;
   T* to = static_cast<T*>(d.to) + c;
@@ -269,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(
   to[2 * all.row] = variance * all.elements / (all.elements - 1);
 }
 
-// Grid [blocks]. Copies, 8 bytes or less at a time: little.
+// Grid [blocks]. Copies an element for each thread: there are few.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ PdartsRows all) {
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, size = all.count * all.C;
@@ -302,6 +292,7 @@ __device__ __forceinline__ T of_image(const PdartsIncoming& d, int64_t n) {
   return d.per_image ? static_cast<const T*>(d.p)[n] : T(1);
 }
 
+// V elements, of which `count` are there; -1: all of them, aligned.
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const void* from, int64_t i, int count) {
   const T* p = static_cast<const T*>(from) + i;
@@ -585,26 +576,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 // Grid [columns of C, norms]. Reads the sums once and adds up in double.
 template <class T>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ PdartsNormGradients all) {
-  __shared__ double shared[2][kColumns];
   const PdartsNormGradient& d = all.at[blockIdx.y];
   int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
-  for (int i = 0; i < 2; i++) {
-    __shared__ double parts[kThreads];
-    double sum = 0;
-    for (int s = threadIdx.x / kColumns; c < all.C && s < all.splits; s += kThreads / kColumns) {
-      sum += static_cast<const T*>(d.sums)[(s * 2 + i) * all.C + c];
-    }
-    parts[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x < kColumns) {
-      sum = 0;
-      for (int j = threadIdx.x; j < kThreads; j += kColumns) sum += parts[j];
-      shared[i][threadIdx.x] = sum;
-    }
-    __syncthreads();
-  }
+  const T* sums = static_cast<const T*>(d.sums) + c;
+  int splits = c < all.C ? all.splits : 0;
+  double with_1 = sum_of_column(splits, [&](int s) { return sums[s * 2 * all.C]; });
+  double with_x = sum_of_column(splits, [&](int s) { return sums[(s * 2 + 1) * all.C]; });
   if (threadIdx.x >= kColumns || c >= all.C) return;
-  double with_1 = shared[0][threadIdx.x], with_x = shared[1][threadIdx.x];
   T invstd = static_cast<const T*>(d.norm.invstd)[c];
   T scale = d.norm.gamma ? static_cast<const T*>(d.norm.gamma)[c] * invstd : invstd;
   if (d.b) static_cast<T*>(d.b)[c] = -scale * invstd * invstd * with_x / all.elements;
@@ -663,8 +641,8 @@ __global__ void __launch_bounds__(kThreads)
     int r = by_width.quotient(i), image = by_height.quotient(r), oh, ow = column + i - r * t.width;
     r -= image * t.height, oh = row + r;
     if (n + image >= all.N || oh >= OH || ow >= OW) continue;
-    T sums[2] = {}, largest = -static_cast<T>(INFINITY), share = 1;
-    share = inverse<T>(elements(oh, stride, all.H)) * inverse<T>(elements(ow, stride, all.W));
+    T sums[2] = {}, largest = -static_cast<T>(INFINITY);
+    T share = inverse<T>(elements(oh, stride, all.H)) * inverse<T>(elements(ow, stride, all.W));
     bool any = false;
     int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
     for (int k = 0; k < all.count; k++) {

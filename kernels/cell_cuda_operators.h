@@ -326,7 +326,7 @@ struct CudaCell : Cell {
 
   std::vector<bool> wanted;               // values whose gradient something depends on
   std::vector<Tensor> gradients;          // of inputs and sums, and of what convolutions read of another's result
-  std::vector<PdartsIncoming> incoming;   // of what steps compute
+  std::vector<PdartsIncoming> incoming;   // of what steps compute, but for the norm, see incoming_of
   std::vector<PdartsSum> sums;            // to be added up in the end
 
   void backward(const Tensor& grad, Gradients& to) {
@@ -468,7 +468,7 @@ struct CudaCell : Cell {
       if (is_state(term)) continue;
       bool batch = values[term].batch;
       incoming[term] = {
-          gradients[v].data_ptr(), values[term].x, norm(term), probability(op.first + k), per_image,
+          gradients[v].data_ptr(), values[term].x, {}, probability(op.first + k), per_image,
           batch ? from(scratch, k * C) : nullptr, batch ? from(scratch, (m.K + k) * C) : nullptr};
     }
   }
@@ -541,7 +541,7 @@ struct CudaCell : Cell {
       int64_t v = operation(group[j]->value).source;
       gradients[v] = empty(v, C);
       PdartsTarget& target = targets.at[j] = {int32_t(j), int32_t(j + 1), 0, gradients[v].data_ptr(), nullptr};
-      PdartsIncoming& in = incoming[v] = {gradients[v].data_ptr(), values[v].x, norm(v), nullptr, 0, nullptr, nullptr};
+      PdartsIncoming& in = incoming[v] = {gradients[v].data_ptr(), values[v].x};
       bool batch = values[v].batch;
       if (!batch && !to.gammas[v].defined() && !to.betas[v].defined()) continue;
       target.sums = memory(norms.splits * 2 * C * size, alive);

@@ -332,24 +332,29 @@ __device__ __forceinline__ void weight_gradients(
   partial[(static_cast<int64_t>(at.split) * C + at.c) * K * K + threadIdx.x] = total;
 }
 
-// to [n]: the sums of partial [splits][n], in double, of the 8 of them that a block has: 32 bytes are the least that is
-// read from memory at once. Reads them once.
+// The sum of f(s) over the splits s, in double, for the column of a thread, of which a block has 8: 32 bytes are the least
+// that is read from memory at once. All threads of a block take part, those without a column with 0 splits.
 constexpr int kColumns = 8;
-template <class T, class A>
-__device__ __forceinline__ void add_up(const A* partial, int64_t n, int splits, T* to) {
+template <class F>
+__device__ __forceinline__ double sum_of_column(int splits, F f) {
   __shared__ double shared[kThreads];
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   double sum = 0;
-  if (i < n) {
 #pragma unroll 4
-    for (int s = threadIdx.x / kColumns; s < splits; s += kThreads / kColumns) sum += partial[s * n + i];
-  }
+  for (int s = threadIdx.x / kColumns; s < splits; s += kThreads / kColumns) sum += f(s);
+  __syncthreads();
   shared[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x >= kColumns || i >= n) return;
   sum = 0;
-  for (int s = 0; s < kThreads / kColumns; s++) sum += shared[s * kColumns + threadIdx.x];
-  to[i] = static_cast<T>(sum);
+  for (int i = threadIdx.x % kColumns; i < kThreads; i += kColumns) sum += shared[i];
+  return sum;
+}
+
+// to [n]: the sums of partial [splits][n]. Reads them once.
+template <class T, class A>
+__device__ __forceinline__ void add_up(const A* partial, int64_t n, int splits, T* to) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  double sum = sum_of_column(i < n ? splits : 0, [&](int s) { return partial[s * n + i]; });
+  if (threadIdx.x < kColumns && i < n) to[i] = static_cast<T>(sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
