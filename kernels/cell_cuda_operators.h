@@ -2,6 +2,8 @@
 //
 // Operations are taken by levels: those of a level wait for none of each other, and those of one kind and size are a
 // launch. Backward, values are taken by levels counted from the outputs. What a pointwise convolution reads is kept.
+// What nothing of a level waits for goes to a second stream: pools and products beside convolutions, and gradients of
+// weights beside those of feature maps.
 #pragma once
 
 #ifdef PDARTS_CUDA
@@ -12,11 +14,47 @@
 
 #include <ATen/ops/cat.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 
 namespace pdarts {
 namespace {
 namespace on_cuda {
+
+// The current stream and one beside it, which a capture of a graph takes in too. PDARTS_CUDA_STREAMS=1: it is the same.
+struct Streams {
+  c10::cuda::CUDAStream main = c10::cuda::getCurrentCUDAStream(), beside = main;
+  cudaEvent_t event = nullptr;
+  bool forked = false;
+
+  Streams() {
+    const char* count = std::getenv("PDARTS_CUDA_STREAMS");
+    if (count && !std::strcmp(count, "1")) return;
+    C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    beside = c10::cuda::getStreamFromPool();
+  }
+  Streams(const Streams&) = delete;
+  ~Streams() {
+    if (forked) {  // after an error, of which the caller is told; until then memory may be in use beside
+      C10_CUDA_IGNORE_ERROR(cudaEventRecord(event, beside));
+      C10_CUDA_IGNORE_ERROR(cudaStreamWaitEvent(main, event, 0));
+    }
+    if (event) C10_CUDA_IGNORE_ERROR(cudaEventDestroy(event));
+  }
+
+  // What comes beside waits for what is on the current stream now.
+  void fork() { forked = event && follow(beside, main); }
+  // What comes on the current stream waits for what is beside it now.
+  void join() { forked = forked && !follow(main, beside); }
+
+ private:
+  bool follow(cudaStream_t later, cudaStream_t earlier) {
+    C10_CUDA_CHECK(cudaEventRecord(event, earlier));
+    C10_CUDA_CHECK(cudaStreamWaitEvent(later, event, 0));
+    return true;
+  }
+};
 
 struct CudaCell : Cell {
   c10::OptionalDeviceGuard guard;
@@ -25,6 +63,7 @@ struct CudaCell : Cell {
   Tensor of_values;             // the statistics
   std::vector<Tensor> alive;    // what launches of this level read
   std::vector<Tensor> lasting;  // what launches of later ones do
+  std::vector<Tensor> held;     // what launches beside read, until they are joined
   std::vector<int64_t> same;    // of each value the first one that is computed alike: pools of the same
 
   // A convolution of an operation: of a factorized reduction the one of the first or second half of the channels.
@@ -92,6 +131,16 @@ struct CudaCell : Cell {
         add_part(v, 1, weight.size(0), 0, -1, 2, 1, Tensor(), pointwise);
       }
     }
+  }
+
+  Streams streams;
+  void* launching = streams.main;  // where
+
+  void* stream() const { return launching; }
+
+  template <class F>
+  void beside(F f) {
+    launching = streams.beside, f(), launching = streams.main;
   }
 
   int64_t count() const { return values.size(); }
@@ -240,22 +289,10 @@ struct CudaCell : Cell {
         if (keep && keeps_between(part)) part.z = empty_between(part);
         point(part), convolutions.push_back(&part);
       }
+      streams.fork();
+      beside([&] { pool_and_multiply(level, now); });
       grouped(convolutions, [&](auto& group, PdartsConvolutions all) { convolve(group, all); });
-      std::map<std::vector<int64_t>, std::vector<int64_t>> pools;
-      for (int64_t v = inputs(); v < count(); v++) {
-        const PdartsOperation& op = operation(v);
-        if (level[v] != now) continue;
-        if (op.kind == Kind::kProduct) add_target(v, tensors[v], {product_of(v, values[op.source].x)});
-        if (!is_pool(v) || same[v] != v) continue;
-        const PdartsValue& x = values[op.source];
-        std::vector<int64_t>& group = pools[{x.C, x.H, x.W, op.stride}];
-        group.push_back(v);
-        if (group.size() == kPdartsTogether) pool(group), group.clear();
-      }
-      for (auto& [_, group] : pools) {
-        if (!group.empty()) pool(group);
-      }
-      finish_targets();
+      streams.join();
       for (int64_t v = inputs(); v < count(); v++) {
         if (level[v] != now || !is_sum(v)) continue;
         PdartsMixed m = mixed(v);
@@ -264,6 +301,25 @@ struct CudaCell : Cell {
       alive.clear();
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // Pools and products of a level.
+  void pool_and_multiply(const std::vector<int>& level, int now) {
+    std::map<std::vector<int64_t>, std::vector<int64_t>> pools;
+    for (int64_t v = inputs(); v < count(); v++) {
+      const PdartsOperation& op = operation(v);
+      if (level[v] != now) continue;
+      if (op.kind == Kind::kProduct) add_target(v, tensors[v], {product_of(v, values[op.source].x)});
+      if (!is_pool(v) || same[v] != v) continue;
+      const PdartsValue& x = values[op.source];
+      std::vector<int64_t>& group = pools[{x.C, x.H, x.W, op.stride}];
+      group.push_back(v);
+      if (group.size() == kPdartsTogether) pool(group), group.clear();
+    }
+    for (auto& [_, group] : pools) {
+      if (!group.empty()) pool(group);
+    }
+    finish_targets();
   }
 
   PdartsStatistics statistics_of(int64_t v) const {
@@ -370,9 +426,14 @@ struct CudaCell : Cell {
         if (level[part.value] != now || !wanted[part.value]) continue;
         part.d.incoming = incoming_of(part.value, part.first), convolutions.push_back(&part);
       }
-      grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate(group, to); });
+      grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_pointwise(group, to); });
+      streams.join(), held.clear();
+      streams.fork();
+      beside([&] { grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_weights(group, to); }); });
+      grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_chained(group, to); });
       alive.clear();
     }
+    streams.join();
     for (size_t i = 0; i < sums.size(); i += kPdartsTogether) {
       PdartsSums some;
       some.type = type, some.count = std::min<size_t>(sums.size() - i, kPdartsTogether);
@@ -423,7 +484,7 @@ struct CudaCell : Cell {
         targets.at[targets.count - 1].last++;
       }
       cell_input_gradients_cuda(&all, &targets, stream());
-      for (Part* part : group) part->grad_z.reset();
+      for (Part* part : group) held.push_back(std::move(part->grad_z));
     });
     for (int64_t v : states) {
       if (!there[v]) gradients[v].zero_();
@@ -481,77 +542,82 @@ struct CudaCell : Cell {
     return in;
   }
 
-  void differentiate(const std::vector<Part*>& group, Gradients& to) {
-    std::vector<Part*> weighted, pointwise, chained;
+  bool with_kernel(const Part& part, const Gradients& to) const {
+    return part.weight.defined() && to.weights[2 * (part.value - inputs())].defined();
+  }
+
+  // f(those parts of a group for which `is` is true, as a launch takes them)
+  template <class Is, class F>
+  void with(const std::vector<Part*>& group, Is is, F f) {
+    std::vector<Part*> some;
+    std::copy_if(group.begin(), group.end(), std::back_inserter(some), is);
+    if (!some.empty()) f(some, together(some));
+  }
+
+  // Through the pointwise products.
+  void differentiate_pointwise(const std::vector<Part*>& group, const Gradients& to) {
     for (Part* part : group) {
-      int64_t i = part->value - inputs(), source = operation(part->value).source;
-      bool with_kernel = part->weight.defined() && to.weights[2 * i].defined();
-      if (with_kernel) weighted.push_back(part);
-      if (to.weights[2 * i + part->which].defined()) pointwise.push_back(part);
-      if (!is_state(source) && wanted[source]) chained.push_back(part);
-      if (with_kernel || wanted[source]) {
-        part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
-      }
+      if (!with_kernel(*part, to) && !wanted[operation(part->value).source]) continue;
+      part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
     }
-    std::vector<Part*> between;
-    for (Part* part : group) {
-      if (part->d.grad_z) between.push_back(part);
-    }
-    auto with = [&](std::vector<Part*>& some, auto f) {
-      if (some.empty()) return;
-      PdartsConvolutions these = together(some);
-      f(these);
-    };
+    with(group, [](Part* part) { return part->d.grad_z; }, [&](auto&, PdartsConvolutions these) {
+      cell_between_gradients_cuda(&these, stream());
+    });
+  }
+
+  void differentiate_weights(const std::vector<Part*>& group, const Gradients& to) {
     auto add_up = [&](const Tensor& of, int64_t splits) {  // returns where the partial sums are to be
       void* partial = memory(splits * of.numel() * size, lasting);
       sums.push_back({partial, of.data_ptr(), of.numel(), int32_t(splits)});
       return partial;
     };
-    with(between, [&](auto& these) { cell_between_gradients_cuda(&these, stream()); });
-    with(pointwise, [&](auto& these) {
+    auto of_pointwise = [&](Part* part) { return to.weights[2 * (part->value - inputs()) + part->which]; };
+    with(group, [&](Part* part) { return of_pointwise(part).defined(); }, [&](auto& some, PdartsConvolutions these) {
       int64_t splits = cell_pointwise_splits_cuda(&these);
-      for (size_t j = 0; j < pointwise.size(); j++) {
-        const Part& part = *pointwise[j];
-        these.at[j].of_pointwise = add_up(to.weights[2 * (part.value - inputs()) + part.which], splits);
-      }
+      for (size_t j = 0; j < some.size(); j++) these.at[j].of_pointwise = add_up(of_pointwise(some[j]), splits);
       cell_pointwise_gradients_cuda(&these, stream());
     });
-    with(weighted, [&](auto& these) {
+    with(group, [&](Part* part) { return with_kernel(*part, to); }, [&](auto& some, PdartsConvolutions these) {
       int64_t splits = cell_weight_splits_cuda(&these);
-      for (size_t j = 0; j < weighted.size(); j++) {
-        these.at[j].of_weight = add_up(to.weights[2 * (weighted[j]->value - inputs())], splits);
+      for (size_t j = 0; j < some.size(); j++) {
+        these.at[j].of_weight = add_up(to.weights[2 * (some[j]->value - inputs())], splits);
       }
       cell_weight_gradients_cuda(&these, stream());
     });
-    with(chained, [&](auto& these) { differentiate_chained(chained, these, to); });
-    for (Part* part : group) {
-      int64_t source = operation(part->value).source;
-      if (!is_state(source) || !wanted[source]) part->grad_z.reset();
-      gradients[part->value].reset();  // of one that another convolution reads
-    }
   }
 
   // What convolutions read of another's result, and its norm.
-  void differentiate_chained(const std::vector<Part*>& group, PdartsConvolutions& all, Gradients& to) {
-    PdartsTargets targets;
-    PdartsNormGradients norms;
-    norms.elements = double(N) * all.H * all.W, norms.C = C, norms.splits = cell_input_splits_cuda(&all);
-    norms.type = type, norms.count = 0, targets.count = group.size();
-    for (size_t j = 0; j < group.size(); j++) {
-      int64_t v = operation(group[j]->value).source;
-      gradients[v] = empty(v, C);
-      PdartsTarget& target = targets.at[j] = {int32_t(j), int32_t(j + 1), 0, gradients[v].data_ptr(), nullptr};
-      PdartsIncoming& in = incoming[v] = {gradients[v].data_ptr(), values[v].x};
-      bool batch = values[v].batch;
-      if (!batch && !to.gammas[v].defined() && !to.betas[v].defined()) continue;
-      target.sums = memory(norms.splits * 2 * C * size, alive);
-      Tensor both = batch ? at::empty({2, C}, options) : Tensor();
-      lasting.push_back(both), in.b = from(both, 0), in.c = from(both, C);
-      norms.at[norms.count++] = {
-          target.sums, norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0), from(to.betas[v], 0)};
+  void differentiate_chained(const std::vector<Part*>& group, const Gradients& to) {
+    auto is = [&](Part* part) {
+      int64_t source = operation(part->value).source;
+      return !is_state(source) && wanted[source];
+    };
+    with(group, is, [&](auto& some, PdartsConvolutions these) {
+      PdartsTargets targets;
+      PdartsNormGradients norms;
+      norms.elements = double(N) * these.H * these.W, norms.C = C, norms.splits = cell_input_splits_cuda(&these);
+      norms.type = type, norms.count = 0, targets.count = some.size();
+      for (size_t j = 0; j < some.size(); j++) {
+        int64_t v = operation(some[j]->value).source;
+        gradients[v] = empty(v, C);
+        PdartsTarget& target = targets.at[j] = {int32_t(j), int32_t(j + 1), 0, gradients[v].data_ptr(), nullptr};
+        PdartsIncoming& in = incoming[v] = {gradients[v].data_ptr(), values[v].x};
+        bool batch = values[v].batch;
+        if (!batch && !to.gammas[v].defined() && !to.betas[v].defined()) continue;
+        target.sums = memory(norms.splits * 2 * C * size, alive);
+        Tensor both = batch ? at::empty({2, C}, options) : Tensor();
+        lasting.push_back(both), in.b = from(both, 0), in.c = from(both, C);
+        norms.at[norms.count++] = {
+            target.sums, norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0), from(to.betas[v], 0)};
+      }
+      cell_input_gradients_cuda(&these, &targets, stream());
+      if (norms.count) cell_norm_gradients_cuda(&norms, stream());
+    });
+    for (Part* part : group) {
+      int64_t source = operation(part->value).source;
+      if (!is_state(source) || !wanted[source]) held.push_back(std::move(part->grad_z));
+      held.push_back(std::move(gradients[part->value]));  // of one that another convolution reads
     }
-    cell_input_gradients_cuda(&all, &targets, stream());
-    if (norms.count) cell_norm_gradients_cuda(&norms, stream());
   }
 };
 

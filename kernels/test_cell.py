@@ -173,11 +173,12 @@ def test_fused_cell_compiles_without_graph_breaks():
     assert all(map(torch.equal, mine, right))
 
 
-def test_fused_cell_gives_the_same_bits_with_any_number_of_threads():
+def test_fused_cell_gives_the_same_bits_with_any_number_of_threads_and_streams(monkeypatch):
     case, threads, results = Case((9, 16, 16, 16), 2, images=True), torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
+            monkeypatch.setenv("PDARTS_CUDA_STREAMS", str(min(n, 2)))
             results.append(case.run(cell, torch.float32))
     finally:
         torch.set_num_threads(threads)
