@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import math
+import os
 import pathlib
 import signal
 import statistics
@@ -26,10 +28,11 @@ from harness.gpu_checks import GPU_ONLY, Wrong
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 
-# What is fused on CUDA, of sides that have less of it than the others.
-OPERATIONS = {
-    "ours, one operation at a time, graph": "mixed separable:float32:NCHW pool:float32:NCHW",
-    "ours, mixed operations only, graph": "mixed",
+# What is fused on CUDA, None: as otherwise, and in how many streams, of sides that have less of it than the others.
+LESS = {
+    "ours, one stream, graph": (None, "1"),
+    "ours, one operation at a time, graph": ("mixed separable:float32:NCHW pool:float32:NCHW", "2"),
+    "ours, mixed operations only, graph": ("mixed", "2"),
 }
 
 
@@ -50,23 +53,38 @@ def sides(args, device, config, batch):
         "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
         "ours": ours(recompute=False),
         "ours, graph": ours(recompute=False, graph=True) if on_cuda else None,
-        **{name: ours(recompute=False, graph=True) if on_cuda else None for name in OPERATIONS},
+        **{name: ours(recompute=False, graph=True) if on_cuda else None for name in LESS},
         "ours, recompute": ours(recompute=True),
         "ours, recompute, graph": ours(recompute=True, graph=True) if on_cuda else None,
     }
 
 
-def measured(args, device, make, kinds, operations=None):
-    """Rows of one side, or one with the reason why there are none. operations: fused on CUDA, instead of the chosen."""
-    chosen = kernels.use_on_cuda(operations) if operations is not None else None
+@contextlib.contextmanager
+def with_less(name):
+    """Where a side of LESS has what it names."""
+    if name not in LESS:
+        yield
+        return
+    operations, streams = LESS[name]
+    chosen, before = kernels.use_on_cuda("mixed"), os.environ.pop("PDARTS_CUDA_STREAMS", None)
+    kernels.use_on_cuda(operations or chosen)
+    os.environ["PDARTS_CUDA_STREAMS"] = streams  # which the kernels read at every call
     try:
-        yield from bench.measure_steps({"": make}, kinds, device, args.seconds, args.rounds)
+        yield
+    finally:
+        kernels.use_on_cuda(chosen)
+        del os.environ["PDARTS_CUDA_STREAMS"]
+        os.environ.update({} if before is None else {"PDARTS_CUDA_STREAMS": before})
+
+
+def measured(args, device, make, kinds, name=""):
+    """Rows of one side, or one with the reason why there are none."""
+    try:
+        with with_less(name):
+            yield from bench.measure_steps({"": make}, kinds, device, args.seconds, args.rounds)
     except Exception as error:
         yield {"problem": reason(error)}
         traceback.print_exc()
-    finally:
-        if chosen is not None:
-            kernels.use_on_cuda(chosen)
     gc.collect()  # what the failed side held
 
 
@@ -84,7 +102,7 @@ def steps(args, device):
             if make is None:
                 yield f"stage {stage}", about | {"problem": GPU_ONLY}
                 continue
-            for result in measured(args, device, make(stage), ("weights", "alphas"), OPERATIONS.get(name)):
+            for result in measured(args, device, make(stage), ("weights", "alphas"), name):
                 problems += [f"{name}: {result['problem']}"] if "problem" in result else []
                 rows.append(about | step_row(result))
                 for r in rows:
@@ -274,13 +292,19 @@ def convolutions(args, device):
                     ms = {f"{side} (ms)": 1e3 * statistics.median(t) for side, t in times.items()}
                     ratio = ms["torch's (ms)"] / ms["ours (ms)"]
                     kind = str(dtype).removeprefix("torch."), layout
-                    ratios.setdefault((operation, *kind), []).append(ratio)
+                    ratios.setdefault((operation, *kind), {}).setdefault(shape[1:], []).append(ratio)
                     about = {"operation": name, "dtype": kind[0], "layout": layout}
                     yield str(list(shape)), {**about, **ms, "times faster": ratio}
     kernels.use_on_cuda(chosen)
-    faster = [":".join(key) for key, values in ratios.items() if statistics.geometric_mean(values) >= WORTH_IT]
+    faster = [name for key, by_size in ratios.items() for name in worth_it(":".join(key), by_size)]
     cells = [name for name in chosen.split() if name.startswith("cell")]  # which part 6 measures
     yield "what is worth it", {"PDARTS_CUDA_OPERATIONS": " ".join(["mixed", *faster, *cells]), "in use": chosen}
+
+
+def worth_it(name, by_size):
+    """Names of an operation where it is faster by WORTH_IT: itself, or with sizes. by_size: {(C, H, W): ratios}"""
+    sizes = [size for size, ratios in by_size.items() if statistics.geometric_mean(ratios) >= WORTH_IT]
+    return [name] if len(sizes) == len(by_size) else [f"{name}:{'x'.join(map(str, size))}" for size in sizes]
 
 
 def operations_of(shape, dtype, layout, device):

@@ -259,5 +259,25 @@ def test_the_other_parts_run_on_the_cpu(few_cells, few_weights, tmp_path):
     found = list(gpu_speed.convolutions(small_args(), cpu))
     assert len(found) == 3 * (5 + 4) + 1 and all(row["times faster"] > 0 for _, row in found[:-1])
     assert found[-1][1]["PDARTS_CUDA_OPERATIONS"].startswith("mixed")
+    by_size = {(16, 32, 32): [1.0, 1.2], (32, 16, 16): [1.0, 1.0], (64, 8, 8): [2.0]}
+    assert gpu_speed.worth_it("pool", by_size) == ["pool:16x32x32", "pool:64x8x8"]
+    assert gpu_speed.worth_it("pool", {(64, 8, 8): [1.2]}) == ["pool"]
     convolution = gpu_checks.Convolution((2, 4, 8, 8), 3, 2, torch.float32, "channels-last", cpu)
     assert convolution.error() < 1e-5 and all(min(times) > 0 for times in convolution.times(0.01).values())
+
+
+def test_sides_with_fewer_fused_operations_or_streams_leave_the_others_as_they_are(monkeypatch):
+    monkeypatch.setenv("PDARTS_CUDA_STREAMS", "2")
+    chosen = bench.kernels.use_on_cuda("pool")
+    try:
+        seen = {}
+        for name in ("ours", *gpu_speed.LESS):
+            with gpu_speed.with_less(name):
+                fused = bench.kernels.use_on_cuda("")
+                bench.kernels.use_on_cuda(fused)
+                seen[name] = fused, os.environ["PDARTS_CUDA_STREAMS"]
+            assert os.environ["PDARTS_CUDA_STREAMS"] == "2" and bench.kernels.use_on_cuda("pool") == "pool"
+    finally:
+        bench.kernels.use_on_cuda(chosen)
+    assert seen["ours"] == ("pool", "2") and seen["ours, one stream, graph"] == ("pool", "1")
+    assert seen["ours, mixed operations only, graph"] == ("mixed", "2")

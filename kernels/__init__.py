@@ -33,8 +33,8 @@ from . import build
 MODES = ("auto", "on", "off")
 MAX_CANDIDATES = 64  # of one mixed operation, see mixed_op.h
 
-# What is fused on CUDA, for which type and layout of x, for all of them where none is named; torch's own operations
-# serve the others. `python bench.py gpu` measures both ways. In channels-last all but mixed would copy x first.
+# What is fused on CUDA, for which type, layout and size of x (such as pool:float32:NCHW:16x32x32, C x H x W), for all
+# of them where none is named; torch's own operations serve the others. `python bench.py gpu` measures both ways.
 CUDA_OPERATIONS = "mixed separable:float32:NCHW pool:float32:NCHW cell:float32:NCHW"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def separable(
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has.
     On CUDA, where CUDA_OPERATIONS names it and the depthwise convolution has a kernel of 3, 5 or 7 and stride and
-    dilation of 1 or 2, fused but for the pointwise product, which is torch's and as deterministic as that; in NCHW,
-    which the result has. Elsewhere torch's own convolutions serve. There and on CUDA what the convolutions read is kept
-    too, and not computed again, unless `recompute`.
+    dilation of 1 or 2, fused but for the pointwise product, which is torch's and as deterministic as that; in the
+    memory format of x, which the result has. Elsewhere torch's own convolutions serve. There and on CUDA what the
+    convolutions read is kept too, and not computed again, unless `recompute`.
     """
     running, affine = (running_mean, running_var), (gamma, beta)
     if (running_mean is None) != (running_var is None):
@@ -560,12 +560,15 @@ def serves(operation: str, x, dtype: torch.dtype | None = None) -> bool:
     if not _cuda_operations.keys() <= {"mixed", "separable", "pool", "cell"}:
         raise ValueError(
             f"PDARTS_CUDA_OPERATIONS has {sorted(_cuda_operations)}; expected mixed, separable, pool or cell, each "
-            "followed by a type and NCHW or channels-last, such as pool:float32:NCHW, if not all tensors are meant"
+            "followed by a type, NCHW or channels-last and perhaps a size, such as pool:float32:NCHW:16x32x32, if not "
+            "all tensors are meant"
         )
-    layout = "NCHW" if x.is_contiguous() else "channels-last"
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = "channels-last" if is_last else "NCHW"
     tensors = _cuda_operations.get(operation, ())
     kind = f"{dtype or x.dtype}:{layout}".removeprefix("torch.")
-    return any(t in ("", kind) for t in tensors) and fused("cuda")
+    size = "x".join(map(str, x.shape[1:]))
+    return any(t in ("", kind, f"{kind}:{size}") for t in tensors) and fused("cuda")
 
 
 def serves_cells(x) -> bool:
@@ -626,6 +629,10 @@ def _register_fakes():
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
 
     def feature_map(x, *size):
+        last = x.device.type == "cpu" or torch._prims_common.suggest_memory_format(x) == torch.channels_last
+        return channels_last(x, *size) if last else x.new_empty(size)
+
+    def cell_map(x, *size):
         return x.new_empty(size) if x.device.type == "cuda" else channels_last(x, *size)
 
     def needed(needs, *makers):
@@ -693,13 +700,13 @@ def _register_fakes():
         omitted = outputs if x.device.type == "cpu" or len(outputs) == 1 else ()
         kept = [sizes[v] for v in range(len(inputs), len(sizes)) if v not in (*omitted, *again)] + between
         of_values = x.new_empty((3, len(sizes), c) if statistics is None else 0)
-        values = [feature_map(x, len(x), *of) for of in kept] if keep else []
-        return feature_map(x, len(x), c * len(outputs), *size), of_values, values
+        values = [cell_map(x, len(x), *of) for of in kept] if keep else []
+        return cell_map(x, len(x), c * len(outputs), *size), of_values, values
 
     @torch.library.register_fake("pdarts::cell_backward")
     def _(grad, y, values, inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, needs):
         none = [None] * (len(inputs) + len(weights) // 2)
-        of_inputs = [lambda x=x: feature_map(grad, *x.shape) for x in inputs]
+        of_inputs = [lambda x=x: cell_map(grad, *x.shape) for x in inputs]
         return needed(needs, *of_inputs, *map(fresh, (*weights, *(gammas or none), *(betas or none), probabilities)))
 
     @torch.library.register_fake("pdarts::pool")
@@ -708,7 +715,7 @@ def _register_fakes():
 
     @torch.library.register_fake("pdarts::pool_backward")
     def _(grad, x, y, size, stride):
-        return feature_map(grad, *size)
+        return feature_map(grad if x is None else x, *size)
 
     @torch.library.register_fake("pdarts::update_running")
     def _(running_means, running_vars, statistics, batch, momentum):

@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
         T w[quotient_up(K.value * K.value, V) * V];
         load_packs(weight + i * kTaps, w);
         for_taps<K.value, S, D.value, R>(
-            from, t.pitch, [&](int r, int row, int column, T v) { z[r] += w[row * K.value + column] * v; });
+            elements_of<S>(from, t.pitch),
+            [&](int r, int row, int column, T v) { z[r] += w[row * K.value + column] * v; });
       });
       if (d.z && !first) {
         T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
@@ -212,10 +213,11 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ 
   T of_rows[kRows] = {};
   if (rows) {
     const T* from = static_cast<const T*>(d.x) + plane * all.H * all.W;
+    auto element = [&](int h, int w) { return from[h * all.W + w]; };
     if (d.max) {
-      pool_rows<true, S>(from, all.H, all.W, stride, at, of_rows);
+      pool_rows<true, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
     } else {
-      pool_rows<false, S>(from, all.H, all.W, stride, at, of_rows);
+      pool_rows<false, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
     }
   }
   T* to = static_cast<T*>(d.y) + plane * all.OH * all.OW + static_cast<int64_t>(at.row) * all.OW + at.column;
@@ -521,7 +523,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
       auto add = [&](auto K, auto D, auto E) {
         int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
         for_gradient_taps<K.value, S, D.value, E.value, R>(
-            own + offset * (t.pitch + 1), t.pitch, [&](int r, int rho, int sigma, int row, int column, T v) {
+            elements_of<1>(own + offset * (t.pitch + 1), t.pitch),
+            [&](int r, int rho, int sigma, int row, int column, T v) {
               sum[r][rho][sigma] += weight[i * kTaps + row * K.value + column] * v;
             });
       };
@@ -641,7 +644,7 @@ __global__ void __launch_bounds__(kThreads)
     int r = by_width.quotient(i), image = by_height.quotient(r), oh, ow = column + i - r * t.width;
     r -= image * t.height, oh = row + r;
     if (n + image >= all.N || oh >= OH || ow >= OW) continue;
-    T sums[2] = {}, largest = -static_cast<T>(INFINITY);
+    T largest = 0, mean = 0;
     T share = inverse<T>(elements(oh, stride, all.H)) * inverse<T>(elements(ow, stride, all.W));
     bool any = false;
     int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
@@ -649,39 +652,27 @@ __global__ void __launch_bounds__(kThreads)
       const PdartsIncoming& d = all.at[k].incoming;
       T y = d.b ? static_cast<const T*>(d.y)[window] : T(0);
       T g = coefficients_of<T>(d, at.c).gradient(of_image<T>(d, n + image), static_cast<const T*>(d.g)[window], y);
-      sums[all.at[k].max ? 0 : 1] += g, any = any || all.at[k].max;
-    }
-    int place = -1;
-    const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
-#pragma unroll
-    for (int k = 0; k < 9; k++) {
-      int h = oh * stride - 1 + k / 3, w = ow * stride - 1 + k % 3;
-      if (!any || h < 0 || h >= all.H || w < 0 || w >= all.W) continue;
-      T v = from[h * all.W + w];
-      if (place < 0 || v > largest || v != v) largest = v, place = k;
+      largest += all.at[k].max ? g : T(0), mean += all.at[k].max ? T(0) : g, any = any || all.at[k].max;
     }
     int to = image * t.image + r * t.pitch + ow - column;
-    of_largest[to] = sums[0], of_mean[to] = sums[1] * share, places[to] = static_cast<int8_t>(place);
+    of_largest[to] = largest, of_mean[to] = mean * share, places[to] = -1;
+    if (!any) continue;
+    const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
+    places[to] = place_of_largest<T>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
   }
   __syncthreads();
   if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
   T* to = static_cast<T*>(all.to) + ((n + at.image) * all.C + at.c) * all.H * all.W +
       static_cast<int64_t>(at.row) * all.W + at.column;
-  int left = first_window(at.column, stride);
 #pragma unroll 1
-  for (int r = 0; r < kRows; r++) {
-    int h = at.row + r, top = first_window(h, stride);
+  for (int r = 0; r < min(kRows, all.H - at.row); r++) {
     T sum = 0;
-#pragma unroll
-    for (int i = 0; i < kWindows<S> * kWindows<S>; i++) {
-      int oh = top + i / kWindows<S>, ow = left + i % kWindows<S>;
-      int k = h - oh * stride + 1, j = at.column - ow * stride + 1;
-      if (h >= all.H || oh >= OH || ow >= OW || k < 0 || k > 2 || j < 0 || j > 2) continue;
+    for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
       int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
       sum += of_mean[from];
-      if (places[from] == k * 3 + j) sum += of_largest[from];
-    }
-    if (h < all.H) to[r * all.W] = all.add ? to[r * all.W] + sum : sum;
+      if (places[from] == place) sum += of_largest[from];
+    });
+    to[r * all.W] = all.add ? to[r * all.W] + sum : sum;
   }
 }
 

@@ -211,9 +211,16 @@ bool vectors_of(const void* p, int W) {
   return W % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p) % (sizeof(T) * kVector<T>) == 0;
 }
 
-// f(row of the thread, tap's row i, tap's column j, element) for all that the rows of a thread read; from: the first.
-template <int K, int S, int D, int R = kRows, class A, class F>
-__device__ __forceinline__ void for_taps(const A* from, int pitch, F f) {
+// The elements of a tile by row and column, from a thread's first one on.
+template <int S, class A>
+__device__ __forceinline__ auto elements_of(const A* from, int pitch) {
+  return [from, pitch](int row, int column) { return from[row * pitch + in_row<S>(column, pitch)]; };
+}
+
+// f(row of the thread, tap's row i, tap's column j, element) for all that the rows of a thread read.
+template <int K, int S, int D, int R = kRows, class E, class F>
+__device__ __forceinline__ void for_taps(E element, F f) {
+  using A = decltype(element(0, 0));
 #pragma unroll
   for (int q = 0; q <= (R - 1) * S + (K - 1) * D; q++) {
 #pragma unroll
@@ -224,7 +231,7 @@ __device__ __forceinline__ void for_taps(const A* from, int pitch, F f) {
       for (int r = 0; r < R; r++) {
         int i = (q - r * S) / D;
         if (q < r * S || (q - r * S) % D || i >= K) continue;
-        if (!loaded) v = from[q * pitch + in_row<S>(j * D, pitch)], loaded = true;
+        if (!loaded) v = element(q, j * D), loaded = true;
         f(r, i, j, v);
       }
     }
@@ -239,10 +246,10 @@ constexpr int kBefore = ((K - 1) * D - E + S - 1) / S;
 template <int S, int E>
 constexpr int kAfter = (E + S - 1) / S;
 
-// f(r, rho, sigma, tap's row, tap's column, element of g) for all that the gradients of R rows of S x S elements read;
-// from: the first element of g for the first of them.
-template <int K, int S, int D, int E, int R, class A, class F>
-__device__ __forceinline__ void for_gradient_taps(const A* from, int pitch, F f) {
+// f(r, rho, sigma, tap's row, tap's column, element of g) for all that the gradients of R rows of S x S elements read.
+template <int K, int S, int D, int E, int R, class G, class F>
+__device__ __forceinline__ void for_gradient_taps(G element, F f) {
+  using A = decltype(element(0, 0));
   constexpr int before = kBefore<K, S, D, E>, after = kAfter<S, E>;
 #pragma unroll
   for (int q = 0; q < R + before + after; q++) {
@@ -260,7 +267,7 @@ __device__ __forceinline__ void for_gradient_taps(const A* from, int pitch, F f)
           for (int sigma = 0; sigma < S; sigma++) {
             int column = E + sigma - S * (p - before);
             if (column < 0 || column % D || column / D >= K) continue;
-            if (!loaded) v = from[q * pitch + p], loaded = true;
+            if (!loaded) v = element(q, p), loaded = true;
             f(r, rho, sigma, row / D, column / D, v);
           }
         }
@@ -309,8 +316,9 @@ __device__ __forceinline__ void weight_gradients(
     load_tile<S, T>(vectors, tile, t, region, x, n, C, at.c, H, [&](A v) { return norm.rectified(v); });
     __syncthreads();
     if (works) {
-      for_taps<K, S, D>(
-          tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[i * K + j] += of_z[r] * v; });
+      for_taps<K, S, D>(elements_of<S>(tile + at.offset(t, kRows, S), t.pitch), [&](int r, int i, int j, A v) {
+        sum[i * K + j] += of_z[r] * v;
+      });
     }
     __syncthreads();
   }
@@ -393,27 +401,54 @@ void with_stride(int stride, F f) {
   stride == 1 ? f(Int<1>()) : stride == 2 ? f(Int<2>()) : f(Int<3>());
 }
 
-// The results of a thread's rows, from a feature map of H x W.
-template <bool MAX, int S, class T, class A>
-__device__ __forceinline__ void pool_rows(
-    const T* from, int H, int W, int stride, const Place& at, A (&results)[kRows]) {
+// The results of R rows from `row` on, of a feature map of H x W.
+template <bool MAX, int S, int R, class E, class A>
+__device__ __forceinline__ void pool_rows(E element, int H, int W, int stride, int row, int column, A (&results)[R]) {
   constexpr int apart = S < 3 ? S : 3;
-  A rows[(kRows - 1) * apart + 3];
+  A rows[(R - 1) * apart + 3];
 #pragma unroll
-  for (int q = 0; q < (kRows - 1) * apart + 3; q++) {
-    int h = S < 3 ? at.row * S - 1 + q : (at.row + q / 3) * stride - 1 + q % 3;
+  for (int q = 0; q < (R - 1) * apart + 3; q++) {
+    int h = S < 3 ? row * S - 1 + q : (row + q / 3) * stride - 1 + q % 3;
     rows[q] = MAX ? -static_cast<A>(INFINITY) : A(0);
 #pragma unroll
     for (int j = 0; j < 3; j++) {
-      int w = at.column * stride - 1 + j;
-      if (h >= 0 && h < H && w >= 0 && w < W) rows[q] = join<MAX>(rows[q], static_cast<A>(from[h * W + w]));
+      int w = column * stride - 1 + j;
+      if (h >= 0 && h < H && w >= 0 && w < W) rows[q] = join<MAX>(rows[q], static_cast<A>(element(h, w)));
     }
   }
-  A share = inverse<A>(elements(at.column, stride, W));
+  A share = inverse<A>(elements(column, stride, W));
 #pragma unroll
-  for (int r = 0; r < kRows; r++) {
+  for (int r = 0; r < R; r++) {
     A v = join<MAX>(join<MAX>(rows[r * apart], rows[r * apart + 1]), rows[r * apart + 2]);
-    results[r] = MAX ? v : v * share * inverse<A>(elements(at.row + r, stride, H));
+    results[r] = MAX ? v : v * share * inverse<A>(elements(row + r, stride, H));
+  }
+}
+
+// Which element of a window, counted row by row, is its largest and has its gradient: of several the first, of several
+// that are not a number the last.
+template <class A, class E>
+__device__ __forceinline__ int8_t place_of_largest(E element, int oh, int ow, int stride, int H, int W) {
+  A largest = -static_cast<A>(INFINITY);
+  int8_t place = -1;
+#pragma unroll
+  for (int k = 0; k < 9; k++) {
+    int h = oh * stride - 1 + k / 3, w = ow * stride - 1 + k % 3;
+    if (h < 0 || h >= H || w < 0 || w >= W) continue;
+    A v = static_cast<A>(element(h, w));
+    if (place < 0 || v > largest || v != v) largest = v, place = static_cast<int8_t>(k);
+  }
+  return place;
+}
+
+// f(row, column, which of its elements it is) of the windows, of OH x OW, that an element lies in.
+template <int S, class F>
+__device__ __forceinline__ void for_windows(int h, int w, int stride, int OH, int OW, F f) {
+  int top = first_window(h, stride), left = first_window(w, stride);
+#pragma unroll
+  for (int i = 0; i < kWindows<S> * kWindows<S>; i++) {
+    int oh = top + i / kWindows<S>, ow = left + i % kWindows<S>;
+    int k = h - oh * stride + 1, j = w - ow * stride + 1;
+    if (oh < OH && ow < OW && k >= 0 && j >= 0) f(oh, ow, k * 3 + j);
   }
 }
 

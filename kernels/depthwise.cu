@@ -1,4 +1,4 @@
-// Depthwise convolutions and pooling on CUDA. depthwise_cuda.h says what they compute; there are no torch headers here.
+// Depthwise convolutions and pooling on CUDA in NCHW. depthwise_cuda.h says what they compute; there are no torch headers here.
 //
 // A block has a tile of results of some images of one channel, and reads what they depend on, with what lies around the
 // tile, into shared memory: 0 where it is outside of the image. Feature maps up to 32 x 32 are one tile: then all is
@@ -9,36 +9,13 @@
 // no result), and there are no atomics: sums are added up in a fixed order, by a block in float (double for double),
 // then over blocks in double.
 
-#include "cuda_tiles.h"
-#include "depthwise_cuda.h"
+#include "cuda_depthwise.h"
 
 namespace {
-
-// Blocks that a multiprocessor has room for, as registers go. Few: a thread has many results at once.
-template <class T, bool FEW>
-constexpr int kResident = sizeof(T) == 8 ? 1 : FEW ? 2 : 4;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Depthwise convolutions
 // ---------------------------------------------------------------------------------------------------------------------
-
-int out_size(const PdartsDepthwise& d, int n) {
-  return (n + 2 * d.padding - d.dilation * (std::max(d.kernel, 1) - 1) - 1) / d.stride + 1;
-}
-
-template <class A>
-__device__ Norm<A> norm_of(const PdartsDepthwise& d, int c) {
-  const A* mean = static_cast<const A*>(d.statistics);
-  return {mean, mean ? mean + d.C : nullptr, d.gamma, d.beta, c};
-}
-
-template <int K, class T, class A>
-__device__ __forceinline__ void load_weight(const PdartsDepthwise& d, int c, A (&w)[K * K]) {
-#pragma unroll
-  for (int i = 0; i < K * K; i++) {
-    w[i] = d.weight ? static_cast<A>(static_cast<const T*>(d.weight)[static_cast<int64_t>(c) * K * K + i]) : A(1);
-  }
-}
 
 // Grid [blocks]. Reads x and writes z once, the least.
 template <int K, int S, int D, class T>
@@ -60,8 +37,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5)>)
     __syncthreads();
     if (at.image < t.images && n + at.image < d.N && at.column < OW) {
       A sum[kRows] = {};
-      for_taps<K, S, D>(
-          tile + at.offset(t, kRows, S), t.pitch, [&](int r, int i, int j, A v) { sum[r] += w[i * K + j] * v; });
+      for_taps<K, S, D>(elements_of<S>(tile + at.offset(t, kRows, S), t.pitch), [&](int r, int i, int j, A v) {
+        sum[r] += w[i * K + j] * v;
+      });
       T* to = static_cast<T*>(z) + ((n + at.image) * d.C + at.c) * OH * OW + static_cast<int64_t>(at.row) * OW;
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
@@ -71,9 +49,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5)>)
     if (group + t.step < t.groups) __syncthreads();
   }
 }
-
-template <int S>
-constexpr int kSteps = kRows / S;
 
 // Grid [blocks]. The gradient of what is rectified. Reads g and x and writes the gradient once, the least.
 template <int K, int S, int D, int E, class T>
@@ -97,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, (K > 5 || S > 1)>)
     if (at.image < t.images && n + at.image < d.N && at.column * S < d.W) {
       A sum[R][S][S] = {};
       for_gradient_taps<K, S, D, E, R>(
-          tile + at.offset(t, R, 1), t.pitch,
+          elements_of<1>(tile + at.offset(t, R, 1), t.pitch),
           [&](int r, int rho, int sigma, int i, int j, A v) { sum[r][rho][sigma] += w[i * K + j] * v; });
       int64_t plane = ((n + at.image) * d.C + at.c) * d.H * d.W;
       int64_t first = plane + static_cast<int64_t>(at.row) * S * d.W + at.column * S;
@@ -129,13 +104,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, true>) weight_kernel(
       partial);
 }
 
-// Grid [columns of n].
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const Accumulated<T>* partial, int64_t n, int splits, void* to) {
-  add_up(partial, n, splits, static_cast<T*>(to));
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Pooling
 // ---------------------------------------------------------------------------------------------------------------------
@@ -148,9 +116,11 @@ __global__ void __launch_bounds__(kThreads) pool_forward_kernel(PdartsPlanes p, 
   Place at(t, kRows);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t plane = group * t.images + at.image;
-    if (at.image >= t.images || plane >= p.planes || at.column >= OW) continue;
+    if (at.image >= t.images || plane >= t.N || at.column >= OW) continue;
     A of_rows[kRows];
-    pool_rows<MAX, S>(static_cast<const T*>(x) + plane * p.H * p.W, p.H, p.W, stride, at, of_rows);
+    const T* from = static_cast<const T*>(x) + plane * p.H * p.W;
+    pool_rows<MAX, S>(
+        [&](int h, int w) { return from[h * p.W + w]; }, p.H, p.W, stride, at.row, at.column, of_rows);
     T* to = static_cast<T*>(y) + plane * OH * OW + at.row * OW + at.column;
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
@@ -179,38 +149,23 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < t.images * t.height * t.width; i += kThreads) {
       int r = by_width.quotient(i), image = by_height.quotient(r), oh, ow = column + i - r * t.width;
       r -= image * t.height, oh = row + r;
-      if (plane + image >= p.planes || oh >= OH || ow >= OW) continue;
+      if (plane + image >= t.N || oh >= OH || ow >= OW) continue;
       const T* from = static_cast<const T*>(x) + (plane + image) * p.H * p.W;
-      A largest = -static_cast<A>(INFINITY);
-      int place = -1;
-#pragma unroll
-      for (int k = 0; k < 9; k++) {
-        int h = oh * stride - 1 + k / 3, w = ow * stride - 1 + k % 3;
-        if (h < 0 || h >= p.H || w < 0 || w >= p.W) continue;
-        A v = static_cast<A>(from[h * p.W + w]);
-        if (place < 0 || v > largest || v != v) largest = v, place = k;
-      }
       int to = image * t.image + r * t.pitch + ow - column;
       gradients[to] = static_cast<A>(static_cast<const T*>(g)[(plane + image) * OH * OW + oh * OW + ow]);
-      places[to] = static_cast<int8_t>(place);
+      places[to] = place_of_largest<A>([&](int h, int w) { return from[h * p.W + w]; }, oh, ow, stride, p.H, p.W);
     }
     __syncthreads();
-    if (at.image < t.images && plane + at.image < p.planes && at.column < p.W) {
+    if (at.image < t.images && plane + at.image < t.N && at.column < p.W) {
       T* to = static_cast<T*>(grad_x) + (plane + at.image) * p.H * p.W + at.row * p.W + at.column;
-      int left = first_window(at.column, stride);
 #pragma unroll 1
-      for (int r = 0; r < kRows; r++) {
-        int h = at.row + r, top = first_window(h, stride);
+      for (int r = 0; r < min(kRows, p.H - at.row); r++) {
         A sum = 0;
-#pragma unroll
-        for (int i = 0; i < kWindows<S> * kWindows<S>; i++) {
-          int oh = top + i / kWindows<S>, ow = left + i % kWindows<S>;
-          int k = h - oh * stride + 1, j = at.column - ow * stride + 1;
-          if (h >= p.H || oh >= OH || ow >= OW || k < 0 || k > 2 || j < 0 || j > 2) continue;
+        for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
           int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
-          if (places[from] == k * 3 + j) sum += gradients[from];
-        }
-        if (h < p.H) to[r * p.W] = static_cast<T>(sum);
+          if (places[from] == place) sum += gradients[from];
+        });
+        to[r * p.W] = static_cast<T>(sum);
       }
     }
     if (group + t.step < t.groups) __syncthreads();
@@ -227,22 +182,17 @@ __global__ void __launch_bounds__(kThreads)
   Place at(t, kRows);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t plane = group * t.images + at.image;
-    if (at.image >= t.images || plane >= p.planes || at.column >= p.W) continue;
+    if (at.image >= t.images || plane >= t.N || at.column >= p.W) continue;
     const T* from = static_cast<const T*>(g) + plane * OH * OW;
     T* to = static_cast<T*>(grad_x) + plane * p.H * p.W + at.row * p.W + at.column;
-    int left = first_window(at.column, stride);
 #pragma unroll 1
-    for (int r = 0; r < kRows; r++) {
-      int h = at.row + r, top = first_window(h, stride);
+    for (int r = 0; r < min(kRows, p.H - at.row); r++) {
       A sum = 0;
-#pragma unroll
-      for (int i = 0; i < kWindows<S> * kWindows<S>; i++) {
-        int oh = top + i / kWindows<S>, ow = left + i % kWindows<S>;
-        if (h >= p.H || oh >= OH || ow >= OW || oh * stride - 1 > h || ow * stride - 1 > at.column) continue;
+      for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int) {
         A share = inverse<A>(elements(oh, stride, p.H)) * inverse<A>(elements(ow, stride, p.W));
         sum += static_cast<A>(from[oh * OW + ow]) * share;
-      }
-      if (h < p.H) to[r * p.W] = static_cast<T>(sum);
+      });
+      to[r * p.W] = static_cast<T>(sum);
     }
   }
 }
@@ -250,21 +200,6 @@ __global__ void __launch_bounds__(kThreads)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launching
 // ---------------------------------------------------------------------------------------------------------------------
-
-// f(T, kernel, stride, dilation), of which depthwise_serves_cuda is true.
-template <class F>
-void with_taps(const PdartsDepthwise& d, F f) {
-  with_type(d.type, [&](auto t) {
-    auto with_dilation = [&](auto K, auto S) { d.dilation == 1 ? f(t, K, S, Int<1>()) : f(t, K, S, Int<2>()); };
-    auto with_stride = [&](auto K) { d.stride == 1 ? with_dilation(K, Int<1>()) : with_dilation(K, Int<2>()); };
-    switch (d.kernel) {
-      case 3: return with_stride(Int<3>());
-      case 5: return with_stride(Int<5>());
-      case 7: return with_stride(Int<7>());
-      default: return f(t, Int<1>(), Int<1>(), Int<1>());
-    }
-  });
-}
 
 template <class A>
 int bytes_of(const Tiles& t) {
@@ -361,8 +296,8 @@ void depthwise_backward_cuda(
 void pool_forward_cuda(const PdartsPlanes* call, const void* x, void* y, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.planes) return;
-  Tiles t = tiles_of(p.planes, 1, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0, 1);
+  if (!p.N || !p.C) return;
+  Tiles t = tiles_of(p.N * p.C, 1, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0, 1);
   with_type(p.type, [&](auto type) {
     with_stride(p.stride, [&](auto stride) {
       using T = decltype(type);
@@ -379,13 +314,13 @@ void pool_forward_cuda(const PdartsPlanes* call, const void* x, void* y, void* s
 void pool_backward_cuda(const PdartsPlanes* call, const void* x, const void* g, void* grad_x, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.planes) return;
+  if (!p.N || !p.C) return;
   with_type(p.type, [&](auto type) {
     with_stride(p.stride, [&](auto stride) {
       using T = decltype(type);
       using A = Accumulated<T>;
       constexpr int S = stride.value;
-      Tiles t = tiles_of(p.planes, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
+      Tiles t = tiles_of(p.N * p.C, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
       if (p.max) {
         int bytes = t.images * t.image * static_cast<int>(sizeof(A) + 1);
         max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);

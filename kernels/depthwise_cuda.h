@@ -1,5 +1,6 @@
-// Depthwise convolutions and pooling on CUDA, on raw pointers and apart from torch. Tensors are dense, in NCHW, of one
-// type, and sums are added up in float, in double for kFloat64. Results are the same bits at every call.
+// Depthwise convolutions and pooling on CUDA, on raw pointers and apart from torch. Tensors are dense, in NCHW or, for
+// what has `last` in its name, channels-last, of one type, and sums are added up in float, in double for kFloat64.
+// Results are the same bits at every call.
 #pragma once
 
 #include <stdint.h>
@@ -31,18 +32,24 @@ extern "C" int32_t depthwise_serves_cuda(int64_t kernel, int64_t stride, int64_t
 // cudaStream_t. Every gradient is written where its pointer is not nullptr; grad_f, of the size of x, is that of what
 // is rectified, not of x.
 extern "C" int64_t depthwise_scratch_cuda(const PdartsDepthwise* d);
+extern "C" int64_t depthwise_scratch_last_cuda(const PdartsDepthwise* d);
 extern "C" void depthwise_forward_cuda(const PdartsDepthwise* d, void* z, void* stream);
+extern "C" void depthwise_forward_last_cuda(const PdartsDepthwise* d, void* z, void* stream);
 extern "C" void depthwise_backward_cuda(
+    const PdartsDepthwise* d, const void* g, void* grad_f, void* grad_weight, void* scratch, void* stream);
+extern "C" void depthwise_backward_last_cuda(
     const PdartsDepthwise* d, const void* g, void* grad_f, void* grad_weight, void* scratch, void* stream);
 
 // The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not
 // count. Of several largest elements the first has the gradient, of several that are not a number the last: torch's.
 struct PdartsPlanes {
-  int64_t planes;  // N * C
-  int32_t H, W;    // H * W in 31 bits
+  int64_t N, C;
+  int32_t H, W;  // H * W in 31 bits
   int32_t stride, max, type;
 };
 
 extern "C" void pool_forward_cuda(const PdartsPlanes* p, const void* x, void* y, void* stream);
+extern "C" void pool_forward_last_cuda(const PdartsPlanes* p, const void* x, void* y, void* stream);
 // x is only read with max.
 extern "C" void pool_backward_cuda(const PdartsPlanes* p, const void* x, const void* g, void* grad_x, void* stream);
+extern "C" void pool_backward_last_cuda(const PdartsPlanes* p, const void* x, const void* g, void* grad_x, void* stream);

@@ -1,5 +1,5 @@
-// The convolutions of a separable convolution and pooling for torch, on CUDA, in NCHW. depthwise_cuda.h says what is
-// computed here; the pointwise product is torch's, by cuDNN or cuBLAS.
+// The convolutions of a separable convolution and pooling for torch, on CUDA, in the memory format of x. depthwise_cuda.h
+// says what is computed here; the pointwise product is torch's, by cuDNN or cuBLAS.
 #pragma once
 
 #ifdef PDARTS_CUDA
@@ -26,18 +26,23 @@ void* stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 Tensor scratch(int64_t bytes, const Tensor& like) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
 
-// The kernels count the elements of a feature map in 32 bits, and rows and columns somewhat past its end.
-void check_map(at::IntArrayRef size) {
+bool is_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
+
+// The kernels count the elements of a feature map, of an image in channels-last, in 32 bits, and rows and columns
+// somewhat past its end.
+void check_map(at::IntArrayRef size, at::MemoryFormat format) {
   TORCH_CHECK(size.size() == 4, "x has shape ", size, "; expected [N,C,H,W]");
-  int64_t H = size[2] + 2 * kLargest, W = size[3] + 2 * kLargest;
+  int64_t H = size[2] + 2 * kLargest, W = size[3] + 2 * kLargest, together = 1;
+  if (is_last(format)) together = std::max<int64_t>(1, size[1]);
   TORCH_CHECK(
-      std::max(H, W) < int64_t(1) << 31 && H * W < int64_t(1) << 31, "x has shape ", size,
-      "; expected less than 2^31 elements in a feature map with a border of ", kLargest);
+      std::max(H, W) < int64_t(1) << 31 && H * W < (int64_t(1) << 31) / together, "x has shape ", size,
+      "; expected less than 2^31 elements in a feature map, in channels-last in an image, with a border of ", kLargest);
 }
 
-// A call with its tensors, in NCHW, on one device, which is current while it lives.
+// A call with its tensors in one memory format, on one device, which is current while it lives.
 struct Convolutions : PdartsDepthwise {
   c10::OptionalDeviceGuard guard;
+  at::MemoryFormat format;
   Tensor in, statistics_, depthwise, pointwise, gamma_, beta_;
   int64_t OH, OW, out;
 
@@ -45,10 +50,10 @@ struct Convolutions : PdartsDepthwise {
       const Tensor& x_, const OptionalTensor& depthwise_in, const OptionalTensor& pointwise_in,
       const OptionalTensor& gamma_in, const OptionalTensor& beta_in, const OptionalTensor& given, int64_t stride_,
       int64_t padding_, int64_t dilation_)
-      : PdartsDepthwise{}, guard(x_.device()), gamma_(gamma_in.value_or(Tensor())),
-        beta_(beta_in.value_or(Tensor())) {
-    check_map(x_.sizes());
-    type = type_of("x", x_), in = x_.contiguous(), x = in.const_data_ptr();
+      : PdartsDepthwise{}, guard(x_.device()), format(x_.suggest_memory_format()),
+        gamma_(gamma_in.value_or(Tensor())), beta_(beta_in.value_or(Tensor())) {
+    check_map(x_.sizes(), format);
+    type = type_of("x", x_), in = x_.contiguous(format), x = in.const_data_ptr();
     N = in.size(0), C = in.size(1), H = in.size(2), W = in.size(3), OH = H, OW = W, stride = dilation = 1;
     auto check_weight = [&](const char* name, const Tensor& t, bool fits, const char* expected) {
       TORCH_CHECK(
@@ -88,7 +93,7 @@ struct Convolutions : PdartsDepthwise {
 
   // The batch norm of x as a mixed operation of one candidate.
   PdartsMixed norm(bool batch, double eps) const {
-    PdartsMixed m{N, C, int64_t(H) * W, int64_t(H) * W == 1, type, 1, 0, eps, batch};
+    PdartsMixed m{N, C, int64_t(H) * W, is_last(format) || int64_t(H) * W == 1, type, 1, 0, eps, batch};
     m.statistics = statistics_.data_ptr(), m.x[0] = x, m.gamma[0] = gamma, m.beta[0] = beta;
     return m;
   }
@@ -105,12 +110,12 @@ struct Convolutions : PdartsDepthwise {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  Tensor empty_between() const { return at::empty({N, C, OH, OW}, in.options()); }
+  Tensor empty_between() const { return at::empty({N, C, OH, OW}, in.options(), format); }
 
   // What the pointwise convolution sees.
   Tensor between() const {
     Tensor z = empty_between();
-    depthwise_forward_cuda(this, z.data_ptr(), stream());
+    (is_last(format) ? depthwise_forward_last_cuda : depthwise_forward_cuda)(this, z.data_ptr(), stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return z;
   }
@@ -128,9 +133,9 @@ std::tuple<Tensor, Tensor> separable(
   Convolutions s(x, depthwise, pointwise, gamma, beta, statistics, stride, padding, dilation);
   Tensor computed = at::empty({0}, s.in.options().dtype(accumulated(s.in)));
   if (batch) s.compute_statistics(eps), computed = s.statistics_;
-  if (s.empty()) return {at::zeros({s.N, s.out, s.OH, s.OW}, s.in.options()), computed};
+  if (s.empty()) return {at::empty({s.N, s.out, s.OH, s.OW}, s.in.options(), s.format).zero_(), computed};
   Tensor z = s.between();
-  return {pointwise ? at::conv2d(z, s.pointwise).contiguous() : z, computed};
+  return {pointwise ? at::conv2d(z, s.pointwise).contiguous(s.format) : z, computed};
 }
 
 std::vector<Tensor> separable_backward(
@@ -150,7 +155,7 @@ std::vector<Tensor> separable_backward(
     if (needed[2]) to[2] = at::zeros_like(s.pointwise);
     return defined({to, to + 5});
   }
-  Tensor g = grad.to(s.in.scalar_type()).contiguous();
+  Tensor g = grad.to(s.in.scalar_type()).contiguous(s.format);
   bool affine = needed[3] || needed[4], of_f = needed[0] || affine, of_z = of_f || needed[1];
   if (pointwise) {
     Tensor z = needed[2] ? s.between() : s.empty_between(), of_pointwise;  // else only its size matters
@@ -160,11 +165,13 @@ std::vector<Tensor> separable_backward(
     if (needed[2]) to[2] = of_pointwise.contiguous();
   }
   if (!of_z) return defined({to, to + 5});
-  g = g.contiguous();
+  g = g.contiguous(s.format);
   Tensor grad_f = !of_f ? Tensor() : needed[0] ? to[0] : at::empty_like(s.in);
   auto pointer = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
-  Tensor memory = needed[1] ? scratch(depthwise_scratch_cuda(&s), s.in) : Tensor();
-  depthwise_backward_cuda(
+  bool last = is_last(s.format);
+  int64_t bytes = (last ? depthwise_scratch_last_cuda : depthwise_scratch_cuda)(&s);
+  Tensor memory = needed[1] ? scratch(bytes, s.in) : Tensor();
+  (last ? depthwise_backward_last_cuda : depthwise_backward_cuda)(
       &s, g.const_data_ptr(), pointer(grad_f), pointer(to[1]), pointer(memory), stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (of_f && statistics) {
@@ -180,13 +187,13 @@ std::vector<Tensor> separable_backward(
   return defined({to, to + 5});
 }
 
-PdartsPlanes pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor& like) {
-  check_map(size);
+PdartsPlanes pooling(at::IntArrayRef size, bool max, int64_t stride, const Tensor& like, at::MemoryFormat format) {
+  check_map(size, format);
   TORCH_CHECK(
       size[2] >= 1 && size[3] >= 1 && stride >= 1 && stride <= kLargest, "x has shape ", size, " and stride is ",
       stride, "; expected at least one pixel and 1 to ", kLargest);
   int32_t H = size[2], W = size[3], type = type_of("x", like);
-  return {size[0] * size[1], H, W, static_cast<int32_t>(stride), max, type};
+  return {size[0], size[1], H, W, static_cast<int32_t>(stride), max, type};
 }
 
 std::vector<int64_t> pooled_size(at::IntArrayRef size, int64_t stride) {
@@ -195,30 +202,34 @@ std::vector<int64_t> pooled_size(at::IntArrayRef size, int64_t stride) {
 
 Tensor pool(const Tensor& x, bool max, int64_t stride) {
   c10::OptionalDeviceGuard guard(x.device());
-  PdartsPlanes p = pooling(x.sizes(), max, stride, x);
-  Tensor in = x.contiguous(), y = at::empty(pooled_size(x.sizes(), stride), x.options());
-  pool_forward_cuda(&p, in.const_data_ptr(), y.data_ptr(), on_cuda::stream());
+  at::MemoryFormat format = x.suggest_memory_format();
+  PdartsPlanes p = pooling(x.sizes(), max, stride, x, format);
+  Tensor in = x.contiguous(format), y = at::empty(pooled_size(x.sizes(), stride), x.options(), format);
+  auto* forward = is_last(format) ? pool_forward_last_cuda : pool_forward_cuda;
+  forward(&p, in.const_data_ptr(), y.data_ptr(), on_cuda::stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }
 
-// x: given for the largest element; y is not read.
+// x: given for the largest element; y is not read. In the memory format of x, else in that of grad.
 Tensor pool_backward(
     const Tensor& grad, const OptionalTensor& x, const OptionalTensor& y, at::IntArrayRef size, int64_t stride) {
   c10::OptionalDeviceGuard guard(grad.device());
-  PdartsPlanes p = pooling(size, x.has_value(), stride, grad);
+  at::MemoryFormat format = x.value_or(grad).suggest_memory_format();
+  PdartsPlanes p = pooling(size, x.has_value(), stride, grad, format);
   check_gradient(grad, pooled_size(size, stride));
   TORCH_CHECK(x.has_value() == y.has_value(), "one of x and y is given; expected both or none");
-  Tensor g = grad.contiguous(), in;
+  Tensor g = grad.contiguous(format), in;
   if (x) {
     TORCH_CHECK(
         x->sizes() == size && x->scalar_type() == grad.scalar_type() && x->device() == grad.device(), "x is a ",
         x->scalar_type(), " ", x->sizes(), " on ", x->device(), "; expected a ", grad.scalar_type(), " ", size, " on ",
         grad.device());
-    in = x->contiguous();
+    in = x->contiguous(format);
   }
-  Tensor grad_x = at::empty(size, grad.options());
-  pool_backward_cuda(&p, data(in), g.const_data_ptr(), grad_x.data_ptr(), on_cuda::stream());
+  Tensor grad_x = at::empty(size, grad.options(), format);
+  auto* backward = is_last(format) ? pool_backward_last_cuda : pool_backward_cuda;
+  backward(&p, data(in), g.const_data_ptr(), grad_x.data_ptr(), on_cuda::stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_x;
 }

@@ -552,6 +552,7 @@ MAPS = [(2, 3, 5, 7), (3, 16, 32, 32), (1, 2, 1, 1), (4, 36, 9, 9), (2, 20, 1, 3
 TAPS = [(0, 1, 1, 0), (3, 1, 1, 1), (3, 2, 2, 2), (3, 2, 1, 2), (5, 2, 1, 2), (5, 1, 2, 4), (7, 1, 1, 3), (7, 2, 1, 3),
         (7, 2, 2, 7)]  # kernel, stride, dilation, padding
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LAYOUTS = torch.contiguous_format, torch.channels_last
 
 @pytest.mark.parametrize(
     "shape, taps", [(MAPS[(i + j) % len(MAPS)], taps) for i, taps in enumerate(TAPS) for j in (0, 3)])
@@ -568,8 +569,9 @@ def test_separable_convolution_on_cuda_equals_plain_torch(cuda, shape, taps, nor
     affine = [torch.rand(channels) + 0.5, torch.randn(channels)] if norm else []
     inputs = [t.to(cuda, dtype) for t in (x, pointwise, *depthwise)] + [t.to(cuda, accumulated) for t in affine]
 
-    def run(function, exact):
+    def run(function, exact, memory=torch.contiguous_format):
         leaves = [(t.double() if exact else t).requires_grad_() for t in (t.detach().clone() for t in inputs)]
+        leaves[0] = leaves[0].detach().to(memory_format=memory).requires_grad_()
         x, pointwise, *others = leaves
         depthwise = others.pop(0) if size else None
         values, running = dict(zip(("gamma", "beta"), others)), []
@@ -582,9 +584,12 @@ def test_separable_convolution_on_cuda_equals_plain_torch(cuda, shape, taps, nor
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(cuda, dtype)
         return [y, *torch.autograd.grad(y, leaves, gradient.to(y.dtype)), *running]
 
-    for mine, right in zip(run(kernels.separable, False), run(kernels.separable_ref, True), strict=True):
-        assert mine.shape == right.shape and mine.is_contiguous()
-        assert (mine.double() - right).norm() <= 5 * ROUNDING[dtype] * right.norm()
+    results = run(kernels.separable_ref, True)
+    for memory in LAYOUTS:
+        for i, (mine, right) in enumerate(zip(run(kernels.separable, False, memory), results, strict=True)):
+            layout = memory if i < 2 and mine.numel() else torch.contiguous_format
+            assert mine.shape == right.shape and mine.is_contiguous(memory_format=layout)
+            assert (mine.double() - right).norm() <= 5 * ROUNDING[dtype] * right.norm(), memory
 
 @pytest.mark.parametrize("shape", [*MAPS, (3, 2, 5, 300)])
 @pytest.mark.parametrize("kind", ["max", "avg"])
@@ -593,28 +598,34 @@ def test_separable_convolution_on_cuda_equals_plain_torch(cuda, shape, taps, nor
 def test_pool_on_cuda_equals_plain_torch(cuda, shape, kind, stride, dtype):
     torch.manual_seed(0)
     x = torch.randint(-2, 3, shape) if kind == "max" else torch.randn(shape)  # of equal elements the first
-    x = x.to(cuda, dtype).requires_grad_()
-    y, right = kernels.pool(x, kind, stride), kernels.pool_ref(x.double(), kind, stride)
+    exact = x.to(cuda, dtype).double().requires_grad_()
+    right = kernels.pool_ref(exact, kind, stride)
     gradient = torch.randn(right.shape).to(cuda, dtype)
-    mine = y, *torch.autograd.grad(y, x, gradient)
-    for a, b in zip(mine, (right, *torch.autograd.grad(right, x, gradient.double())), strict=True):
-        assert a.is_contiguous()
-        torch.testing.assert_close(a, b.to(dtype))
+    results = right, *torch.autograd.grad(right, exact, gradient.double())
+    for memory in LAYOUTS:
+        x = x.detach().to(cuda, dtype, memory_format=memory).requires_grad_()
+        y = kernels.pool(x, kind, stride)
+        mine = y, *torch.autograd.grad(y, x, gradient.to(memory_format=memory))
+        for a, b in zip(mine, results, strict=True):
+            assert a.is_contiguous(memory_format=memory) or not a.numel()
+            torch.testing.assert_close(a, b.to(dtype))
 
 def test_pool_on_cuda_treats_infinite_elements_and_what_is_not_a_number_as_torch_does(cuda):
     values = torch.tensor([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan])
     x = values[torch.randint(6, (2, 16, 9, 9), generator=torch.Generator().manual_seed(0))].to(cuda)
     x[0] = -math.inf
-    x.requires_grad_()
-    results = []
-    for function in kernels.pool, kernels.pool_ref:
-        y = function(x, "max", 1)
-        results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
-    for mine, right in zip(*results, strict=True):
-        torch.testing.assert_close(mine, right, equal_nan=True)
+    for memory in LAYOUTS:
+        x, results = x.detach().to(memory_format=memory).requires_grad_(), []
+        for function in kernels.pool, kernels.pool_ref:
+            y = function(x, "max", 1)
+            results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+        for mine, right in zip(*results, strict=True):
+            torch.testing.assert_close(mine, right, equal_nan=True)
 
-def test_convolutions_and_pooling_on_cuda_pass_gradcheck_opcheck_and_compile(cuda):
-    inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(device=cuda)]
+@pytest.mark.parametrize("memory", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_convolutions_and_pooling_on_cuda_pass_gradcheck_opcheck_and_compile(cuda, memory):
+    torch.compiler.reset()  # it compiles a function for a few layouts only
+    inputs = [t.detach().contiguous(memory_format=memory).requires_grad_() for t in separable_leaves(device=cuda)]
     x, depthwise, pointwise = inputs
     mean, var = (f(4, dtype=torch.float64, device=cuda) for f in FRESH)
     function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
@@ -670,14 +681,16 @@ def test_convolutions_and_pooling_on_cuda_give_the_same_bits_at_every_call(cuda)
     torch.manual_seed(0)
     inputs = [torch.randn(s, device=cuda).requires_grad_() for s in ((96, 16, 32, 32), (16, 1, 5, 5), (16, 16, 1, 1))]
 
-    def run():
+    def run(memory):
+        inputs[0] = inputs[0].detach().to(memory_format=memory).requires_grad_()
         mean, var = (f(16, device=cuda) for f in FRESH)
         y = kernels.separable(*inputs, padding=2, running_mean=mean, running_var=var, training=True)
         y = kernels.pool(y, "max") + kernels.pool(y, "avg")
         return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs), mean, var]
 
-    first, *others = (run() for _ in range(4))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    for memory in LAYOUTS:
+        first, *others = (run(memory) for _ in range(4))
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 def test_convolutions_under_autocast_on_cuda_are_ours_in_the_shorter_type(cuda):
     inputs = [t.detach().contiguous().requires_grad_() for t in separable_leaves(torch.float32, cuda)]
@@ -693,13 +706,19 @@ def test_convolutions_under_autocast_on_cuda_are_ours_in_the_shorter_type(cuda):
 @pytest.mark.parametrize("operations, expected", [
     (kernels.CUDA_OPERATIONS, "mixed mixed16 separable pool cell"), ("mixed", "mixed mixed16"), ("", ""),
     ("separable, pool:bfloat16:channels-last", "separable separable16 pool16"),
+    ("separable:float32:NCHW:16x8x8 pool:float32:NCHW:16x9x8 pool:float32:NCHW:16x8x9", "pool"),
 ])
 def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, expected):
     class Map:  # a tensor, as far as is asked
-        device = torch.device("cuda")
+        device, shape = torch.device("cuda"), (2, 16, 8, 9)
 
         def __init__(self, dtype):
-            self.dtype, self.is_contiguous = dtype, lambda: dtype == torch.float32
+            self.dtype, self.format = dtype, torch.contiguous_format
+            if dtype == torch.bfloat16:
+                self.format = torch.channels_last
+
+        def is_contiguous(self, memory_format=torch.contiguous_format):
+            return memory_format == self.format
 
     monkeypatch.setattr(kernels, "_served", {"cuda"})
     before = kernels.use_on_cuda(operations)

@@ -84,7 +84,7 @@ def test_no_kernel_spills_registers(nvcc_beside_the_others):
 
 
 @pytest.mark.skipif("PDARTS_SLOW" not in os.environ, reason="takes a minute and a half: set PDARTS_SLOW=1")
-@pytest.mark.parametrize("source", ["cell.cu", "depthwise.cu"])
+@pytest.mark.parametrize("source", ["cell.cu", "depthwise.cu", "depthwise_last.cu"])
 def test_no_kernel_of_the_other_sources_spills_registers(source, tmp_path):
     report = nvcc("-cubin", "-Xptxas", "-v", pathlib.Path(__file__).with_name(source), "-o", tmp_path / "cubin")
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
