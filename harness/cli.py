@@ -55,8 +55,9 @@ def _add_options(parser, presets):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
         "--kernels",
-        choices=("auto", "on", "off"),
-        help="the fused kernels: on, off, or on if they can be built (default: PDARTS_KERNELS, else auto)",
+        metavar="MODE",
+        help="the fused kernels: on, off, auto (if they can be built) or, on CUDA, those of some operations, such as "
+        '"mixed pool:float32:NCHW" (default: PDARTS_KERNELS, else auto, and PDARTS_CUDA_OPERATIONS)',
     )
     parser.add_argument(
         "--recompute",

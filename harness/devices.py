@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from harness.distributed import processes
-from harness.files import reason
+from harness.files import reason, short
 from harness.graphs import CapturedStep
 from pdarts import InputError
 
@@ -77,15 +77,21 @@ def deterministic(on: bool):
 def pick_kernels(mode: str | None, device: torch.device) -> bool:
     """How this process runs what kernels/ fuses: by it ("on"), in plain torch ("off"), or by it if it can ("auto").
 
-    None: as before, at first PDARTS_KERNELS or "auto". Returns whether the kernels are used; builds them if they are.
+    mode may also name what is fused on CUDA, as kernels.CUDA_OPERATIONS does, which is "on" then. None: as before, at
+    first PDARTS_KERNELS or "auto". Returns whether the kernels are used; builds them if they are.
     """
+    named = mode is not None and mode not in ("auto", "on", "off")
+    if named and device.type != "cuda":
+        raise InputError(f"kernels is {short(mode)}; expected auto, on or off, or, on CUDA, operations")
     if fused is None:
-        if mode == "on":
-            raise InputError(f"kernels is 'on', but {missing}; expected that folder, or auto or off")
+        if named or mode == "on":
+            raise InputError(f"kernels is {mode!r}, but {missing}; expected that folder, or auto or off")
         return False
     try:
+        if named:
+            fused.use_on_cuda(mode)
         if mode is not None:
-            fused.use(mode)
+            fused.use("on" if named else mode)
         return fused.fused(device)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise InputError(f"the kernels cannot be used: {error}") from None

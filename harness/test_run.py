@@ -33,6 +33,7 @@ from harness.conftest import (
     random_images,
     write_images,
 )
+from harness.devices import pick_kernels
 from harness.evaluate import evaluate, fold
 from harness.run import Stopped
 from harness.search import search
@@ -431,3 +432,19 @@ def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch, f
     assert [options for _, options in seen] == [{"recompute": True}, {"recompute": None}]
     skips = [module for module in seen[0][0].modules() if isinstance(module, SkipDropout)]
     assert skips and all(float(skip.rate) > 0 for skip in skips)  # set in the fused network
+
+
+def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
+    kernels.load()
+    monkeypatch.setattr(kernels, "_served", {"cpu", "cuda"})
+    before, mode = kernels.use_on_cuda("mixed"), kernels.use("off")
+    try:
+        assert pick_kernels("pool cell:float32:NCHW", torch.device("cuda")) and kernels.use("off") == "on"
+        assert kernels.use_on_cuda("mixed") == "pool cell:float32:NCHW"
+        with pytest.raises(InputError, match="the kernels cannot be used: the operations on CUDA are .'mixt'.; expe"):
+            pick_kernels("mixt", torch.device("cuda"))
+        with pytest.raises(InputError, match="kernels is 'pool'; expected auto, on or off, or, on CUDA, operations"):
+            pick_kernels("pool", torch.device("cpu"))
+        assert (kernels.use("off"), kernels.use_on_cuda("mixed")) == ("off", "mixed")
+    finally:
+        kernels.use(mode), kernels.use_on_cuda(before)

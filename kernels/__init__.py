@@ -557,12 +557,7 @@ def serves(operation: str, x, dtype: torch.dtype | None = None) -> bool:
     """Whether "mixed", "separable", "pool" or "cell" is fused for such a tensor, or for it in `dtype`."""
     if x.device.type != "cuda":
         return fused(x.device) if operation == "mixed" else _on_cpu(x)
-    if not _cuda_operations.keys() <= {"mixed", "separable", "pool", "cell"}:
-        raise ValueError(
-            f"PDARTS_CUDA_OPERATIONS has {sorted(_cuda_operations)}; expected mixed, separable, pool or cell, each "
-            "followed by a type, NCHW or channels-last and perhaps a size, such as pool:float32:NCHW:16x32x32, if not "
-            "all tensors are meant"
-        )
+    _check_named(_cuda_operations)  # by the environment variable
     is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = "channels-last" if is_last else "NCHW"
     tensors = _cuda_operations.get(operation, ())
@@ -731,12 +726,21 @@ _mode = os.environ.get("PDARTS_KERNELS", "auto")
 
 
 def _parsed(operations: str) -> dict[str, list[str]]:
-    """{operation: types and layouts of x, "" for all}"""
+    """{operation: types, layouts and sizes of x, "" for all}"""
     parsed: dict[str, list[str]] = {}
     for name in operations.replace(",", " ").split():
         operation, _, tensors = name.partition(":")
         parsed.setdefault(operation, []).append(tensors)
     return parsed
+
+
+def _check_named(operations):
+    if not operations.keys() <= {"mixed", "separable", "pool", "cell"}:
+        raise ValueError(
+            f"the operations on CUDA are {sorted(operations)}; expected mixed, separable, pool or cell, each followed "
+            "by a type, NCHW or channels-last and perhaps a size, such as pool:float32:NCHW:16x32x32, if not all "
+            "tensors are meant"
+        )
 
 
 _cuda_named = os.environ.get("PDARTS_CUDA_OPERATIONS", CUDA_OPERATIONS)
@@ -764,6 +768,7 @@ def use(mode: str) -> str:
 def use_on_cuda(operations: str) -> str:
     """Sets what this process fuses on CUDA, as CUDA_OPERATIONS names it; returns what it fused before."""
     global _cuda_named, _cuda_operations
+    _check_named(_parsed(operations))
     before, _cuda_named, _cuda_operations = _cuda_named, operations, _parsed(operations)
     return before
 

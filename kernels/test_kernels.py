@@ -725,7 +725,10 @@ def test_operations_on_cuda_are_those_that_are_named(monkeypatch, operations, ex
     maps = {"": Map(torch.float32), "16": Map(torch.bfloat16)}
     pairs = [(name, end) for name in ("mixed", "separable", "pool", "cell") for end in maps]
     served = [name + end for name, end in pairs if kernels.serves(name, maps[end])]
-    assert (kernels.use_on_cuda("mixed pol"), served) == (operations, expected.split())
-    with pytest.raises(ValueError, match="PDARTS_CUDA_OPERATIONS has .'mixed', 'pol'.; expected mixed, sep"):
+    message = "the operations on CUDA are .'mixed', 'pol'.; expected mixed, sep"
+    with pytest.raises(ValueError, match=message):
+        kernels.use_on_cuda("mixed pol")
+    assert (kernels.use_on_cuda(before), served) == (operations, expected.split())
+    monkeypatch.setattr(kernels, "_cuda_operations", kernels._parsed("mixed pol"))  # by the environment variable
+    with pytest.raises(ValueError, match=message):
         kernels.serves("pool", maps[""])
-    kernels.use_on_cuda(before)
