@@ -39,6 +39,23 @@ __global__ void __launch_bounds__(kThreads)
   add_up(partial, n, splits, static_cast<T*>(to));
 }
 
+// f(padding % S)
+template <int S, class F>
+void with_rest(int padding, F f) {
+  if constexpr (S == 1) {
+    f(Int<0>());
+  } else {
+    padding % 2 ? f(Int<1>()) : f(Int<0>());
+  }
+}
+
+// f(T(), stride)
+template <class F>
+void with_pool(const PdartsPlanes& p, F f) {
+  if (!p.N || !p.C) return;
+  with_type(p.type, [&](auto type) { with_stride(p.stride, [&](auto stride) { f(type, stride); }); });
+}
+
 // f(T, kernel, stride, dilation), of which depthwise_serves_cuda is true.
 template <class F>
 void with_taps(const PdartsDepthwise& d, F f) {

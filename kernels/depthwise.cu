@@ -264,18 +264,13 @@ void depthwise_backward_cuda(
     using T = decltype(type);
     using A = Accumulated<T>;
     if (grad_f && d.N) {
-      auto launch = [&](auto e) {
+      with_rest<S>(d.padding, [&](auto e) {
         constexpr int E = e.value, around = kBefore<K, S, D, E> + kAfter<S, E>;
         Tiles t = tiles_of(d.N, d.C, quotient_up(d.H, S), quotient_up(d.W, S), kSteps<S>, 1, around, sizeof(A));
         bool vectors = vectors_of<T>(g, OW);
         input_kernel<K, S, D, E, T>
             <<<t.blocks(), kThreads, bytes_of<A>(t), stream>>>(d, t, OH, OW, vectors, g, grad_f);
-      };
-      if constexpr (S == 1) {
-        launch(Int<0>());
-      } else {
-        d.padding % 2 ? launch(Int<1>()) : launch(Int<0>());
-      }
+      });
     }
     if constexpr (K > 1) {
       if (!grad_weight) return;
@@ -296,37 +291,31 @@ void depthwise_backward_cuda(
 void pool_forward_cuda(const PdartsPlanes* call, const void* x, void* y, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.N || !p.C) return;
-  Tiles t = tiles_of(p.N * p.C, 1, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0, 1);
-  with_type(p.type, [&](auto type) {
-    with_stride(p.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value;
-      if (p.max) {
-        pool_forward_kernel<true, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
-      } else {
-        pool_forward_kernel<false, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
-      }
-    });
+  with_pool(p, [&](auto type, auto stride) {
+    using T = decltype(type);
+    constexpr int S = stride.value;
+    Tiles t = tiles_of(p.N * p.C, 1, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0, 1);
+    if (p.max) {
+      pool_forward_kernel<true, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
+    } else {
+      pool_forward_kernel<false, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
+    }
   });
 }
 
 void pool_backward_cuda(const PdartsPlanes* call, const void* x, const void* g, void* grad_x, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.N || !p.C) return;
-  with_type(p.type, [&](auto type) {
-    with_stride(p.stride, [&](auto stride) {
-      using T = decltype(type);
-      using A = Accumulated<T>;
-      constexpr int S = stride.value;
-      Tiles t = tiles_of(p.N * p.C, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
-      if (p.max) {
-        int bytes = t.images * t.image * static_cast<int>(sizeof(A) + 1);
-        max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);
-      } else {
-        avg_backward_kernel<S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, g, grad_x);
-      }
-    });
+  with_pool(p, [&](auto type, auto stride) {
+    using T = decltype(type);
+    using A = Accumulated<T>;
+    constexpr int S = stride.value;
+    Tiles t = tiles_of(p.N * p.C, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
+    if (p.max) {
+      int bytes = t.images * t.image * static_cast<int>(sizeof(A) + 1);
+      max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);
+    } else {
+      avg_backward_kernel<S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, g, grad_x);
+    }
   });
 }

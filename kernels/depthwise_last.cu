@@ -377,17 +377,12 @@ void depthwise_backward_last_cuda(
     using T = decltype(type);
     using A = Accumulated<T>;
     if (grad_f && d.N) {
-      auto launch = [&](auto e) {
+      with_rest<S>(d.padding, [&](auto e) {
         constexpr int E = e.value, around = kBefore<K, S, D, E> + kAfter<S, E>;
         int H = static_cast<int>(quotient_up(d.H, S)), W = static_cast<int>(quotient_up(d.W, S));
         LastTiles t = last_tiles_of<A>(d.N, d.C, H, W, kSteps<S>, 1, around);
         input_kernel<K, S, D, E, T><<<t.blocks(), kThreads, bytes_of<A>(t), stream>>>(d, t, OH, OW, g, grad_f);
-      };
-      if constexpr (S == 1) {
-        launch(Int<0>());
-      } else {
-        d.padding % 2 ? launch(Int<1>()) : launch(Int<0>());
-      }
+      });
     }
     if constexpr (K > 1) {
       if (!grad_weight) return;
@@ -407,37 +402,31 @@ void depthwise_backward_last_cuda(
 void pool_forward_last_cuda(const PdartsPlanes* call, const void* x, void* y, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.N || !p.C) return;
-  with_type(p.type, [&](auto type) {
-    with_stride(p.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value;
-      LastTiles t = last_tiles_of<Accumulated<T>>(p.N, p.C, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0);
-      if (p.max) {
-        pool_forward_kernel<true, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
-      } else {
-        pool_forward_kernel<false, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
-      }
-    });
+  with_pool(p, [&](auto type, auto stride) {
+    using T = decltype(type);
+    constexpr int S = stride.value;
+    LastTiles t = last_tiles_of<Accumulated<T>>(p.N, p.C, pooled(p.H, p.stride), pooled(p.W, p.stride), kRows, 1, 0);
+    if (p.max) {
+      pool_forward_kernel<true, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
+    } else {
+      pool_forward_kernel<false, S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, x, y);
+    }
   });
 }
 
 void pool_backward_last_cuda(const PdartsPlanes* call, const void* x, const void* g, void* grad_x, void* stream_) {
   const PdartsPlanes& p = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (!p.N || !p.C) return;
-  with_type(p.type, [&](auto type) {
-    with_stride(p.stride, [&](auto stride) {
-      using T = decltype(type);
-      using A = Accumulated<T>;
-      constexpr int S = stride.value;
-      LastTiles t = last_tiles_of<A>(p.N, p.C, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
-      if (p.max) {
-        int bytes = t.elements<A>() * static_cast<int>(sizeof(A) + 1);
-        max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);
-      } else {
-        avg_backward_kernel<S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, g, grad_x);
-      }
-    });
+  with_pool(p, [&](auto type, auto stride) {
+    using T = decltype(type);
+    using A = Accumulated<T>;
+    constexpr int S = stride.value;
+    LastTiles t = last_tiles_of<A>(p.N, p.C, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
+    if (p.max) {
+      int bytes = t.elements<A>() * static_cast<int>(sizeof(A) + 1);
+      max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);
+    } else {
+      avg_backward_kernel<S, T><<<t.blocks(), kThreads, 0, stream>>>(p, t, g, grad_x);
+    }
   });
 }
