@@ -2,11 +2,11 @@
 
 A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
 and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that, one
-operation at a time, and "cells" with whole cells; bytes of feature maps are scaled to --batch. An operation counts as
-one launch that reads its inputs and writes its results once, views as none, and what is known better as `KNOWN` has it;
-`Launches` follows kernels/cell_cuda_operators.h. A kernel of torch's that reads an input several times, as that of the
-weights of a depthwise convolution does for every tap, counts as one that reads it once: it is the least that is
-compared.
+operation at a time, and "cells" with whole cells; bytes of feature maps are scaled to --batch, and "kept" is what the
+forward pass leaves for the backward pass. An operation counts as one launch that reads its inputs and writes its
+results once, views as none, and what is known better as `KNOWN` has it; `Launches` follows what is in
+kernels/cell_cuda_operators.h. A kernel of torch's that reads an input several times, as that of the weights of a
+depthwise convolution does for every tap, counts as one that reads it once: it is the least that is compared.
 """
 
 from __future__ import annotations
@@ -133,6 +133,13 @@ class Launches:
         self.operations.append((kind, [source], parts, stride, alike))
         self.shapes.append((n, c, *size))
 
+    def kept(self):
+        """Bytes that are kept on CUDA, less those that are on the CPU."""
+        between = [z for _, _, parts, *_ in self.operations for z, written, _ in parts if written]
+        outputs = [self.shapes[v] for v in self.outputs if len(self.outputs) > 1]
+        alike = [shape for shape, (*_, alike) in zip(self.shapes, self.operations) if alike]
+        return sum(map(self.of, between + outputs)) - sum(map(self.of, alike))
+
     def of(self, shape):
         return self.size(torch.empty(shape, device="meta"))
 
@@ -254,10 +261,14 @@ class Launches:
         return len(pointwise) + len(kernels)
 
 
+def forward_of(call, size):
+    inputs, weights, *_, program, outputs, batch, _, _ = call.arguments
+    return Launches(inputs, weights, program, outputs, batch, size)
+
+
 def cell(call, size):
-    inputs, weights, *_, program, outputs, batch, _, keep = call.arguments
-    launches = Launches(inputs, weights, program, outputs, batch, size)
-    launches.forward(keep)
+    launches = forward_of(call, size)
+    launches.forward(keep=call.arguments[-1])
     return launches.count, launches.bytes
 
 
@@ -282,6 +293,11 @@ KNOWN = {
     "aten::native_batch_norm_backward": batch_norm_backward,
     "aten::max_pool2d_with_indices_backward": max_pool_backward,
 }
+# Bytes that are kept on CUDA, less those that are on the CPU.
+MORE_KEPT = {
+    "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
+    "pdarts::separable": lambda call, size: between(call.arguments[0], call.results[0], call.arguments[2], size),
+}
 KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
 
 
@@ -297,7 +313,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, images: int, batch: int):
         super().__init__()
         self.images, self.factor = images, batch / images
-        self.launches, self.bytes = collections.Counter(), collections.Counter()
+        self.launches, self.bytes, self.kept = collections.Counter(), collections.Counter(), 0.0
 
     def size(self, tensors) -> float:
         every = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
@@ -316,7 +332,21 @@ class Traffic(TorchDispatchMode):
             moved = self.size([args, list((kwargs or {}).values()), results])
         self.launches[name] += launches
         self.bytes[name] += moved
+        self.kept += MORE_KEPT[name](Call(args, results), self.size) if name in MORE_KEPT else 0
         return results
+
+    def kept_by(self, forward) -> float:
+        """Bytes that autograd keeps of a call for the backward pass."""
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = self.size(t)
+            return t.detach()
+
+        with self, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result = forward()  # alive, so that no memory is counted twice or missed
+        del result
+        return sum(kept.values()) + self.kept
 
 
 class OneByOne:
@@ -351,6 +381,7 @@ def rows(stages, channels: int, batch: int):
             with side(operations):
                 step = bench.OurStep(stage, config, images, labels, recompute=False)
                 step.network.set_skip_dropout(RATE)
+                kept = Traffic(IMAGES, batch).kept_by(step.forward)
                 for which in ("weights", "alphas"):
                     step.run(which)  # what an optimizer makes at its first step
                     with Traffic(IMAGES, batch) as counted:
@@ -358,7 +389,8 @@ def rows(stages, channels: int, batch: int):
                     moved = sum(counted.bytes.values())
                     about = {"stage": stage, "step of": which, "convolutions and pooling": name}
                     floors = {f"ms at {rate / 1e12:.1f} TB/s": 1e3 * moved / rate for rate in RATES}
-                    yield {**about, "launches": sum(counted.launches.values()), "GB": moved / 1e9, **floors}, counted
+                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB kept": kept / 1e9}
+                    yield {**about, **numbers, **floors}, counted
 
 
 def traffic(args):
