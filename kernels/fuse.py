@@ -430,6 +430,8 @@ class _Whole:
 
 
 class _WholeSearchCell(_Whole, _FusedSearchCell):
+    places = None
+
     def forward(self, s0, s1, probabilities):
         if not self.served(s0):
             return super().forward(s0, s1, probabilities)
@@ -437,8 +439,15 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
         size = [(n + 1) // 2 if self.reduction else n for n in s1.shape[2:]]
         ones = s1.new_ones(()).expand(len(s1), self.norms[-1].num_features, *size)
         masks = [mask for edge in self.edges for op in edge.ops if _is_skip_dropout(op) for mask in self.mask(op, ones)]
-        used = torch.cat([p[edge.skip_none :] for edge, p in zip(self.edges, probabilities)])
-        return self.compute(s0, s1, used, masks, [mask is not ones for mask in masks[::2]])
+        return self.compute(s0, s1, self.used(probabilities), masks, [mask is not ones for mask in masks[::2]])
+
+    def used(self, probabilities):
+        """[14, K] -> those of all candidates but "none", edge by edge, by one operation forward and backward."""
+        if self.places is None or self.places.device != probabilities.device:
+            K = probabilities.shape[1]
+            places = [K * i + k for i, edge in enumerate(self.edges) for k in range(edge.skip_none, K)]
+            self.places = torch.tensor(places, device=probabilities.device)
+        return probabilities.flatten().index_select(0, self.places)
 
     def mask(self, op, ones):
         """What dropout multiplies by, as the weights of a product; `ones` if it is nothing else."""
