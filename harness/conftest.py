@@ -93,9 +93,18 @@ def assert_same_run(a, b):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imported_modules_are_no_garbage():
+def _no_time_for_what_no_test_is_about():
     importlib.import_module("torch._dynamo")  # as the first optimizer does
-    gc.freeze()  # many collections would look at all of them
+    gc.freeze()  # many collections would look at all that is imported
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20_000, 10, 10)  # a test makes little garbage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)  # no power cut here; whole commands, in their processes, do wait
+        for device in torch.cuda, torch.xpu, torch.mtia:
+            if not device.is_available():  # or it keeps every seed, with a traceback, for later
+                patch.setattr(device, "manual_seed_all", lambda _: None)
+        yield
+    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture(scope="session")
