@@ -1,6 +1,5 @@
 """What all tests of the harness share."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import gc
@@ -24,6 +23,7 @@ from harness.fuzz import FUZZ
 from harness.images import Images
 from harness.search import search
 from harness.settings import SearchSettings
+from kernels.conftest import ENVIRONMENT, beside, pytest_collection_modifyitems, run_beside  # noqa: F401
 
 torch.set_num_threads(1)  # the feature maps are small
 # Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.
@@ -60,7 +60,7 @@ def write_images(folder, n=24):
 
 def python(*arguments, cwd=ROOT, **environment):
     """Runs Python to its end, without the kernels."""
-    environment = os.environ | {"PDARTS_KERNELS": "off"} | environment
+    environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
 
@@ -150,27 +150,9 @@ def _same_mode_of_the_kernels():
     kernels._mode = before
 
 
-def beside(test):
-    """A test that waits for processes that it starts: it runs beside the others, in one of two threads, from the
-    beginning of the session. It must not touch what they share, such as torch's random state."""
-
-    def wait(beside_the_others):
-        beside_the_others[test.__name__].result()
-
-    wait.beside, wait.__doc__ = test, test.__doc__
-    return wait
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))  # they have had the time then
-
-
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
-    functions = [getattr(item, "function", None) for item in request.session.items]
-    tests = [function.beside for function in functions if hasattr(function, "beside")]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
+    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, 2)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import kernels
 import pdarts
 from harness.cells import check_genotype, count, read_genotype
 from harness.conftest import (
+    ENVIRONMENT,
     ONE_STAGE,
     ROOT,
     TINY,
@@ -316,7 +317,7 @@ search(ONE_STAGE, random_images())
 
 @beside
 def test_a_second_signal_ends_the_process_at_once(_):
-    command, environment = [sys.executable, "-c", SECOND_SIGNAL], os.environ | {"PDARTS_KERNELS": "off"}
+    command, environment = [sys.executable, "-c", SECOND_SIGNAL], ENVIRONMENT | {"PDARTS_KERNELS": "off"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in "hangs\n", "asked\n":
             assert process.stdout.readline() == line

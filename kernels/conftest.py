@@ -1,6 +1,7 @@
-"""What the tests of the PTX need: nvcc compiles while other tests run."""
+"""What tests that wait for other processes share: these work while other tests run."""
 
 import concurrent.futures
+import os
 import pathlib
 import shutil
 import subprocess
@@ -12,6 +13,36 @@ FLAGS = ["-std=c++17", f"-arch={ARCHITECTURE}"] + [  # the -D are torch's
     f"-D__CUDA_NO_{name}__"
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # of processes that tests start: what other tests set is not in it
+
+
+def beside(test):
+    """A test that waits for processes that it starts: it runs beside the others, in another thread, from the first
+    test of its folder on. It must not touch what they share, such as torch's random state and os.environ."""
+
+    def wait(beside_the_others):
+        beside_the_others[test.__name__].result()
+
+    wait.beside, wait.__doc__ = test, test.__doc__
+    return wait
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))  # they have had the time then
+
+
+def run_beside(folder, request, tmp_path_factory, threads):
+    """Futures of the tests in `folder` that run beside the others, by name, for as long as the generator lives."""
+    functions = [getattr(item, "function", None) for item in request.session.items if item.path.parent == folder]
+    tests = [function.beside for function in functions if hasattr(function, "beside")]
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside_the_others(request, tmp_path_factory):
+    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, 1)
 
 
 def nvcc(*arguments):

@@ -15,8 +15,10 @@ from torch.utils import cpp_extension
 
 import kernels
 from kernels import build
+from kernels.conftest import ENVIRONMENT, beside
 
 FOLDER = pathlib.Path(kernels.__file__).parent
+CXX = shutil.which(cpp_extension.get_cxx_compiler())
 MAJOR = (torch.version.cuda or "13.0").split(".")[0]
 
 # A machine with a CUDA device, as far as torch's answers go.
@@ -32,7 +34,7 @@ DEVICE = f"""if True:
 
 def start(code, **environment):
     """What Python prints that runs `code` beside the folder of the kernels, in a process of its own."""
-    environment = os.environ | {"PDARTS_KERNELS": "auto"} | environment
+    environment = ENVIRONMENT | {"PDARTS_KERNELS": "auto"} | environment
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=environment, cwd=FOLDER.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -66,13 +68,16 @@ def calls(home):
     return (home / "calls").read_text().splitlines() if (home / "calls").exists() else []
 
 
+def pretending_compiler(folder):
+    """A C++ compiler that only pretends where the code is for CUDA too."""
+    return script(
+        folder / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed_op.cuda.o*) {WRITE};; *) exec {CXX} "$@";; esac'
+    )
+
+
 @pytest.fixture
 def cxx(tmp_path):
-    """A C++ compiler that only pretends where the code is for CUDA too."""
-    real = shutil.which(cpp_extension.get_cxx_compiler())
-    return script(
-        tmp_path / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed_op.cuda.o*) {WRITE};; *) exec {real} "$@";; esac'
-    )
+    return pretending_compiler(tmp_path)
 
 
 @pytest.fixture
@@ -99,7 +104,8 @@ def device(monkeypatch, cxx, cache):
 # --- where the kernels do not serve -----------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(tmp_path):
+@beside
+def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_raised(folder):
     code = """if True:
         import warnings, torch, kernels
         outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
@@ -112,7 +118,7 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_
             kernels.use("on")
         except RuntimeError as error:
             print(error)"""
-    printed = start(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    printed = start(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(folder))
     why = "there is no C++ compiler 'no-such-compiler'; expected one in PATH or named by CXX"
     assert printed.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
 
@@ -125,13 +131,20 @@ def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
         kernels.use("maybe")
 
 
-@pytest.mark.parametrize("first", ["cpu", "cuda"])
-def test_where_cuda_does_not_compile_the_cpu_is_served_with_one_warning(tmp_path, cxx, cache, first):
-    library = build._library(None)
+@beside
+def test_where_cuda_does_not_compile_the_cpu_is_served_with_one_warning(folder):
+    for first in "cpu", "cuda":
+        where_cuda_does_not_compile(folder / first, first)
+
+
+def where_cuda_does_not_compile(folder, first):
+    home = toolkit(folder / "toolkit", "mixed_op.cu(7): error: made to fail")
+    cxx, cache = pretending_compiler(folder), folder / "cache" / "pdarts_kernels"
     cache.mkdir(parents=True)
-    shutil.copy(library, cache)
-    home = toolkit(tmp_path / "toolkit", "mixed_op.cu(7): error: made to fail")
     code = f"""
+    import shutil
+    shutil.copy(kernels.build._library(None), {str(cache)!r})  # or that for the CPU would have to be built first
+    os.environ |= {{"CXX": {str(cxx)!r}, "TORCH_EXTENSIONS_DIR": {str(cache.parent)!r}}}
     cpp_extension.CUDA_HOME, outputs, weights = {str(home)!r}, [torch.rand(2, 3, 4, 4)], torch.rand(1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -143,7 +156,7 @@ def test_where_cuda_does_not_compile_the_cpu_is_served_with_one_warning(tmp_path
         kernels.fused("cuda")
     except RuntimeError as error:
         print(error)"""
-    printed = start(DEVICE + code, CXX=str(cxx), TORCH_EXTENSIONS_DIR=str(cache.parent), TORCH_CUDA_ARCH_LIST="")
+    printed = start(DEVICE + code, TORCH_CUDA_ARCH_LIST="")
     served, warning, error = printed.splitlines()
     (failed,) = cache.glob("*.failed")
     assert served == f"{first == 'cpu'} True False"
@@ -274,14 +287,15 @@ def test_without_fcntl_the_folder_is_imported(monkeypatch, tmp_path):
         assert not module._locked(lock)
 
 
-def test_another_version_of_the_folder_is_refused_in_the_same_process(tmp_path):
+@beside
+def test_another_version_of_the_folder_is_refused_in_the_same_process(folder):
     for name in "same", "changed":
-        shutil.copytree(FOLDER, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with open(tmp_path / "changed/mixed_op.h", "a") as file:
+        shutil.copytree(FOLDER, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(folder / "changed/mixed_op.h", "a") as file:
         file.write("// another version\n")
     code = f"""if True:
         import sys, warnings, torch, kernels
-        sys.path.append({str(tmp_path)!r})
+        sys.path.append({str(folder)!r})
         import same, changed
         outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
         kernels.use("on"), same.use("on")
@@ -300,7 +314,7 @@ def test_another_version_of_the_folder_is_refused_in_the_same_process(tmp_path):
     assert warning == f"plain torch instead of the fused kernels: {error}"
     assert error == (
         "this process uses the kernels of another folder, whose sources differ from those in "
-        f"{tmp_path / 'changed'}; expected one version of the kernels per process"
+        f"{folder / 'changed'}; expected one version of the kernels per process"
     )
 
 
