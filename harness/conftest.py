@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import importlib
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -63,6 +64,12 @@ def python(*arguments, cwd=ROOT, **environment):
     environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
+
+
+def in_two_processes(function, *arguments):
+    """Runs `function(rank, 2, *arguments)` in both, which are forked from one that has imported what takes seconds."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
+    torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
 
 
 def assert_same(a, b, where="checkpoint"):

@@ -16,6 +16,7 @@ from harness.conftest import (
     assert_same_run,
     beside,
     few_weights_and_edges,
+    in_two_processes,
     python,
     random_images,
     write_images,
@@ -128,7 +129,7 @@ def of_two(rank, number, folder, images, labels):
 def test_two_processes_compute_what_one_does_agree_and_stop_together(folder):
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6) % 3
-    torch.multiprocessing.spawn(of_two, (2, folder, images, labels), nprocs=2)
+    in_two_processes(of_two, folder, images, labels)
     right, *both = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("one", 0, 1))
     for mine in both:
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(mine, right, strict=True))

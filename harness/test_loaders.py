@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kernels
 import pdarts
-from harness.conftest import ONE_STAGE, assert_same_run, beside, few_weights_and_edges
+from harness.conftest import ONE_STAGE, assert_same_run, beside, few_weights_and_edges, in_two_processes
 from harness.distributed import Shared
 from harness.evaluate import evaluate
 from harness.loaders import Batches, Checked, Loaders
@@ -174,5 +174,5 @@ def of_two(rank, number, folder):
 
 @beside
 def test_two_processes_with_data_loaders_stop_and_go_on_bit_for_bit(folder):
-    torch.multiprocessing.spawn(of_two, (2, folder), nprocs=2)
+    in_two_processes(of_two, folder)
     assert_same_run(folder / "whole", folder / "run")
