@@ -33,7 +33,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a ti
 
 ROOT = pathlib.Path(pdarts.__file__).parent
 POOLS = {name: pdarts.OPERATIONS["avg_pool_3x3"] for name in pdarts.PRIMITIVES if "conv" in name}
-OF_TWO_NODES = functools.partialmethod(pdarts.Search.__init__, space=pdarts.SearchSpace(nodes=2))
+OF_ONE_NODE = functools.partialmethod(pdarts.Search.__init__, space=pdarts.SearchSpace(nodes=1))
 TINY = SearchSettings(
     dataset="shapes",
     cells=(3, 3, 3),
@@ -121,11 +121,11 @@ def images():
 
 @pytest.fixture(scope="session")
 def unbroken(images, tmp_path_factory):
-    """The folder of a search of two stages, and cells of two nodes, that nothing stopped."""
+    """The folder of a search of two stages, and cells of one node, that nothing stopped."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     mode = kernels._mode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pdarts.Search, "__init__", OF_TWO_NODES)
+        patch.setattr(pdarts.Search, "__init__", OF_ONE_NODE)
         search(TWO_STAGES, images, folder)
     kernels._mode = mode
     return folder
@@ -140,14 +140,14 @@ def few_weights(monkeypatch):
 
 @pytest.fixture
 def few_edges(monkeypatch):
-    """Searches find cells of two nodes, of 5 edges instead of 14: fast, where it does not matter what is found."""
-    monkeypatch.setattr(pdarts.Search, "__init__", OF_TWO_NODES)
+    """Searches find cells of one node, of 2 edges instead of 14: fast, where it does not matter what is found."""
+    monkeypatch.setattr(pdarts.Search, "__init__", OF_ONE_NODE)
 
 
 def few_weights_and_edges():
     """Both, for good: in a process that runs a test only."""
     pdarts.OPERATIONS.update(POOLS)
-    pdarts.Search.__init__ = OF_TWO_NODES
+    pdarts.Search.__init__ = OF_ONE_NODE
 
 
 @pytest.fixture(autouse=True)
