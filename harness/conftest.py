@@ -43,6 +43,8 @@ TINY = SearchSettings(
     warmup=1,
     batch=4,
 )
+PAIRS = [("skip_connect", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_3x3", 2)]
+CELL = pdarts.Genotype(PAIRS, [2, 3], PAIRS, [2, 3])  # for fast tests
 ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(8,), skip_dropout=(0.3,))
 TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))
 
@@ -131,11 +133,15 @@ def unbroken(images, tmp_path_factory):
     return folder
 
 
+def pools_for_convolutions(patch):
+    for name, operation in POOLS.items():
+        patch.setitem(pdarts.OPERATIONS, name, operation)
+
+
 @pytest.fixture
 def few_weights(monkeypatch):
     """Pools in the place of convolutions: fast, where it does not matter what a network computes."""
-    for name, operation in POOLS.items():
-        monkeypatch.setitem(pdarts.OPERATIONS, name, operation)
+    pools_for_convolutions(monkeypatch)
 
 
 @pytest.fixture

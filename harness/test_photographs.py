@@ -16,7 +16,7 @@ import torch
 
 import pdarts
 from harness import cli, folders, photographs
-from harness.conftest import assert_same_run
+from harness.conftest import CELL, assert_same_run
 from harness.images import load
 from harness.photographs import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crops, Photographs, jittered, random_crop
 from harness.settings import EVALUATE_PRESETS, SearchSettings
@@ -42,6 +42,7 @@ def folder(tmp_path, monkeypatch):
             height, width = rng.integers(20, 60, 2, np.uint8)
             pixels = rng.integers(0, 200, (height, width, 3), np.uint8) // 2 + 40 * i
             path.write_bytes(bytes([height, width]) + pixels.astype(np.uint8).tobytes())
+    (tmp_path / "cell.json").write_text(json.dumps(CELL._asdict()))
     return tmp_path / "data"
 
 
@@ -49,7 +50,7 @@ MOBILE = "--preset imagenet --size 40 --epochs 3 --cells 3 --channels 2 --batch 
 
 
 def test_the_mobile_setting_trains_on_files_and_goes_on_bit_for_bit(folder, tmp_path, capsys, monkeypatch):
-    start = ["evaluate", "PDARTS", "--data", str(folder), *MOBILE]
+    start = ["evaluate", str(tmp_path / "cell.json"), "--data", str(folder), *MOBILE]
     assert cli.main([*start, "--workers", "0", "--out", str(tmp_path / "whole")]) == 0
     text = capsys.readouterr().out
     assert f"training on 36 images of {folder}, 3 cells" in text and "top-5" not in text  # of 3 classes
@@ -80,8 +81,8 @@ def test_the_mobile_setting_trains_on_files_and_goes_on_bit_for_bit(folder, tmp_
 def test_top_5_is_said_where_there_are_more_than_10_classes(folder, capsys):
     for name in "defghijkl":
         os.symlink(folder / "train/a", folder / f"train/{name}")
-    assert cli.main(["evaluate", "PDARTS", "--data", str(folder), *MOBILE[:-2], "--epochs", "1", "--kernels", "off",
-                     "--workers", "0", "--out", str(folder / "../run")]) == 0  # fmt: skip
+    start = ["evaluate", str(folder / "../cell.json"), "--data", str(folder), *MOBILE, "--workers", "0"]
+    assert cli.main([*start, "--epochs", "1", "--out", str(folder / "../run")]) == 0
     assert "% (top-1), " in capsys.readouterr().out
 
 

@@ -9,14 +9,13 @@ import pytest
 import pdarts
 from harness import report
 from harness.charts import Line, Stages, alphas_svg, curves_svg, dots_svg, limits, ticks
-from harness.conftest import TINY
+from harness.conftest import CELL, TINY
 from harness.evaluate import evaluate
 from harness.run import Run
 from harness.search import search
 from harness.settings import EvaluateSettings
 
 SVG = "{http://www.w3.org/2000/svg}"
-CELL = pdarts.GENOTYPES["PDARTS"]
 
 
 def drawn(svg):

@@ -23,6 +23,7 @@ import kernels
 import pdarts
 from harness.cells import check_genotype, count, read_genotype
 from harness.conftest import (
+    CELL,
     ENVIRONMENT,
     ONE_STAGE,
     ROOT,
@@ -30,6 +31,7 @@ from harness.conftest import (
     TWO_STAGES,
     assert_same_run,
     beside,
+    pools_for_convolutions,
     python,
     random_images,
     write_images,
@@ -39,9 +41,8 @@ from harness.evaluate import evaluate, fold
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings
-from pdarts import GENOTYPES, Evaluation, Genotype, InputError, Search, SkipDropout
+from pdarts import Evaluation, Genotype, InputError, Search, SkipDropout
 
-CELL = GENOTYPES["PDARTS"]
 TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=3, batch=6, cutout=4, auxiliary=False)
 
 
@@ -73,7 +74,9 @@ def records(file):
 @pytest.fixture(scope="module")
 def searched(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched") / "run"
-    return folder, search(TINY, images, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        pools_for_convolutions(patch)
+        return folder, search(TINY, images, folder)
 
 
 def test_log_holds_every_epoch_with_its_rates_and_both_softmax_matrices(searched):

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TWO_NODES = pdarts.SearchSpace(nodes=2)
+ALL = pdarts.PRIMITIVES
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 5
 
 
@@ -64,14 +65,15 @@ def classes(network):
 
 
 @pytest.mark.parametrize(
-    "nodes, size, settings",
-    [(4, (12, 12), {}), (2, (9, 13), {}), (2, (8, 7), {"recompute": True}), (2, (8, 7), {"recompute": False})],
+    "nodes, names, size, settings",
+    [(4, FEW[0], (12, 12), {}), (2, ALL, (9, 13), {})] + [(2, ALL, (8, 7), {"recompute": r}) for r in (True, False)],
     ids=str,
 )
-def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, size, settings, monkeypatch):
+def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, names, size, settings, monkeypatch):
     if settings:  # with torch's own convolutions
         monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
-    network = search_network(skip_dropout=0.3, space=pdarts.SearchSpace(nodes=nodes)).to(device)
+    space = pdarts.SearchSpace(nodes=nodes)
+    network = search_network((names,) * len(space.edges), skip_dropout=0.3, space=space).to(device)
     converted = fused(network, **settings)
     assert {"FusedSearchCell", "FusedMixedOp", "FusedOperation", "FusedFactorizedReduce"} <= classes(converted)
     assert_same(network, converted, torch.randn(6, 3, *size, dtype=torch.float64, device=device))
@@ -157,7 +159,7 @@ def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
     pytest.importorskip("harness.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 5, auxiliary=True)
+    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 3, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 
