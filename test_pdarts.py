@@ -36,7 +36,7 @@ ALL = (PRIMITIVES,) * 14
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small sets of candidates for fast tests
 TINY = pdarts.SearchConfig(
     cells=(3, 3, 3), channels=2, epochs=2, warmup=1, batch=4, skip_dropout=(0.1, 0.2, 0.3), crop_padding=1)
-SMALL_SPACE = pdarts.SearchSpace(("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"), nodes=1)
+SMALL_SPACE = pdarts.SearchSpace(("none", "avg_pool_3x3", "skip_connect", "dil_conv_3x3"), nodes=1)
 SMALL = dataclasses.replace(TINY, cells=(3, 3), keep=(4, 3), skip_dropout=(0.2, 0.3))  # a search of SMALL_SPACE
 EVALUATION = pdarts.EvaluateConfig(cells=3, channels=2, epochs=3, batch=6, cutout=4, crop_padding=1, drop_path=0.6)
 TWO_NODES = Genotype([("skip_connect", 0), ("sep_conv_3x3", 1)] * 2, [2, 3],

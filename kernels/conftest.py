@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 
 def run_beside(folder, request, tmp_path_factory, threads):
-    """Futures of the tests in `folder` that run beside the others, by name, for as long as the generator lives."""
+    """Yields futures of the tests in `folder` that run beside the others, by name."""
     functions = [getattr(item, "function", None) for item in request.session.items if item.path.parent == folder]
     tests = [function.beside for function in functions if hasattr(function, "beside")]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:

@@ -14,9 +14,9 @@ pdarts = pytest.importorskip("pdarts")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-TWO_NODES = pdarts.SearchSpace(nodes=2)
+TWO_NODES, ONE_NODE = (pdarts.SearchSpace(nodes=nodes) for nodes in (2, 1))
 ALL = pdarts.PRIMITIVES
-FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 5
+FEW = ("none", "skip_connect", "sep_conv_3x3")
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -38,6 +38,11 @@ def search_network(candidates=None, dtype=torch.float64, skip_dropout=0.0, space
     network = pdarts.SearchNetwork(channels, 10, 3, candidates, candidates, space=space).to(dtype)
     network.set_skip_dropout(skip_dropout)
     return network
+
+
+def small_network(*names):
+    """Of these candidates, and of two edges: for how single modules are converted."""
+    return search_network((names,) * len(ONE_NODE.edges), space=ONE_NODE)
 
 
 def fused(network, **settings):
@@ -66,7 +71,7 @@ def classes(network):
 
 @pytest.mark.parametrize(
     "nodes, names, size, settings",
-    [(4, FEW[0], (12, 12), {}), (2, ALL, (9, 13), {})] + [(2, ALL, (8, 7), {"recompute": r}) for r in (True, False)],
+    [(4, FEW, (12, 12), {}), (2, ALL, (9, 13), {})] + [(2, ALL, (8, 7), {"recompute": r}) for r in (True, False)],
     ids=str,
 )
 def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, names, size, settings, monkeypatch):
@@ -93,7 +98,7 @@ def test_both_layouts_compute_the_same(device, layout, monkeypatch):
 def test_a_wrong_layout_is_refused(monkeypatch):
     monkeypatch.setenv("PDARTS_LAYOUT", "NHWC")
     with pytest.raises(ValueError, match="PDARTS_LAYOUT is 'NHWC'; expected NCHW or channels-last"):
-        fused(search_network(FEW))
+        fused(small_network(*FEW))
 
 
 def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
@@ -202,9 +207,9 @@ class Halved(pdarts.Operation):
 
 @pytest.mark.parametrize("name, changed", [("MixedOp", Doubled), ("SearchCell", Alternating), ("Operation", Halved)])
 def test_what_was_changed_is_left_alone(monkeypatch, name, changed):
-    original = search_network(FEW)
+    original = small_network(*FEW)
     monkeypatch.setattr(pdarts, name, changed)
-    network = search_network(FEW)
+    network = small_network(*FEW)
     converted = fused(network)
     assert f"Fused{changed.__name__}" not in classes(converted)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -213,7 +218,7 @@ def test_what_was_changed_is_left_alone(monkeypatch, name, changed):
 
 
 def test_layers_of_other_kinds_are_left_alone():
-    network = search_network(FEW)
+    network = small_network(*FEW)
     for operation in [m for m in network.modules() if type(m) is pdarts.Operation]:
         operation.op[0] = nn.ELU()
     converted = fused(network)
@@ -240,7 +245,7 @@ def untracked(norm):
 @pytest.mark.parametrize("change", [other_momentum, other_eps, cumulative, untracked, lambda norm: norm.eval()])
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_batch_norms_keep_their_own_settings(change, all_of_them):
-    network = search_network((("none", "max_pool_3x3", "sep_conv_3x3"),) * 5)
+    network = small_network("none", "max_pool_3x3", "sep_conv_3x3")
     converted = fused(network)
     for chosen in (network, converted):
         norms = [m for m in chosen.cells.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -282,8 +287,7 @@ def frozen(network):
 
 @pytest.mark.parametrize("change", [another_weight, assigned, another_momentum, dropout, frozen, nn.Module.float])
 def test_a_fused_network_notices_what_changes_between_two_calls(change):
-    names = ("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3")
-    network = search_network((names,) * 5)
+    network = small_network("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3")
     converted, x = fused(network), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert_same(network, converted, x)
     for one in (network, converted):
@@ -310,7 +314,7 @@ def test_nodes_of_more_than_64_outputs_and_other_search_spaces_are_fused(monkeyp
 
 def test_where_the_kernels_do_not_serve_nothing_is_changed():
     kernels.use("off")
-    network = search_network(FEW)
+    network = small_network(*FEW)
     assert classes(fused(network)) == classes(network)
 
 
