@@ -164,7 +164,7 @@ def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
     pytest.importorskip("harness.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 3, auxiliary=True)
+    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 5, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 
@@ -289,9 +289,8 @@ def frozen(network):
 def test_a_fused_network_notices_what_changes_between_two_calls(change):
     network = small_network("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3")
     converted, x = fused(network), torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    assert_same(network, converted, x)
     for one in (network, converted):
-        one.train()
+        one.train()(x)  # nothing but the change lies between two calls in training
         change(one)
     x = x.to(network.classifier.weight.dtype)
     results = []
