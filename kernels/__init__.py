@@ -558,12 +558,16 @@ def serves(operation: str, x, dtype: torch.dtype | None = None) -> bool:
     if x.device.type != "cuda":
         return fused(x.device) if operation == "mixed" else _on_cpu(x)
     _check_named(_cuda_operations)  # by the environment variable
-    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = "channels-last" if is_last else "NCHW"
+    layout = "channels-last" if _is_last(x) else "NCHW"
     tensors = _cuda_operations.get(operation, ())
     kind = f"{dtype or x.dtype}:{layout}".removeprefix("torch.")
     size = "x".join(map(str, x.shape[1:]))
     return any(t in ("", kind, f"{kind}:{size}") for t in tensors) and fused("cuda")
+
+
+def _is_last(x):
+    """Whether x lies in channels-last and in no other way."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def serves_cells(x) -> bool:
@@ -624,8 +628,7 @@ def _register_fakes():
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
 
     def feature_map(x, *size):
-        last = x.device.type == "cpu" or torch._prims_common.suggest_memory_format(x) == torch.channels_last
-        return channels_last(x, *size) if last else x.new_empty(size)
+        return channels_last(x, *size) if x.device.type == "cpu" or _is_last(x) else x.new_empty(size)
 
     def cell_map(x, *size):
         return x.new_empty(size) if x.device.type == "cuda" else channels_last(x, *size)

@@ -967,7 +967,7 @@ void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
     with_stride(all.stride, [&](auto stride) {
       using T = decltype(type);
       constexpr int S = stride.value, element = 2 * sizeof(T) + 1;
-      Tiles t = one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element));  // windows: two more at most
+      Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
       pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
     });
   });

@@ -2,8 +2,8 @@
 //
 // Operations are taken by levels: those of a level wait for none of each other, and those of one kind and size are a
 // launch. Backward, values are taken by levels counted from the outputs. What a pointwise convolution reads is kept.
-// What nothing of a level waits for goes to a second stream: pools and products beside convolutions, and gradients of
-// weights beside those of feature maps.
+// What nothing of a level waits for goes to a second stream: pools and products beside convolutions, and, until the next
+// level has such launches in its turn, gradients of weights beside those of feature maps.
 #pragma once
 
 #ifdef PDARTS_CUDA
@@ -22,7 +22,7 @@ namespace pdarts {
 namespace {
 namespace on_cuda {
 
-// The current stream and one beside it, which a capture of a graph takes in too. PDARTS_CUDA_STREAMS=1: it is the same.
+// The current stream and one beside it, which a capture of a graph takes in too. With PDARTS_CUDA_STREAMS=1 both are one.
 struct Streams {
   c10::cuda::CUDAStream main = c10::cuda::getCurrentCUDAStream(), beside = main;
   cudaEvent_t event = nullptr;
@@ -31,8 +31,14 @@ struct Streams {
   Streams() {
     const char* count = std::getenv("PDARTS_CUDA_STREAMS");
     if (count && !std::strcmp(count, "1")) return;
+    // Of each thread one for a device, not one at every call: a graph's capture would take in all that there are.
+    static thread_local std::map<int, c10::cuda::CUDAStream> kept;
+    auto found = kept.find(main.device_index());
+    while (found == kept.end() || found->second == main) {
+      found = kept.insert_or_assign(main.device_index(), c10::cuda::getStreamFromPool()).first;
+    }
+    beside = found->second;
     C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    beside = c10::cuda::getStreamFromPool();
   }
   Streams(const Streams&) = delete;
   ~Streams() {
@@ -43,7 +49,7 @@ struct Streams {
     if (event) C10_CUDA_IGNORE_ERROR(cudaEventDestroy(event));
   }
 
-  // What comes beside waits for what is on the current stream now.
+  // What comes beside waits for what is on the current stream now, where torch may have filled new memory, too.
   void fork() { forked = event && follow(beside, main); }
   // What comes on the current stream waits for what is beside it now.
   void join() { forked = forked && !follow(main, beside); }
@@ -61,9 +67,9 @@ struct CudaCell : Cell {
   int64_t size;                 // bytes of an element
   std::vector<Tensor> tensors;  // of the values
   Tensor of_values;             // the statistics
-  std::vector<Tensor> alive;    // what launches of this level read
-  std::vector<Tensor> lasting;  // what launches of later ones do
-  std::vector<Tensor> held;     // what launches beside read, until they are joined
+  std::vector<Tensor> alive;    // what is needed until a level ends; backward not by launches beside
+  std::vector<Tensor> held;     // what launches beside may still read, until they are joined
+  std::vector<Tensor> lasting;  // what is needed until all ends
   std::vector<int64_t> same;    // of each value the first one that is computed alike: pools of the same
 
   // A convolution of an operation: of a factorized reduction the one of the first or second half of the channels.
@@ -133,14 +139,18 @@ struct CudaCell : Cell {
     }
   }
 
-  Streams streams;
-  void* launching = streams.main;  // where
+  Streams* streams = nullptr;
+  bool aside = false;  // whether launches go beside the current stream
 
-  void* stream() const { return launching; }
+  void* stream() {
+    if (!aside) return streams->main;
+    streams->fork();
+    return streams->beside;
+  }
 
   template <class F>
-  void beside(F f) {
-    launching = streams.beside, f(), launching = streams.main;
+  void launch_beside(F f) {
+    aside = true, f(), aside = false;
   }
 
   int64_t count() const { return values.size(); }
@@ -273,6 +283,8 @@ struct CudaCell : Cell {
   // -------------------------------------------------------------------------------------------------------------------
 
   void forward(bool keep) {
+    Streams both;
+    streams = &both;
     std::vector<int> level(count(), 0);
     int last = 0;
     for (int64_t v = inputs(); v < count(); v++) {
@@ -289,10 +301,9 @@ struct CudaCell : Cell {
         if (keep && keeps_between(part)) part.z = empty_between(part);
         point(part), convolutions.push_back(&part);
       }
-      streams.fork();
-      beside([&] { pool_and_multiply(level, now); });
+      launch_beside([&] { pool_and_multiply(level, now); });
       grouped(convolutions, [&](auto& group, PdartsConvolutions all) { convolve(group, all); });
-      streams.join();
+      both.join();
       for (int64_t v = inputs(); v < count(); v++) {
         if (level[v] != now || !is_sum(v)) continue;
         PdartsMixed m = mixed(v);
@@ -386,6 +397,8 @@ struct CudaCell : Cell {
   std::vector<PdartsSum> sums;            // to be added up in the end
 
   void backward(const Tensor& grad, Gradients& to) {
+    Streams both;
+    streams = &both;
     wanted.assign(count(), false), gradients.resize(count()), incoming.resize(count());
     std::vector<std::vector<int64_t>> users(count());
     for (int64_t v = 0; v < count(); v++) {
@@ -427,13 +440,15 @@ struct CudaCell : Cell {
         part.d.incoming = incoming_of(part.value, part.first), convolutions.push_back(&part);
       }
       grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_pointwise(group, to); });
-      streams.join(), held.clear();
-      streams.fork();
-      beside([&] { grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_weights(group, to); }); });
+      both.join(), held.clear();
+      launch_beside([&] {
+        grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_weights(group, to); });
+      });
       grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_chained(group, to); });
+      for (Part* part : convolutions) hold(*part);
       alive.clear();
     }
-    streams.join();
+    both.join();
     for (size_t i = 0; i < sums.size(); i += kPdartsTogether) {
       PdartsSums some;
       some.type = type, some.count = std::min<size_t>(sums.size() - i, kPdartsTogether);
@@ -613,11 +628,13 @@ struct CudaCell : Cell {
       cell_input_gradients_cuda(&these, &targets, stream());
       if (norms.count) cell_norm_gradients_cuda(&norms, stream());
     });
-    for (Part* part : group) {
-      int64_t source = operation(part->value).source;
-      if (!is_state(source) || !wanted[source]) held.push_back(std::move(part->grad_z));
-      held.push_back(std::move(gradients[part->value]));  // of one that another convolution reads
-    }
+  }
+
+  // Gives up what only launches beside still read: `gather` needs the rest.
+  void hold(Part& part) {
+    int64_t source = operation(part.value).source;
+    if (!is_state(source) || !wanted[source]) held.push_back(std::move(part.grad_z));
+    held.push_back(std::move(gradients[part.value]));  // of one that another convolution reads
   }
 };
 

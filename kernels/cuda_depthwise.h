@@ -28,11 +28,11 @@ __device__ __forceinline__ void load_weight(const PdartsDepthwise& d, int c, A (
   }
 }
 
-// Rows, and columns, of S x S elements whose gradients a thread has.
+// Rows of S x S elements, on top of each other, whose gradients a thread has.
 template <int S>
 constexpr int kSteps = kRows / S;
 
-// Grid [columns of n].
+// Grid [n / kColumns].
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const Accumulated<T>* partial, int64_t n, int splits, void* to) {

@@ -440,6 +440,13 @@ __device__ __forceinline__ int8_t place_of_largest(E element, int oh, int ow, in
   return place;
 }
 
+// Tiles whose shared memory is for two more elements than there are results, for the windows that these lie in instead.
+template <class T>
+T in_windows(T tiles, int stride) {
+  tiles.height = (tiles.height - 1) / stride + 1, tiles.width = (tiles.width - 1) / stride + 1;
+  return tiles;
+}
+
 // f(row, column, which of its elements it is) of the windows, of OH x OW, that an element lies in.
 template <int S, class F>
 __device__ __forceinline__ void for_windows(int h, int w, int stride, int OH, int OW, F f) {

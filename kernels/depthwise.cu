@@ -310,7 +310,7 @@ void pool_backward_cuda(const PdartsPlanes* call, const void* x, const void* g, 
     using T = decltype(type);
     using A = Accumulated<T>;
     constexpr int S = stride.value;
-    Tiles t = tiles_of(p.N * p.C, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
+    Tiles t = in_windows(tiles_of(p.N * p.C, 1, p.H, p.W, kRows, 1, 2, sizeof(A) + 1), p.stride);
     if (p.max) {
       int bytes = t.images * t.image * static_cast<int>(sizeof(A) + 1);
       max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);

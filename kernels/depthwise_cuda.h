@@ -15,10 +15,10 @@
 // What lies outside of f(x) counts as 0. Without a kernel z is f(x).
 struct PdartsDepthwise {
   int64_t N, C;
-  int32_t H, W;                                // H * W in 31 bits
+  int32_t H, W;                                // H * W in 31 bits, for `last` C times that, padded
   int32_t kernel, stride, dilation, padding;   // kernel 0: 1, 1 and 0
   int32_t type;                                // PdartsType of x, weight, z and their gradients
-  const void* x;           // [N,C,H,W]
+  const void* x;           // [N,C,H,W], for `last` [N,H,W,C]
   const void* statistics;  // mean [C] and then invstd [C] in the type that is accumulated in, or nullptr: 0 and 1
   const void* gamma;       // [C] in that type, or nullptr: 1
   const void* beta;        // [C] in that type, or nullptr: 0
@@ -44,7 +44,7 @@ extern "C" void depthwise_backward_last_cuda(
 // count. Of several largest elements the first has the gradient, of several that are not a number the last: torch's.
 struct PdartsPlanes {
   int64_t N, C;
-  int32_t H, W;  // H * W in 31 bits
+  int32_t H, W;  // H * W in 31 bits, for `last` C times that
   int32_t stride, max, type;
 };
 

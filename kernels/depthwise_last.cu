@@ -1,9 +1,10 @@
 // Depthwise convolutions and pooling on CUDA in channels-last. depthwise_cuda.h says what they compute, depthwise.cu how
 // sums are added up; there are no torch headers here.
 //
-// Threads side by side have channels side by side, 32 bytes of memory or more; the others have columns and rows of the
-// tile of results of a block, in one image after the other. What they depend on is read into shared memory, 0 where it is
-// outside of the image; what tiles have in common is read by each of them, the later ones from the cache.
+// A block has a tile of results, one image after the other. Threads side by side have channels side by side, 32 bytes of
+// memory or more; the rest of a thread's number is its column and its rows in the tile. What results depend on is read
+// into shared memory, 0 where it is outside of the image; what tiles have in common is read by each of them, by the later
+// ones from the cache.
 
 #include "cuda_depthwise.h"
 
@@ -27,7 +28,7 @@ struct LastTiles {
 };
 
 // For feature maps of H x W; what is read for n rows or columns is n * stride + around. size: bytes of what is read of an
-// element, waves: of blocks.
+// element; waves: about so many times kBlocks blocks, if there are images for them.
 template <class A>
 LastTiles last_tiles_of(
     int64_t N, int64_t C, int H, int W, int each, int stride, int around, int64_t size = sizeof(A), int waves = 4) {
@@ -48,7 +49,7 @@ LastTiles last_tiles_of(
 template <class A>
 struct LastPlace {
   int slot, c, channel;         // the thread's channel in the block and in the image; the last one if there is none
-  bool works;                   // whether there is one, and the thread has a place in the tile
+  bool works;                   // whether the image has this channel and the tile this place
   int x, y;                     // in the tile, its rows by `each`
   int row, column;              // of the first result in the feature map
   int tile_row, tile_column;    // of the tile's first result
@@ -421,7 +422,7 @@ void pool_backward_last_cuda(const PdartsPlanes* call, const void* x, const void
     using T = decltype(type);
     using A = Accumulated<T>;
     constexpr int S = stride.value;
-    LastTiles t = last_tiles_of<A>(p.N, p.C, p.H, p.W, kRows, 1, 2, sizeof(A) + 1);  // windows: two more at the most
+    LastTiles t = in_windows(last_tiles_of<A>(p.N, p.C, p.H, p.W, kRows, 1, 2, sizeof(A) + 1), p.stride);
     if (p.max) {
       int bytes = t.elements<A>() * static_cast<int>(sizeof(A) + 1);
       max_backward_kernel<S, T><<<t.blocks(), kThreads, bytes, stream>>>(p, t, x, g, grad_x);

@@ -28,15 +28,27 @@ Tensor scratch(int64_t bytes, const Tensor& like) { return at::empty({bytes}, li
 
 bool is_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
 
-// The kernels count the elements of a feature map, of an image in channels-last, in 32 bits, and rows and columns
-// somewhat past its end.
-void check_map(at::IntArrayRef size, at::MemoryFormat format) {
+// In channels-last if x lies so and in no other way: copies of other tensors are in NCHW.
+at::MemoryFormat format_of(const Tensor& x) {
+  bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The kernels count the elements of a feature map in 32 bits, and rows and columns somewhat past its end; in
+// channels-last those of an image, of x or padded.
+void check_map(at::IntArrayRef size, at::MemoryFormat format, int64_t padding = 0) {
   TORCH_CHECK(size.size() == 4, "x has shape ", size, "; expected [N,C,H,W]");
-  int64_t H = size[2] + 2 * kLargest, W = size[3] + 2 * kLargest, together = 1;
-  if (is_last(format)) together = std::max<int64_t>(1, size[1]);
+  constexpr int64_t most = int64_t(1) << 31;
+  auto fits = [&](int64_t border, int64_t together) {
+    int64_t H = size[2] + 2 * border, W = size[3] + 2 * border;
+    return std::max(H, W) < most && H * W < most / std::max<int64_t>(1, together);
+  };
   TORCH_CHECK(
-      std::max(H, W) < int64_t(1) << 31 && H * W < (int64_t(1) << 31) / together, "x has shape ", size,
-      "; expected less than 2^31 elements in a feature map, in channels-last in an image, with a border of ", kLargest);
+      fits(kLargest, 1), "x has shape ", size, "; expected less than 2^31 elements in a feature map with a border of ",
+      kLargest);
+  TORCH_CHECK(
+      !is_last(format) || fits(padding, size[1]), "x has shape ", size, "; expected less than 2^31 elements in a padded "
+      "image in channels-last");
 }
 
 // A call with its tensors in one memory format, on one device, which is current while it lives.
@@ -50,9 +62,9 @@ struct Convolutions : PdartsDepthwise {
       const Tensor& x_, const OptionalTensor& depthwise_in, const OptionalTensor& pointwise_in,
       const OptionalTensor& gamma_in, const OptionalTensor& beta_in, const OptionalTensor& given, int64_t stride_,
       int64_t padding_, int64_t dilation_)
-      : PdartsDepthwise{}, guard(x_.device()), format(x_.suggest_memory_format()),
+      : PdartsDepthwise{}, guard(x_.device()), format(format_of(x_)),
         gamma_(gamma_in.value_or(Tensor())), beta_(beta_in.value_or(Tensor())) {
-    check_map(x_.sizes(), format);
+    check_map(x_.sizes(), format, std::clamp<int64_t>(padding_, 0, kLargest));
     type = type_of("x", x_), in = x_.contiguous(format), x = in.const_data_ptr();
     N = in.size(0), C = in.size(1), H = in.size(2), W = in.size(3), OH = H, OW = W, stride = dilation = 1;
     auto check_weight = [&](const char* name, const Tensor& t, bool fits, const char* expected) {
@@ -202,7 +214,7 @@ std::vector<int64_t> pooled_size(at::IntArrayRef size, int64_t stride) {
 
 Tensor pool(const Tensor& x, bool max, int64_t stride) {
   c10::OptionalDeviceGuard guard(x.device());
-  at::MemoryFormat format = x.suggest_memory_format();
+  at::MemoryFormat format = format_of(x);
   PdartsPlanes p = pooling(x.sizes(), max, stride, x, format);
   Tensor in = x.contiguous(format), y = at::empty(pooled_size(x.sizes(), stride), x.options(), format);
   auto* forward = is_last(format) ? pool_forward_last_cuda : pool_forward_cuda;
@@ -215,7 +227,7 @@ Tensor pool(const Tensor& x, bool max, int64_t stride) {
 Tensor pool_backward(
     const Tensor& grad, const OptionalTensor& x, const OptionalTensor& y, at::IntArrayRef size, int64_t stride) {
   c10::OptionalDeviceGuard guard(grad.device());
-  at::MemoryFormat format = x.value_or(grad).suggest_memory_format();
+  at::MemoryFormat format = format_of(x.value_or(grad));
   PdartsPlanes p = pooling(size, x.has_value(), stride, grad, format);
   check_gradient(grad, pooled_size(size, stride));
   TORCH_CHECK(x.has_value() == y.has_value(), "one of x and y is given; expected both or none");
