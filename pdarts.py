@@ -347,7 +347,7 @@ def check_candidates(candidates, edges: int | None = None):
     candidates = tuple(map(tuple, candidates))
     lengths, cells = [len(names) for names in candidates], [len(cell_edges(n)) for n in range(1, len(candidates))]
     if len(set(lengths)) != 1 or 0 in lengths or len(candidates) not in ([edges] if edges else cells):
-        raise InputError(f"candidates have lengths {lengths}; expected equal ones, {edges or 14} of them")
+        raise InputError(f"candidates have lengths {lengths}; expected equal ones, {edges or '2, 5, 9, ...'} of them")
     return candidates
 
 # --- From stage to stage: search space approximation (paper, sec. 3.2) and the skip dropout (sec. 3.3) ----------------

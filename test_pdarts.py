@@ -370,8 +370,8 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
 @pytest.mark.parametrize("call, message", [
     (lambda: shrink(ALL, ZEROS, 9), "keep is 9; expected 1 to 8"),
     (lambda: shrink(ALL, torch.zeros(14, 5), 3), r"alphas have shape \[14, 5\]; expected \[14, 8\]"),
-    (lambda: shrink(ALL[:3], torch.zeros(3, 8), 3), "lengths .8, 8, 8.; expected equal ones, 14 of them"),
-    (lambda: shrink((*ALL[:13], ("none",)), ZEROS, 3), "8, 1.; expected equal ones, 14 of them"),
+    (lambda: shrink(ALL[:3], torch.zeros(3, 8), 3), "lengths .8, 8, 8.; expected equal ones, 2, 5, 9, ... of them"),
+    (lambda: shrink((*ALL[:13], ("none",)), ZEROS, 3), "8, 1.; expected equal ones, 2, 5, 9, ... of them"),
     (lambda: shrink(((),) * 14, torch.zeros(14, 0), 1), "0.; expected equal ones"),
     (lambda: shrink(ALL, ZEROS * math.nan, 3), "alphas hold numbers that are not finite; expected finite ones"),
     (lambda: derive((("none",),) * 14, ALL, torch.zeros(14, 1), ZEROS), "edge 0 has no candidate but none"),
