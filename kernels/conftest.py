@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +15,7 @@ FLAGS = ["-std=c++17", f"-arch={ARCHITECTURE}"] + [  # the -D are torch's
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
 
+FOLDER = pathlib.Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # of processes that tests start: what other tests set is not in it
 
 
@@ -29,7 +31,24 @@ def beside(test):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))  # they have had the time then
+    def when(item):
+        """First what needs no kernels, which are built then; last what has run beside the others."""
+        waits = hasattr(getattr(item, "function", None), "beside")
+        return waits, item.path.parent in (FOLDER, FOLDER.parent / "harness")
+
+    items.sort(key=when)
+
+
+def pytest_collection_finish(session):
+    parents = {item.path.parent for item in session.items}
+    if FOLDER in parents and FOLDER.parent in parents and not session.config.option.collectonly:
+        command = [sys.executable, "-c", "import kernels; kernels.fused('cpu')"]
+        session.builds = subprocess.Popen(command, cwd=FOLDER.parent, env=ENVIRONMENT)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session, "builds"):
+        session.builds.wait()
 
 
 def run_beside(folder, request, tmp_path_factory, threads):
@@ -42,7 +61,7 @@ def run_beside(folder, request, tmp_path_factory, threads):
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
-    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, 1)
+    yield from run_beside(FOLDER, request, tmp_path_factory, 1)
 
 
 def nvcc(*arguments):
