@@ -191,8 +191,8 @@ def alphas_svg(log: list[dict], candidates: list, edges: Sequence[tuple[int, int
             if source == 0:
                 for tick in ticks(0, high, 3):
                     parts.append(text(where.x - 5, where.y + height * (1 - tick / high) + 4, f"{tick:g}", "end"))
-    across = margin[0] + (nodes + 1) * (width + gap[0])
-    free = margin[0] + max(2, nodes - 1) * (width + gap[0]) + 14  # right of the first nodes' edges
+    free = margin[0] + max(min(nodes + 1, 3), nodes - 1) * (width + gap[0]) + 14  # right of the first nodes' edges
+    across = max(margin[0] + (nodes + 1) * (width + gap[0]), free + 130)
     parts += legend(free, margin[1] + 4, samples)
     if stages.warmup:
         y = margin[1] + 4 + 17 * len(samples)

@@ -134,6 +134,14 @@ def test_charts_hold_their_texts_apart_at_any_length(epochs):
     drawn(curves_svg([{**r, "loss": 1e-9, "lr": 1e-7} for r in log], Stages([3 * epochs]), "drop_path"))
 
 
+@pytest.mark.parametrize("nodes", range(1, 7))
+def test_alphas_of_cells_of_any_number_of_nodes_leave_room_for_their_legend(nodes):
+    edges, names = pdarts.cell_edges(nodes), [pdarts.PRIMITIVES]
+    p = {f"softmax_alphas_{kind}": [[0.125] * 8] * len(edges) for kind in ("normal", "reduce")}
+    log = [record(1, epoch) | p for epoch in range(2)]
+    drawn(alphas_svg(log, [(names * len(edges),) * 2], edges, Stages([2], 1)))
+
+
 def test_lines_are_broken_between_stages_and_where_nothing_was_measured():
     chart = curves_svg([record(s, e) | {"alpha_loss": None if e == 1 else 2.0} for s in (1, 2) for e in range(4)],
                        Stages([4, 4]), "skip_dropout")
