@@ -84,8 +84,9 @@ struct CudaCell : Cell {
   std::vector<Part> parts;
 
   CudaCell(
-      const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch)
-      : Cell(in, program, outputs, batch, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
+      const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch,
+      const CellDropout& dropout)
+      : Cell(in, program, outputs, batch, dropout, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
         size(in.inputs[0].element_size()), tensors(values.size()) {
     for (int64_t v = 0; v < count(); v++) {
       const PdartsValue& x = values[v];
@@ -642,11 +643,11 @@ struct CudaCell : Cell {
 // one, and after the values what convolutions with a kernel or a stride leave for the pointwise ones.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, at::IntArrayRef program, at::IntArrayRef outputs,
-    Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
+    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t count = in.gammas.size();
-  CudaCell c(in, program, outputs, flags_of("batch", batch, count));
+  CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   bool training = std::count(batch.begin(), batch.end(), true);
   TORCH_CHECK(!statistics || !training, "statistics are given for values that are to be normalised by their own");
   if (statistics) check_values("statistics", *statistics, {3, count, c.C}, inputs[0]);
@@ -676,10 +677,11 @@ Results cell(
 std::vector<Tensor> cell_backward(
     const Tensor& grad, const Tensor& y, at::TensorList computed, at::TensorList inputs, const OptionalTensors& weights,
     const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
-    at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, Flags needs) {
+    const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
+    at::IntArrayRef outputs, Flags batch, Flags needs) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t count = in.gammas.size();
-  CudaCell c(in, program, outputs, flags_of("batch", batch, count));
+  CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
   c.of_values = statistics;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);
