@@ -359,22 +359,27 @@ def dropout_key(device) -> torch.Tensor:
     return torch.empty(1, dtype=torch.int64, device=device).random_()
 
 
+def philox_ref(counter, key):
+    """Philox 4x32-10: the 4 words of each counter, (c0, c1, c2, c3) that broadcast; int64, with 32 bits in use."""
+    lower = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & lower, key >> 32 & lower
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # modulo 2^64
+        c0, c1, c2, c3 = (b >> 32 & lower) ^ c1 ^ k0, b & lower, (a >> 32 & lower) ^ c3 ^ k1, a & lower
+        k0, k1 = k0 + 0x9E3779B9 & lower, k1 + 0xBB67AE85 & lower
+    return c0, c1, c2, c3
+
+
 def dropout_masks_ref(key, rates, terms, size):
     """Plain torch version of `dropout_masks`."""
     n, c, h, w = size
-    groups = (h * w + 7) // 8
-    lower = 0xFFFFFFFF
-    ranges = [torch.arange(count, device=key.device) for count in (groups, c, n)]
-    axes = torch.tensor(terms, device=key.device), *reversed(ranges)
-    term, image, channel, group = torch.meshgrid(*axes, indexing="ij")  # [terms,N,C,groups]
-    c0, c1, c2, c3 = group, channel, image, term & lower
-    k0, k1 = key & lower, key >> 32 & lower
-    for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (b >> 32 & lower) ^ c1 ^ k0, b & lower, (a >> 32 & lower) ^ c3 ^ k1, a & lower
-        k0, k1 = k0 + 0x9E3779B9 & lower, k1 + 0xBB67AE85 & lower
-    bits = torch.stack([half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    bits = bits.flatten(-2)[..., : h * w].unflatten(-1, (h, w))
+    terms = torch.tensor(list(terms), device=key.device)
+    ranges = (torch.arange(count, device=key.device) for count in (n, c, (h * w + 7) // 8))
+    term, image, channel, group = torch.meshgrid(terms, *ranges, indexing="ij")
+    words = philox_ref((group, channel, image, term & 0xFFFFFFFF), key)
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    bits = bits.flatten(-2)[..., : h * w].unflatten(-1, (h, w))  # [terms,N,C,H,W]
     dropped = (rates * 65536 + 0.5).floor().clamp(0, 65536)
     scale = torch.where(dropped < 65536, 65536 / (65536 - dropped), 0)
     dropped, scale = (t.view(-1, 1, 1, 1, 1) for t in (dropped, scale))
@@ -922,6 +927,6 @@ def load(kind: str = "cpu"):
 
 from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
 
-__all__ = ["cell", "cell_ref", "dropout_key", "dropout_masks", "dropout_masks_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
+__all__ = ["cell", "cell_ref", "dropout_key", "dropout_masks", "dropout_masks_ref", "philox_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
 __all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves", "serves_cells"]
 __all__ += ["use", "use_on_cuda", "CUDA_OPERATIONS", "Dropout", "Norm", "Step", "Sum"]

@@ -6,69 +6,63 @@
 
 namespace pdarts {
 
-// As many 32-bit elements as a vector has of float and of double; gcc wants the sizes of vectors to be no one's parameter.
-typedef uint32_t Words __attribute__((vector_size(kVector)));
-typedef uint32_t HalfWords __attribute__((vector_size(kVector / 2)));
-typedef uint64_t Products __attribute__((vector_size(kVector)));
-typedef uint64_t HalfProducts __attribute__((vector_size(kVector / 2)));
-typedef int32_t Bits __attribute__((vector_size(kVector)));
-typedef int64_t LongBits __attribute__((vector_size(kVector)));
+// A 64-bit element for each channel: of a vector of float that is two of them, the even and the odd channels.
+typedef uint64_t Wide __attribute__((vector_size(kVector)));
+
+// The products of the lower halves of the elements.
+INLINE Wide multiply_lower(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  constexpr uint64_t lower = 0xffffffff;
+  return (a & lower) * (b & lower);
+#endif
+}
 
 template <class A>
 class Masks {
   static constexpr bool kFloat = sizeof(A) == 4;
   using V = typename Simd<A>::vec;
-  using U = std::conditional_t<kFloat, Words, HalfWords>;
-  using Wide = std::conditional_t<kFloat, Products, HalfProducts>;
+  using I = std::conditional_t<kFloat, int32_t, int64_t>;
+  typedef int32_t Bits __attribute__((vector_size(kVector)));
+  typedef int64_t LongBits __attribute__((vector_size(kVector)));
+  using Signed = std::conditional_t<kFloat, Bits, LongBits>;
 
-  U words[4];
-  U threshold;
+  Signed words[4];
+  Signed last;  // the largest bits that are dropped
 
-  // The products of the lower halves of the 64-bit elements.
-  static INLINE Wide multiply_lower(Wide a, Wide b) {
-#ifdef __AVX512F__
-    if constexpr (sizeof(Wide) == 64) return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#endif
-#ifdef __AVX2__
-    if constexpr (sizeof(Wide) == 32) return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#endif
-    constexpr uint64_t lower = 0xffffffff;
-    return (a & lower) * (b & lower);
-  }
-
-  // The upper and the lower halves of the products with `by`.
-  static INLINE void multiply(U x, uint32_t by, U& upper, U& lower) {
-    Wide factor = Wide{} + by, even = multiply_lower((Wide)x, factor), odd = multiply_lower((Wide)x >> 32, factor);
-    constexpr uint64_t low = 0xffffffff;
-    upper = (U)((even >> 32) | (odd & ~low)), lower = (U)((even & low) | (odd << 32));
+  // The words of channels `channel`, channel + step, ...; what their upper halves hold means nothing.
+  static INLINE void draw(
+      uint64_t key, uint64_t group, uint64_t channel, uint64_t step, uint64_t image, uint64_t term, Wide (&c)[4]) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    c[0] = Wide{} + group, c[2] = Wide{} + image, c[3] = Wide{} + term;
+    for (int64_t i = 0; i < kVector / 8; i++) c[1][i] = channel + i * step;
+    unroll<kPhiloxRounds>([&](auto round) ALWAYS {
+      Wide a = multiply_lower(c[0], Wide{} + kPhiloxM0), b = multiply_lower(c[2], Wide{} + kPhiloxM1);
+      c[0] = (b >> 32) ^ c[1] ^ (k0 + uint32_t(round) * kPhiloxW0), c[1] = b;
+      c[2] = (a >> 32) ^ c[3] ^ (k1 + uint32_t(round) * kPhiloxW1), c[3] = a;
+    });
   }
 
  public:
-  // Those of `pixel`, which is the first of its counter or the only one asked for, and channels `channel`, ...
-  INLINE Masks(uint64_t key, int64_t pixel, int64_t channel, int64_t image, int64_t term, uint32_t threshold)
-      : threshold(U{} + threshold) {
-    U c0 = U{} + uint32_t(pixel / kMaskPixels), c1, c2 = U{} + uint32_t(image), c3 = U{} + uint32_t(term), a, b;
-    for (int64_t i = 0; i < Simd<A>::W; i++) c1[i] = uint32_t(channel + i);
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    unroll<kPhiloxRounds>([&](auto round) ALWAYS {
-      U upper_a, upper_b;
-      multiply(c0, kPhiloxM0, upper_a, a), multiply(c2, kPhiloxM1, upper_b, b);
-      c0 = upper_b ^ c1 ^ (k0 + uint32_t(round) * kPhiloxW0), c1 = b;
-      c2 = upper_a ^ c3 ^ (k1 + uint32_t(round) * kPhiloxW1), c3 = a;
-    });
-    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  // Of `pixel`, which is the first of its counter or the only one asked for, and of the channels from `channel` on.
+  INLINE Masks(uint64_t key, int64_t pixel, int64_t channel, int64_t image, int64_t term, uint32_t threshold) {
+    last = Signed{} + (I(threshold) - 1);
+    constexpr uint64_t lower = 0xffffffff;
+    Wide even[4], odd[4];
+    draw(key, pixel / kMaskPixels, channel, kFloat ? 2 : 1, image, term, even);
+    if (kFloat) draw(key, pixel / kMaskPixels, channel + 1, 2, image, term, odd);
+    for (int j = 0; j < 4; j++) words[j] = (Signed)(kFloat ? (even[j] & lower) | (odd[j] << 32) : even[j] & lower);
   }
 
   // x where it is kept, else 0; s: the pixel, or its distance from the first.
   template <class S>
   INLINE V kept(S s, V x) const {
-    U word = words[s % kMaskPixels / 2];
-    U bits = s % 2 ? word >> 16 : word & 0xffff;
-    if constexpr (kFloat) {
-      return (V)((Bits)x & (bits >= threshold));
-    } else {
-      return (V)((LongBits)x & __builtin_convertvector(bits >= threshold, LongBits));
-    }
+    Signed word = words[s % kMaskPixels / 2];
+    Signed bits = (s % 2 ? word >> 16 : word) & 0xffff;
+    return (V)((Signed)x & (bits > last));
   }
 };
 
