@@ -63,19 +63,18 @@ class Cell {
   std::vector<int> user;             // of a value that an operation other than a sum computes: the one that uses it
   std::vector<int> place;            // of a term: of its probability
   std::vector<MaskRate> dropout;     // of the terms of all sums
-  uint64_t key = 0;                  // of their masks
+  const MaskKeys keys;               // of their masks
   std::vector<std::unique_ptr<Separable<A>>> calls;  // of the operations of a phase
   std::vector<double> sums;          // of the units in a phase, see below
 
  public:
   explicit Cell(const PdartsCell& cell)
       : cell(cell), C(cell.C), wide(padded<A>(C)), inputs(cell.inputs()), count(cell.values.size()), user(count, -1),
-        place(count, -1), calls(cell.operations.size()) {
+        place(count, -1), keys(cell.key ? *static_cast<const uint64_t*>(cell.key) : 0), calls(cell.operations.size()) {
     int64_t largest = 0;
     for (const Value& v : cell.values) largest = std::max(largest, v.H * v.W);
     images = images_of_unit(largest), units = ceil_div(cell.N, images);
     for (int32_t rate : cell.rate_of) dropout.emplace_back(rate < 0 ? 0 : static_cast<const float*>(cell.rates)[rate]);
-    if (cell.key) key = *static_cast<const uint64_t*>(cell.key);
     for (size_t i = 0; i < cell.operations.size(); i++) {
       const Operation& op = cell.operations[i];
       if (op.kind != Operation::kSum) user[op.source] = i;
@@ -307,7 +306,7 @@ class Cell {
             const A* x = elements(op.terms[k], j, n, local) + pixel * term.pixel + c;
             V mean = load<V>(means + k * wide + c), scale = load<V>(scales + k * wide + c);
             if (uint32_t threshold = dropout[op.first + k].threshold) {
-              Masks<A> masks(key, pixel, c, j, op.first + k, threshold);
+              Masks<A> masks(keys, pixel, c, j, op.first + k, threshold);
               unroll<S>([&](auto s) ALWAYS {
                 sum[s] += scale * masks.kept(S == 1 ? pixel : s, load_n(x + s * term.pixel, left));
               });
@@ -528,7 +527,7 @@ class Cell {
           };
           int64_t pixel = begin, end = std::min(begin + kPixels, pixels(v));
           for (; pixel < end; pixel += kMaskPixels) {
-            Masks<A> masks(key, pixel, c, j, op.first + k, rate.threshold);
+            Masks<A> masks(keys, pixel, c, j, op.first + k, rate.threshold);
             if (pixel + kMaskPixels <= end) {
               unroll<kMaskPixels>([&](auto s) ALWAYS { pass(masks, pixel, s); });
             } else {
