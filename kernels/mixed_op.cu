@@ -312,8 +312,8 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
 }
 
 // Grid [splits, 1, channels]. y = sum_k p_k * (gamma_k * invstd_k * (x_k - mean_k) + beta_k), added up in float or
-// double. Reads each candidate once and writes y, the least. Splits go backwards: what the statistics read last may
-// still be cached.
+// double; candidates with dropout, p_k * mask_k * x_k, at the end: until then they are 0. Reads each candidate once and
+// writes y, the least. Splits go backwards: what the statistics read last may still be cached.
 template <bool Drops, Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Division d, void* y) {
   using A = Accumulated<T>;
@@ -336,7 +336,6 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Divisi
         if (k >= m.K) break;
         A p = *next;
         next += d.images;
-        if (drops<Drops>(m, k)) continue;
         Pack<A, V> mean = rows.mean(k), scale = rows.scale(k, p);
 #pragma unroll
         for (int l = 0; l < V; l++) {
@@ -388,7 +387,8 @@ template <Layout L, int V>
 constexpr int kTogether = L == kPixels && V > 1 ? 4 : 8;
 
 // Grid [splits, groups of candidates, channels]. For the candidates in `needed`, in float or double:
-//     partial [splits][K+1][C]      sum of g * (x_k - mean_k), and in the last row sum of g; not in a plain tensor
+//     partial [splits][K+1][C]      sum of g * (x_k - mean_k), with dropout of g * mask_k * x_k, and in the last row
+//                                   sum of g; not in a plain tensor
 //     weighted [K][splits][blocks]  what a block adds to the gradient of p_k; nullptr if it is not asked for
 // Reads each of them once, the least, and g once for a group; the groups of a split follow each other, so that the
 // cache serves all but the first.
@@ -505,8 +505,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid [splits, 1, channels]. grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c where it is asked for,
-// in float or double. Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go
-// backwards, as in forward.
+// in float or double, times the mask with dropout. Reads g and the candidates in `batch` once and writes the gradients,
+// the least. Splits go backwards, as in forward.
 template <bool Drops, Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
     PdartsMixed m, Division d, const void* g, const Accumulated<T>* coefficients,
