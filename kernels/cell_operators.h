@@ -41,7 +41,8 @@ struct CellInputs {
   }
 };
 
-// Dropout: a key [1], int64, and D rates [D], float32, of the terms whose probabilities have the places `terms`.
+// Dropout: a key [1], int64, and D rates [D], float32, of the terms whose probabilities have the places `terms`, which
+// ascend: the rates of a sum lie side by side.
 struct CellDropout {
   OptionalTensor key, rates;
   std::vector<int64_t> terms;
@@ -126,10 +127,10 @@ struct Cell : PdartsCell {
     };
     key = check("key", dropout.key, at::kLong, 1), rates = check("rates", dropout.rates, at::kFloat, count);
     for (int64_t i = 0; i < count; i++) {
-      int64_t place = dropout.terms[i];
+      int64_t place = dropout.terms[i], least = i ? dropout.terms[i - 1] + 1 : 0;
       TORCH_CHECK(
-          place >= 0 && place < places && rate_of[place] < 0, "terms[", i, "] of the dropout is ", place,
-          "; expected places of probabilities, 0 to ", places - 1, ", each once");
+          place >= least && place < places, "terms[", i, "] of the dropout is ", place,
+          "; expected places of probabilities, 0 to ", places - 1, ", in ascending order");
       rate_of[place] = i;
     }
     for (const PdartsOperation& op : operations) {
