@@ -23,10 +23,12 @@ All sides run in turn, each with inputs that need gradients; the figure is the m
 quartiles. On a GPU every side is captured as a CUDA graph that visits several sets of inputs, so that neither launches
 nor the L2 cache decide. The result of each call is allocated anew, as in use.
 
-The step: forward, backward and optimizer on one batch of generated images, without skip dropout (though on a GPU ours
-and plain draw its random numbers, as in use), once loss and gradients are found right. On the CPU all sides take
-turns, and of three calls the third counts: two find the memory as the other sides left it. On a GPU one side after the
-other is alone in memory.
+The step: forward, backward and optimizer on one batch of generated images. All sides have the skip dropout on, at the
+initial rates of the paper's search: 0.1, 0.4 and 0.7 in the three stages. (Stage 1 has the rate of CIFAR-100 instead of
+CIFAR-10's 0.0, so that every stage shows the cost of the dropout.) `--skip-dropout 0` switches it off; one rate holds
+for all stages, three are those of the stages. Before the timing, loss and gradients are found right without dropout,
+since every side draws masks of its own. On the CPU all sides take turns, and of three calls the third counts: two find
+the memory as the other sides left it. On a GPU one side after the other is alone in memory.
 
     ours      with the kernels
     graph     ours, replayed as a CUDA graph
@@ -36,16 +38,20 @@ other is alone in memory.
 "Of peak" is the share of the rate of this machine's own matrix products, of 2048 x 2048 (8192 x 8192 on a GPU), that a
 side reaches: the operations of the step's products and convolutions in the time it takes.
 
-The first stage has all candidates; stages 2 and 3, in all sides, have those that the official code keeps in the first
-search of testdata/derive.json.
+The first stage has all candidates; stages 2 and 3, in all sides, have those that the official code keeps in a search of
+testdata/derive.json, which differ from edge to edge: those of the first search, or with `--search N` of the N-th.
+
+The search: its epochs have the skip dropout as the paper's search on CIFAR-10 has it, which starts stage 1 at 0.0, and
+so has its projection. A step with dropout takes the same time at every rate above 0.
 
 The evaluation: the same for its networks, C x cells, with auxiliary head and drop-path of 0.2; found right in float64,
 against the official code too, which takes ours' state_dict. "Official-cl" is that code in channels-last.
 
 The losses: a step of the weights and one of the alphas in turn, on the same images (of CIFAR-10 in DIR, or generated
-ones), from the same start, without dropout, by their relative distance from plain torch in float64. "Last bit" is plain
-torch too, from weights of which the last bits were changed: how far rounding alone carries a network away from itself.
-The exit status is 1 if the kernels' losses in float64 are not the same to 4 digits.
+ones), from the same start, by their relative distance from plain torch in float64. The skip dropout is off, since the
+two ways draw different masks. "Last bit" is plain torch too, from weights of which the last bits were changed: how far
+rounding alone carries a network away from itself. The exit status is 1 if the kernels' losses in float64 are not the
+same to 4 digits.
 """
 
 from __future__ import annotations
@@ -84,6 +90,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 SHAPES = ((96, 16, 32, 32), (96, 32, 16, 16), (96, 64, 8, 8))
 CANDIDATES = (8, 5, 3)
 OPERATIONS = ("mixed_sum", "mixed_norm_sum")
+SKIP_DROPOUT = (0.1, 0.4, 0.7)  # initial rates of the stages: see the head of this file
+NO_DROPOUT = (0.0, 0.0, 0.0)
 
 
 class Case:
@@ -356,18 +364,23 @@ def batches(count, batch, device, folder=None):
 
 
 @functools.cache
-def candidates(stage):
-    """Of the edges of normal and reduction cells in a stage (from 1): see the head of this file."""
+def candidates(stage, number=1):
+    """The candidates of the edges of normal and reduction cells in a stage (from 1) of the search of this number (from
+    1) in testdata/derive.json."""
+    searches = json.loads((HERE / "testdata" / "derive.json").read_text())
+    if not 1 <= number <= len(searches):
+        raise InputError(f"search is {number}; expected 1 to {len(searches)}, those of testdata/derive.json")
     if stage == 1:
         return ((pdarts.PRIMITIVES,) * len(pdarts.SPACE.edges),) * 2
-    golden = json.loads((HERE / "testdata" / "derive.json").read_text())[0]["kept"][stage - 2]
-    return tuple(tuple(tuple(pdarts.PRIMITIVES[int(k)] for k in edge) for edge in cell.split()) for cell in golden)
+    kept = searches[number - 1]["kept"][stage - 2]
+    return tuple(tuple(tuple(pdarts.PRIMITIVES[int(k)] for k in edge) for edge in cell.split()) for cell in kept)
 
 
 class OurStep:
-    """A stage (from 1) as a search trains it: `run` makes a step of the weights, of the alphas, or of both."""
+    """A stage (from 1) as a search trains it, at the initial rate of its skip dropout: `run` makes a step of the
+    weights, of the alphas, or of both. number: of the search that the candidates are from."""
 
-    def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None):
+    def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None, number=1):
         device, self.images, self.labels = images.device, images, labels
         if fused:
             pick_kernels("on", device)
@@ -382,12 +395,13 @@ class OurStep:
 
         self.graphs = []
         self.search = pdarts.Search(config, pdarts.Data(None, 10, val=()), device, prepare=prepare, wrap_step=wrap)
-        kept = candidates(stage)
+        kept = candidates(stage, number)
         alphas = [torch.zeros(len(cell), len(cell[0])) for cell in kept]
         # The stage before has as many candidates as this one keeps: it keeps all of them.
         self.search.stages = [pdarts.Stage(*kept, *alphas)] * (stage - 1)
         self.search.begin_stage()
         self.network, self.weights = self.search.network, self.search.weights
+        self.network.set_skip_dropout(config.skip_dropout[stage - 1])
         self.architecture_step = wrap(self.search.architect.step)
 
     def run(self, which):
@@ -409,12 +423,13 @@ class OurStep:
 class OfficialStep:
     """The same of the official code in float32, every backward pass of which computes all gradients."""
 
-    def __init__(self, folder, stage, config, images, labels):
+    def __init__(self, folder, stage, config, images, labels, number=1):
         official = official_module(folder, "model_search")
         torch.manual_seed(0)
         self.images, self.labels, self.clip = images, labels, config.clip
         normal, reduce = (
-            [[name in names for name in pdarts.PRIMITIVES] for names in cell] for cell in candidates(stage)
+            [[name in names for name in pdarts.PRIMITIVES] for names in cell]
+            for cell in candidates(stage, number)
         )
         # It moves its alphas to the GPU, whether there is one or not.
         on_cpu = mock.patch.object(torch.Tensor, "cuda", lambda t: t)
@@ -426,7 +441,7 @@ class OfficialStep:
                 F.cross_entropy,
                 switches_normal=normal,
                 switches_reduce=reduce,
-                p=0.0,
+                p=config.skip_dropout[stage - 1],
             ).to(images.device)
         of_alphas = self.network.arch_parameters()
         of_weights = [p for p in self.network.parameters() if all(p is not a for a in of_alphas)]
@@ -462,12 +477,14 @@ def official_module(folder, name):
         return importlib.import_module(name)
 
 
-def verify_step(stage, config, images, labels):
-    """Relative distances of the loss and of all gradients, fused and plain; InputError if they are too large."""
+def verify_step(stage, config, images, labels, number=1):
+    """Relative distances of the loss and of all gradients, fused and plain, without dropout; InputError if they are
+    too large."""
+    config = dataclasses.replace(config, skip_dropout=NO_DROPOUT)
     results, allow_tf32 = [], torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # both round, but not alike
     for fused in (False, True):
-        side = OurStep(stage, config, images, labels, fused)
+        side = OurStep(stage, config, images, labels, fused, number=number)
         parameters = [*side.weights, *side.network.alphas()]
         pdarts.require_gradients(parameters)
         loss, _ = pdarts.loss_and_logits(side.network, images, labels, config.dtype)
@@ -527,30 +544,33 @@ def steps(args):
     if args.official:
         official_module(args.official, "model_search")
     pick_kernels("on", device)
-    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, dtype=args.dtype)
+    rates = args.skip_dropout or SKIP_DROPOUT
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, dtype=args.dtype, skip_dropout=rates)
     print(*header(device), f"{args.dtype}, batch {args.batch}, C = {args.channels}", sep="\n")
-    print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
+    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")
+    print(f"skip dropout of the stages: {', '.join(map(str, rates))}")
     ((images, labels),) = batches(1, args.batch, device)
     peak = matrix_peak(device, args.dtype, min(1, args.seconds))
     rows = []
     for stage in args.stages:
-        distances = verify_step(stage, config, images, labels)
+        distances = verify_step(stage, config, images, labels, args.search)
         print("\nverified: relative distances of loss {:.1e} and gradients {:.1e} from plain torch".format(*distances))
-        ours = functools.partial(OurStep, stage, config)
+        ours = functools.partial(OurStep, stage, config, number=args.search)
         makers = {"ours": ours}
         if device.type == "cuda":
             makers["graph"] = functools.partial(ours, graph=True)
         makers["plain"] = functools.partial(ours, fused=False)
         if args.official:
-            makers["official"] = functools.partial(OfficialStep, args.official, stage, config)
+            makers["official"] = functools.partial(OfficialStep, args.official, stage, config, number=args.search)
         about = {"stage": stage, "cells": config.cells[stage - 1], "K": config.keep[stage - 1]}
+        about["dropout"] = config.skip_dropout[stage - 1]
         rows += print_steps(args, about, makers, ("weights", "alphas"), images, labels, peak)
     return rows
 
 
 def print_steps(args, about, makers, kinds, images, labels, peak):
     """Prints a table of what `measure_steps` yields, ours first, and returns its rows."""
-    print("".join(f"{name:>7}" for name in about), f"  {'step of':9}{'side':12}", end="")
+    print("".join(f"{name:>8}" for name in about), f"  {'step of':9}{'side':12}", end="")
     print(f"{'seconds':>17}{'to ours':>10}{'of peak':>9}{'kept MB/image':>15}")
     work = {which: operations_of(makers["plain"](images[:2], labels[:2]), which) * len(labels) / 2 for which in kinds}
     makers = {name: functools.partial(make, images, labels) for name, make in makers.items()}
@@ -561,7 +581,7 @@ def print_steps(args, about, makers, kinds, images, labels, peak):
             seconds, ours = r["seconds"], least.setdefault(r["step"], r["seconds"])
             share = work[r["step"]] / seconds / peak
             rows.append({**about, **r, "times_ours": seconds / ours, "of_peak": share})
-            print("".join(f"{value:>7}" for value in about.values()), f"  {r['step']:9}{r['side']:12}", end="")
+            print("".join(f"{value:>8}" for value in about.values()), f"  {r['step']:9}{r['side']:12}", end="")
             print(f"{seconds:>9.4f} +-{r['spread']:6.4f}{seconds / ours:>8.2f} x{share:>8.1%}", end="")
             print(f"{r['kept_per_image'] / 1e6:>15.1f}" + (f"   peak {r['peak'] / 1e6:.0f} MB" if r["peak"] else ""))
             sys.stdout.flush()
@@ -733,7 +753,13 @@ def search(args):
     paper = pdarts.CIFAR10
     # The second epoch of weights and the second with alphas count: the first ones warm up.
     config = dataclasses.replace(
-        paper, channels=args.channels, dtype=args.dtype, batch=args.batch, epochs=4, warmup=2
+        paper,
+        skip_dropout=args.skip_dropout or paper.skip_dropout,
+        channels=args.channels,
+        dtype=args.dtype,
+        batch=args.batch,
+        epochs=4,
+        warmup=2,
     )
     sizes = f"{args.dtype}, batch {args.batch}, C = {args.channels}, {half} images in each half"
     print(*header(device), sizes, sep="\n")
@@ -741,20 +767,25 @@ def search(args):
     images = shapes(max(2 * half, 100), 1).to(device)
     x, y = images.x_train[: 2 * half], images.y_train[: 2 * half]
     data = pdarts.search_data(x, y, config, 10, images.mean, images.std)
-    seconds, start = [], time.perf_counter()
+    print("seconds per 25,000 images, and the rate of the skip dropout")
+    seconds, rates, start = [], [], time.perf_counter()
     for event in pdarts.Search(config, data, device, **ways_to_compute(device, fused, args.graphs, None)):
         if isinstance(event, pdarts.Epoch):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
             seconds.append((now - start) * 25000 / half)
+            rates.append(event.rate)
             start = now
-    print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'with alphas':>15}   (seconds per 25,000 images)")
+    print(f"\n{'stage':7}{'cells':>5}{'K':>3}{'weights only':>16}{'dropout':>9}{'with alphas':>15}{'dropout':>9}")
     rows, whole = [], 0.0
     for stage in range(3):
         plain, both = seconds[4 * stage + 1], seconds[4 * stage + 3]
-        rows.append({"stage": stage + 1, "epoch": plain, "epoch_with_alphas": both})
-        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.keep[stage]:>3}{plain:>16.1f}{both:>15.1f}")
+        of_plain, of_both = rates[4 * stage + 1], rates[4 * stage + 3]
+        dropout = {"skip_dropout": of_plain, "skip_dropout_with_alphas": of_both}
+        rows.append({"stage": stage + 1, "epoch": plain, "epoch_with_alphas": both, **dropout})
+        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.keep[stage]:>3}", end="")
+        print(f"{plain:>16.1f}{of_plain:>9.2f}{both:>15.1f}{of_both:>9.2f}")
         whole += paper.warmup * plain + (paper.epochs - paper.warmup) * both
     print(f"\nprojected, not measured: {whole / 3600:.2f} hours for the 75 epochs of the paper's search")
     return rows
@@ -768,17 +799,18 @@ def search(args):
 def losses(args):
     """Prints the table of losses and returns its rows; SystemExit if float64 tells the two ways apart."""
     device = torch.device(args.device)
-    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels)
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, skip_dropout=NO_DROPOUT)
     data = batches(2 * args.steps, args.batch, device, args.data)
     source = "CIFAR-10" if args.data else "generated images"
     print(*header(device), f"batch {args.batch}, C = {args.channels}, {source}", sep="\n")
-    print("candidates of stages 2 and 3: those of the first search of testdata/derive.json")
+    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")
+    print("no skip dropout: both ways draw different masks")
     rows = []
     for stage in args.stages:
 
         def side(dtype, fused, stage=stage):
             images, labels = data[0]
-            return OurStep(stage, config, images.to(dtype), labels, fused)
+            return OurStep(stage, config, images.to(dtype), labels, fused, number=args.search)
 
         sides = {
             "plain, float64": side(torch.float64, False),
@@ -871,6 +903,16 @@ def _parser():
         help="evaluate: networks (default: 16x8 36x20)",
     )
     group.add_argument("--stages", type=int, nargs="+", default=(1, 2, 3), choices=(1, 2, 3), help="(default: all)")
+    group.add_argument(
+        "--skip-dropout",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="initial rates, one for all stages or one for each; 0: none (default: step 0.1 0.4 0.7; search 0 0.4 0.7)",
+    )
+    group.add_argument(
+        "--search", type=int, default=1, metavar="N", help="number of the search that candidates are from (default: 1)"
+    )
     group.add_argument("--rounds", type=int, default=3, help="measurements of each step at least (default: 3)")
     group.add_argument("--official", metavar="DIR", help="a checkout of github.com/chenxin061/pdarts to measure too")
     group.add_argument("--no-graphs", dest="graphs", action="store_false", help="search: no CUDA graphs")
@@ -915,6 +957,10 @@ def main(arguments=None):
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name} is {value}; expected {bound} or more")
+    if (rates := args.skip_dropout) is not None:
+        if len(rates) not in (1, 3) or not all(0 <= rate < 1 for rate in rates):
+            parser.error(f"--skip-dropout is {rates}; expected one rate or three, from 0 to less than 1")
+        args.skip_dropout = tuple(3 * rates if len(rates) == 1 else rates)
     if args.what == "gpu" and not (args.out and args.minutes > 0):
         parser.error(f"gpu with --out {args.out} and --minutes {args.minutes}; expected --out DIR, more than 0 minutes")
     if args.what == "claims" and not (args.data and args.out):

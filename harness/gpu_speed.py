@@ -40,10 +40,10 @@ def sides(args, device, config, batch):
     """{name: stage -> function that builds it}; None for what needs a GPU where there is none."""
 
     def ours(**ways):
-        return lambda stage: functools.partial(bench.OurStep, stage, config, *batch, **ways)
+        return lambda stage: functools.partial(bench.OurStep, stage, config, *batch, number=args.search, **ways)
 
     def official(stage):
-        return functools.partial(bench.OfficialStep, args.official, stage, config, *batch)
+        return functools.partial(bench.OfficialStep, args.official, stage, config, *batch, number=args.search)
 
     on_cuda = device.type == "cuda"
     return {
@@ -89,16 +89,17 @@ def measured(args, device, make, kinds, name=""):
 
 
 def steps(args, device):
-    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels)
+    rates = tuple(args.skip_dropout or bench.SKIP_DROPOUT)
+    config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, skip_dropout=rates)
     (batch,) = bench.batches(1, args.batch, device)
     problems, rows = [], []
     for name, make in sides(args, device, config, batch).items():
         for stage in args.stages:
             if name == "ours":  # as late as that: see `sides`
-                loss, gradients = bench.verify_step(stage, config, *batch)
+                loss, gradients = bench.verify_step(stage, config, *batch, args.search)
                 distances = {"loss": loss, "gradients": gradients}
                 yield "verified: relative distances of ours from plain", {"stage": stage, **distances}
-            about = {"stage": stage, "step of": None, "side": name}
+            about = {"stage": stage, "skip dropout": rates[stage - 1], "step of": None, "side": name}
             if make is None:
                 yield f"stage {stage}", about | {"problem": GPU_ONLY}
                 continue
@@ -144,12 +145,17 @@ def ratio_to_ours(row, rows):
 
 
 def whole_search(args, device):
-    """Projected from steps on one batch: augmentation, checkpoints and tests are not in it."""
+    """Projected from steps on one batch: augmentation, checkpoints and tests are not in it.
+
+    The skip dropout has the initial rates of the paper's search on CIFAR-10: a step takes the same time at every rate
+    above 0, so that the steps stand for those of all epochs.
+    """
     (batch,) = bench.batches(1, args.batch, device)
     paper, problems = pdarts.CIFAR10, []
+    rates = tuple(args.skip_dropout or paper.skip_dropout)
     number = math.ceil(25000 / args.batch)
     for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
-        config = dataclasses.replace(paper, channels=args.channels, dtype=dtype)
+        config = dataclasses.replace(paper, channels=args.channels, dtype=dtype, skip_dropout=rates)
         every = sides(args, device, config, batch)
         for name in ("official", "plain", "plain, graph", "ours", "ours, graph"):
             if (make := every.get(name)) is None:
@@ -167,7 +173,8 @@ def whole_search(args, device):
                     epochs = {"weights": paper.warmup, "both": paper.epochs - paper.warmup}
                     hours += sum(seconds[which] * number * epochs[which] for which in seconds) / 3600
                 ms = {f"{which} (ms)": milliseconds(seconds.get(which)) for which in ("weights", "both")}
-                yield "steps", {"dtype": dtype, "side": name, "stage": stage, **ms}
+                about = {"dtype": dtype, "side": name, "stage": stage, "skip dropout": rates[stage - 1]}
+                yield "steps", about | ms
             stages = " ".join(map(str, args.stages))
             yield "projected hours", {"dtype": dtype, "side": name, "stages": stages, "hours": hours if whole else None}
     raise_if_any(problems)

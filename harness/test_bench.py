@@ -52,6 +52,8 @@ def test_the_candidates_are_those_that_the_stages_of_a_search_keep(few_weights):
     ((images, labels),) = bench.batches(1, 2, torch.device("cpu"))
     step = bench.OurStep(2, pdarts.CIFAR10, images, labels, fused=False)
     assert step.search.candidates == bench.candidates(2) and len(step.network.cells) == 11
+    other = bench.OurStep(2, pdarts.CIFAR10, images, labels, fused=False, number=12)
+    assert other.search.candidates == bench.candidates(2, 12) != bench.candidates(2)
     names = set(itertools.chain.from_iterable(bench.candidates(2)[0]))
     assert names == set(pdarts.PRIMITIVES)  # pools, skip-connects and `none` too
 
@@ -79,12 +81,33 @@ def test_losses_that_float64_tells_apart_are_an_error(tmp_path, monkeypatch, few
         rows(tmp_path, "step")
 
 
+def dropout_of(network):
+    """The rates of the skip dropout in a network."""
+    return {round(float(m.rate), 6) for m in network.modules() if isinstance(m, pdarts.SkipDropout)}
+
+
+def test_steps_are_checked_without_dropout_and_timed_with_it(tmp_path, monkeypatch, few_cells, few_weights, peak):
+    checked, timed = [], []
+    ways = pdarts.loss_and_logits
+    monkeypatch.setattr(pdarts, "loss_and_logits", lambda n, *args: (checked.append(dropout_of(n)), ways(n, *args))[1])
+    run = bench.OurStep.run
+    monkeypatch.setattr(bench.OurStep, "run", lambda s, which: (timed.append(dropout_of(s.network)), run(s, which))[1])
+    for arguments, rate in ([], 0.7), (["--skip-dropout", "0", "0.1", "0.2"], 0.2):
+        found = rows(tmp_path, "step", "--search", "3", *arguments)
+        assert checked[:2] == [{0.0}] * 2  # plain and fused
+        assert timed and all(rates == {rate} for rates in timed)
+        assert all(rates == {rate} for rates in checked[2:])  # of what is kept, too
+        assert {row["dropout"] for row in found} == {rate}
+        checked.clear()
+        timed.clear()
+
+
 def test_bench_measures_a_step(tmp_path, capsys, few_cells):
     found = rows(tmp_path, "step")
     assert [(r["step"], r["side"]) for r in found] == list(itertools.product(("weights", "alphas"), ("ours", "plain")))
     assert all(r["seconds"] > 0 for r in found) and found[0]["kept_per_image"] < 0.5 * found[1]["kept_per_image"]
     assert all(0 < r["of_peak"] < 1 for r in found)
-    assert found[0]["times_ours"] == 1 and "first search of testdata/derive.json" in capsys.readouterr().out
+    assert found[0]["times_ours"] == 1 and "search 1 of testdata/derive.json" in capsys.readouterr().out
 
 
 OFFICIAL_EVALUATION = """
@@ -124,6 +147,8 @@ def test_bench_measures_a_step_of_an_evaluation_and_checks_it_against_the_offici
 def test_bench_measures_epochs_of_a_search(tmp_path, few_cells, few_weights):
     found = rows(tmp_path, "search")
     assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
+    assert [r["skip_dropout"] for r in found] == pytest.approx([0.0, 0.2, 0.35])  # the second of two warm-up epochs
+    assert all(a > b for a, b in zip([0.1, 0.4, 0.7], [r["skip_dropout_with_alphas"] for r in found]))
 
 
 OFFICIAL = """
@@ -133,7 +158,7 @@ import torch
 class Network(torch.nn.Module):
     def __init__(self, C, num_classes, layers, criterion, switches_normal, switches_reduce, p):
         super().__init__()
-        assert (C, layers, [sum(edge) for edge in switches_normal]) == (2, 3, [3] * 14)
+        assert (C, layers, [sum(edge) for edge in switches_normal], p) == (2, 3, [3] * 14, 0.7)
         self.alphas = torch.randn(14, 3).cuda().requires_grad_()
         self.classifier = torch.nn.Linear(3, num_classes)
 
@@ -156,6 +181,9 @@ def test_the_official_code_is_measured_on_the_cpu_too(tmp_path, few_cells, few_w
     [
         (["losses", "--data", "nowhere"], "no cifar10 in nowhere"),
         (["step", "--rounds", "1"], "--rounds is 1; expected 2 or more"),
+        (["step", "--skip-dropout", "0.1", "0.2"], "expected one rate or three, from 0 to less than 1"),
+        (["step", "--skip-dropout", "1"], "--skip-dropout is [1.0]; expected"),
+        (["step", "--search", "13"], "search is 13; expected 1 to 12, those of testdata/derive.json"),
         (["losses", "--dtype", "bfloat16"], "losses in bfloat16; expected float32"),
         (["step", "--dtype", "float16"], "step in float16; expected float32 or bfloat16"),
         (["step", "--official", "nowhere"], "no model_search.py in nowhere; expected a checkout"),

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib
 import math
 from unittest import mock
 
@@ -27,12 +26,10 @@ import bench
 import kernels
 import pdarts
 
-fusion = importlib.import_module("kernels.fuse")  # of which kernels.fuse is a function
-
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
 SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool"), "cells": ("mixed", "separable", "pool", "cell")}
-RATE = 0.3  # of the dropout after skip-connects: on a GPU it is drawn at any rate
+RATE = 0.3  # of the skip dropout; a cell draws it within its kernels, which costs neither launches nor feature maps
 
 
 def mixed(call, size):
@@ -126,7 +123,7 @@ class Launches:
         elif kind == "reduce":
             size, stride = [(s + 1) // 2 for s in size], 2
             parts, c = [((n, c, *size), True, False)] * 2, len(weight) + len(pointwise)
-        elif kind != "product":
+        else:
             size = [(s - 1) // stride + 1 for s in size]
         there = [(op[0], op[1], op[3]) for op in self.operations[self.inputs :]]
         alike = kind in ("max", "avg") and (kind, [source], stride) in there
@@ -178,8 +175,6 @@ class Launches:
             for group in self.grouped(v for v in values if kind[v] in ("max", "avg") and not self.operations[v][4]):
                 self.launch(*self.reads(group), *(shapes[v] for v in group))
                 self.count += any(self.batch[v] for v in group)
-            products = [v for v in values if kind[v] == "product"]
-            self.launch(*(shapes[v] for v in 3 * products), times=len({shapes[v] for v in products}))
             for v in values:
                 if kind[v] == "sum":
                     terms = self.operations[v][1]
@@ -215,7 +210,7 @@ class Launches:
         for v in states:
             read = [u for u in users[v] if wanted[u]]
             kinds = [self.operations[u][0] for u in read]
-            moved = [self.shapes[v]] * (2 * (v in self.outputs) + kinds.count("sum") + 2 * kinds.count("product"))
+            moved = [self.shapes[v]] * (2 * (v in self.outputs) + kinds.count("sum"))
             self.count += v in self.outputs and len(self.outputs) > 1  # its part of the gradient is copied
             sizes |= {self.shapes[v]} if moved else set()
             self.launch(*moved, self.shapes[v], times=0)
@@ -364,8 +359,6 @@ def side(operations):
         patch = functools.partial(mock.patch.object, kernels)
         stack.enter_context(patch("_on_cpu", lambda x: False))
         stack.enter_context(patch("serves", lambda operation, x: operation in operations))
-        cell = fusion._WholeSearchCell
-        stack.enter_context(mock.patch.object(cell, "mask", lambda self, op, ones: (torch.rand(ones.shape), None)))
         if "separable" not in operations:
             stack.enter_context(patch("_Read", OneByOne))
             stack.enter_context(patch("_torch_convolves", lambda x: False))  # a ReLU for each
@@ -380,7 +373,7 @@ def rows(stages, channels: int, batch: int):
         for name, operations in SIDES.items():
             with side(operations):
                 step = bench.OurStep(stage, config, images, labels, recompute=False)
-                step.network.set_skip_dropout(RATE)
+                step.network.set_skip_dropout(0.0 if "cell" in operations else RATE)
                 kept = Traffic(IMAGES, batch).kept_by(step.forward)
                 for which in ("weights", "alphas"):
                     step.run(which)  # what an optimizer makes at its first step
