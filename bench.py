@@ -78,10 +78,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import pdarts
+from harness.data.images import load, shapes
 from harness.devices import keep_freed_memory, pick_device, pick_kernels, ways_to_compute
 from harness.files import reason
 from harness.graphs import CapturedStep
-from harness.images import load, shapes
 from harness.settings import SearchSettings
 from pdarts import InputError
 

@@ -11,9 +11,9 @@ import zipfile
 
 import torch
 
-from harness.cells import draw
 from harness.distributed import broadcast, processes
 from harness.files import check_zip, reason, write_whole
+from harness.report.cells import draw
 from pdarts import Genotype, InputError
 
 

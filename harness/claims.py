@@ -26,13 +26,13 @@ import time
 from typing import NamedTuple
 
 import pdarts
-from harness.cells import check_genotype, depth_of, skips_of
-from harness.charts import dots_svg
+from harness.data.images import load
 from harness.devices import pick_device
 from harness.evaluate import evaluate
 from harness.files import locked, write_whole
-from harness.images import load
 from harness.progress import duration
+from harness.report.cells import check_genotype, depth_of, skips_of
+from harness.report.charts import dots_svg
 from harness.search import search
 from harness.settings import EvaluateSettings, SearchSettings
 from pdarts import Genotype, InputError

@@ -13,14 +13,14 @@ import time
 
 import torch
 
-from harness.cells import cell_table, draw, read_genotype
 from harness.checkpoint import folder_of
+from harness.data.images import load
 from harness.devices import keep_freed_memory
 from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
-from harness.images import load
 from harness.progress import duration, reading
+from harness.report.cells import cell_table, draw, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS

@@ -1,5 +1,6 @@
 """What all tests of the harness share."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import gc
@@ -20,11 +21,11 @@ import bench
 import harness.cli
 import kernels
 import pdarts
+from harness.data.images import Images
 from harness.fuzz import FUZZ
-from harness.images import Images
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.conftest import ENVIRONMENT, beside, pytest_collection_modifyitems, run_beside  # noqa: F401
+from kernels.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 
 torch.set_num_threads(1)  # the feature maps are small
 # Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.
@@ -165,8 +166,13 @@ def _same_mode_of_the_kernels():
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
+    """Futures, by name, of the tests of all rooms that are marked `beside`."""
+    here = [item for item in request.session.items if pathlib.Path(__file__).parent in item.path.parents]
+    functions = [item.function for item in here if hasattr(item, "function")]
+    tests = [function.beside for function in functions if hasattr(function, "beside")]
     threads = 2 if (os.cpu_count() or 1) > 2 else 1  # a test may start two processes
-    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, threads)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 import bench
 import kernels
 import pdarts
+from harness.data.images import shapes
 from harness.devices import deterministic, pick_kernels
 from harness.files import reason
 from harness.graphs import CapturedStep
-from harness.images import shapes
 from pdarts import InputError
 
 GPU_ONLY = "not applicable without a GPU"

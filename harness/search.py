@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pdarts
+from harness.data.images import DataSet
 from harness.devices import ways_to_compute
 from harness.distributed import average, check_agreement, processes, share_buffers
-from harness.images import DataSet
 from harness.progress import Progress
-from harness.report import write_search
+from harness.report.report import write_search
 from harness.run import Clock, Run
 from harness.second_order import SecondOrder
 from harness.settings import SearchSettings

@@ -8,10 +8,10 @@ import torch
 import bench
 import pdarts
 from harness import claims
-from harness.cells import depth_of, skips_of
 from harness.claims import Claims, compared, limit_name, plan, random_cells
 from harness.conftest import random_images
 from harness.evaluate import EvaluateResult
+from harness.report.cells import depth_of, skips_of
 from harness.search import SearchResult
 from pdarts import GENOTYPES
 

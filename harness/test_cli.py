@@ -17,14 +17,14 @@ import torch
 import harness.evaluate
 import kernels
 from harness import cli
-from harness.cells import read_genotype
 from harness.conftest import ROOT, beside, python, random_images, write_images
+from harness.data.test_cifar import write_cifar
 from harness.devices import pick_device
 from harness.evaluate import EvaluateResult
 from harness.fuzz import case, cases, changed
+from harness.report.cells import read_genotype
 from harness.search import SearchResult
 from harness.settings import EvaluateSettings, SearchSettings
-from harness.test_cifar import write_cifar
 from pdarts import GENOTYPES
 
 SMALL = "--cells 3 3 3 --channels 2 --epochs 1 --warmup 0 --batch 8 --images 16".split()
@@ -160,7 +160,7 @@ def bad_files(tmp_path_factory):
 def generated(monkeypatch):
     """Small images in the place of the generated shapes, and no waiting for kernels."""
     own = random_images((8, 8, 3), 3, 12)
-    monkeypatch.setattr("harness.images.shapes", lambda: own)
+    monkeypatch.setattr("harness.data.images.shapes", lambda: own)
     kernels.use("off")
 
 

@@ -21,7 +21,6 @@ import torch
 
 import kernels
 import pdarts
-from harness.cells import check_genotype, count, read_genotype
 from harness.conftest import (
     CELL,
     ENVIRONMENT,
@@ -38,6 +37,7 @@ from harness.conftest import (
 )
 from harness.devices import pick_kernels
 from harness.evaluate import evaluate, fold
+from harness.report.cells import check_genotype, count, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings
@@ -182,7 +182,7 @@ def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_sa
     config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
     own = random_images(n=40)
     for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
-        monkeypatch.setattr("harness.images.shapes", lambda: own)
+        monkeypatch.setattr("harness.data.images.shapes", lambda: own)
         steps[:] = [lambda: seen.append(1)] * 99
         search(config, given)
         assert len(seen) == number

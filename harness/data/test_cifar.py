@@ -1,4 +1,4 @@
-"""Tests of harness/cifar.py: both file formats, whole, damaged and hostile, and the download."""
+"""Tests of harness/data/cifar.py: both file formats, whole, damaged and hostile, and the download."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from harness.cifar import CIFAR, download_cifar, read_cifar, read_file
+from harness.data.cifar import CIFAR, download_cifar, read_cifar, read_file
 from harness.fuzz import Exploit, accepted, case, cases, damaged
 from pdarts import InputError
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 import pdarts
-from harness import folders
-from harness.cifar import CIFAR, download_cifar, read_cifar
+from harness.data import folders
+from harness.data.cifar import CIFAR, download_cifar, read_cifar
+from harness.data.loaders import Loaders
+from harness.data.photographs import Photographs
 from harness.files import check_zip, reason
-from harness.loaders import Loaders
-from harness.photographs import Photographs
 from pdarts import InputError
 
 
@@ -227,7 +227,7 @@ def load_folder(path: str, settings, workers: int, **options) -> Images | Photog
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
     """The images that `settings.dataset` and --data name: generated shapes, CIFAR, an .npz file, a folder of images.
 
-    workers and options: see harness.folders.cached.
+    workers and options: see harness.data.folders.cached.
     """
     folder, dataset = pathlib.Path(path or "data"), settings.dataset
     if dataset not in ("shapes", "imagenet", *CIFAR):

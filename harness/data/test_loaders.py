@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import kernels
 import pdarts
 from harness.conftest import ONE_STAGE, assert_same_run, beside, few_weights_and_edges, in_two_processes
+from harness.data.loaders import Batches, Checked, Loaders
 from harness.distributed import Shared
 from harness.evaluate import evaluate
-from harness.loaders import Batches, Checked, Loaders
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings

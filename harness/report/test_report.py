@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import pdarts
-from harness import report
-from harness.charts import Line, Stages, alphas_svg, curves_svg, dots_svg, limits, ticks
 from harness.conftest import CELL, TINY
 from harness.evaluate import evaluate
+from harness.report import report
+from harness.report.charts import Line, Stages, alphas_svg, curves_svg, dots_svg, limits, ticks
 from harness.run import Run
 from harness.search import search
 from harness.settings import EvaluateSettings

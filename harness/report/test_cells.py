@@ -1,4 +1,4 @@
-"""Tests of harness/cells.py: the published cells, genotype files, drawings."""
+"""Tests of harness/report/cells.py: the published cells, genotype files, drawings."""
 
 import itertools
 import json
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pdarts
-from harness.cells import cell_table, check_genotype, draw, read_genotype
 from harness.fuzz import accepted, case, cases, changed, damaged
+from harness.report.cells import cell_table, check_genotype, draw, read_genotype
 from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network
 
 # --- cells of other papers --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Training on the original files of a folder, as on ImageNet: random resized crop, flip and colour jitter of each.
 
 Crops are cut while the files are read, in worker processes; colours change on the device, a batch at a time. Everything
-random of an image follows from its seed, see harness.loaders.Batches.
+random of an image follows from its seed, see harness.data.loaders.Batches.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import pdarts
-from harness import folders
-from harness.loaders import Batches, leave_signals_to_the_run
+from harness.data import folders
+from harness.data.loaders import Batches, leave_signals_to_the_run
 from pdarts import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all folders, as for official checkpoints

@@ -1,4 +1,4 @@
-"""Tests of harness/folders.py. Most read images of a format of their own, since Pillow need not be installed."""
+"""Tests of harness/data/folders.py. Most read images of a format of their own, since Pillow need not be installed."""
 
 import io
 import json
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness import folders
+from harness.data import folders
+from harness.data.folders import cached, check, decode, fingerprint, resize_and_crop, scan
 from harness.files import locked
-from harness.folders import cached, check, decode, fingerprint, resize_and_crop, scan
 from harness.fuzz import accepted, case, cases, changed, damaged
 from pdarts import InputError
 

@@ -1,4 +1,4 @@
-"""Tests of harness/images.py: arrays, .npz files, generated shapes, and what searches and evaluations are given."""
+"""Tests of harness/data/images.py: arrays, .npz files, generated shapes, and the data of searches and evaluations."""
 
 import dataclasses
 import io
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import pdarts
-from harness.cifar import CIFAR
+from harness.data.cifar import CIFAR
+from harness.data.images import Images, load, shapes
+from harness.data.test_cifar import write_cifar
 from harness.fuzz import Exploit, accepted, case, cases, damaged
-from harness.images import Images, load, shapes
 from harness.settings import EvaluateSettings, SearchSettings
-from harness.test_cifar import write_cifar
 from pdarts import EvaluateConfig, InputError, SearchConfig
 
 

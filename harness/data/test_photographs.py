@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import pdarts
-from harness import cli, folders, photographs
+from harness import cli
 from harness.conftest import CELL, assert_same_run
-from harness.images import load
-from harness.photographs import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crops, Photographs, jittered, random_crop
+from harness.data import folders, photographs
+from harness.data.images import load
+from harness.data.photographs import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crops, Photographs, jittered, random_crop
 from harness.settings import EVALUATE_PRESETS, SearchSettings
 from pdarts import InputError
 

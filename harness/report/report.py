@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 
 import pdarts
-from harness.cells import cell_svg, skips_of
-from harness.charts import Stages, alphas_svg, curves_svg
 from harness.progress import duration
+from harness.report.cells import cell_svg, skips_of
+from harness.report.charts import Stages, alphas_svg, curves_svg
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{refresh}
