@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 import harness.cli
 import kernels
 import pdarts
@@ -29,7 +28,7 @@ from kernels.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 
 torch.set_num_threads(1)  # the feature maps are small
 # Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.
-harness.cli.keep_freed_memory = bench.keep_freed_memory = lambda: None
+harness.cli.keep_freed_memory = lambda: None
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
 
 ROOT = pathlib.Path(pdarts.__file__).parent
