@@ -73,7 +73,7 @@ class Checkpoints:
     identity: all that decides the result; a checkpoint of another one is refused.
     """
 
-    FORMAT = 2
+    FORMAT = 3
     LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
     def __init__(self, folder: Folder, identity: dict):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import pdarts
+from harness.conftest import ONE_NODE
 from harness.data.cifar import CIFAR
 from harness.data.images import Images, load, shapes
 from harness.data.test_cifar import write_cifar
@@ -30,7 +31,7 @@ def own_images(shape, classes=3, n=12):
 
 
 @pytest.mark.parametrize("shape", [(9, 13), (10, 11, 4)])
-def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, few_edges, shape):
+def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (12, *shape), np.uint8), np.arange(12) % 5
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5].astype(np.uint8))
@@ -39,9 +40,9 @@ def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, few_edge
     assert own.x_train.shape == (12, channels, *shape[:2]) and own.num_classes == 5
     levels = x.reshape(-1, channels) / 255
     assert own.mean.numpy() == pytest.approx(levels.mean(0)) and own.std.numpy() == pytest.approx(levels.std(0))
-    config = SearchConfig(cells=(3,), keep=(8,), skip_dropout=(0.1,), channels=2, epochs=1, warmup=0, batch=4)
-    genotype = pdarts.run(pdarts.Search, config, own.search_data(config)).genotype()
-    config = EvaluateConfig(cells=3, channels=2, epochs=1, batch=4)
+    config = SearchConfig(cells=(3,), keep=(8,), skip_dropout=(0.1,), channels=8, epochs=1, warmup=0, batch=4)
+    genotype = pdarts.run(pdarts.Search, config, own.search_data(config), space=ONE_NODE).genotype()
+    config = EvaluateConfig(cells=3, channels=8, epochs=1, batch=4)
     network = pdarts.run(pdarts.Evaluation, genotype, config, own.evaluate_data(config)).network
     correct, total = pdarts.correct_predictions(network, own.test())
     assert 0 <= correct <= total == 5

@@ -13,14 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kernels
 import pdarts
-from harness.conftest import ONE_STAGE, assert_same_run, beside, few_weights_and_edges, in_two_processes
+from harness.conftest import CELL, ONE_STAGE, assert_same_run, beside, fast_search, in_two_processes
 from harness.data.loaders import Batches, Checked, Loaders
 from harness.distributed import Shared
 from harness.evaluate import evaluate
 from harness.run import Stopped
-from harness.search import search
 from harness.settings import EvaluateSettings
-from pdarts import GENOTYPES, InputError
+from pdarts import InputError
 
 SIZE = (3, 8, 8)
 
@@ -78,32 +77,32 @@ def stop_after(number, method, monkeypatch):
 
 
 def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(
-    tmp_path, monkeypatch, few_weights, few_edges
+    tmp_path, monkeypatch
 ):
-    whole = search(ONE_STAGE, own(0), tmp_path / "whole", kernels="off")
+    whole = fast_search(ONE_STAGE, own(0), tmp_path / "whole", kernels="off")
     way = {"out": tmp_path / "run"}
     for number, workers in (2, 0), (3, 1):  # in the first epoch, and in the second, where alphas learn
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_after(number, (pdarts.Search, "alternate"), patch)
-            search(ONE_STAGE, own(workers), **way, kernels="off")
+            fast_search(ONE_STAGE, own(workers), **way, kernels="off")
         way = {"resume": tmp_path / "run"}
-    again = search(ONE_STAGE, own(2), **way, kernels="off")
+    again = fast_search(ONE_STAGE, own(2), **way, kernels="off")
     assert again.genotype == whole.genotype and whole.test_accuracies[0] in [n / 7 for n in range(8)]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     times = (tmp_path / "run/times.jsonl").read_text()
     assert '"waited": ' in times
     with pytest.raises(InputError, match="of another run: data is"):
-        search(ONE_STAGE, own(0, version="2"), resume=tmp_path / "run", kernels="off")
+        fast_search(ONE_STAGE, own(0, version="2"), resume=tmp_path / "run", kernels="off")
 
 
-def test_an_evaluation_takes_loaders_and_needs_a_test(tmp_path, few_weights):
-    config = EvaluateSettings(cells=3, channels=2, epochs=1, batch=4, auxiliary=False)
-    result = evaluate(GENOTYPES["PDARTS"], config, own(0), tmp_path / "run", kernels="off")
+def test_an_evaluation_takes_loaders_and_needs_a_test(tmp_path):
+    config = EvaluateSettings(cells=3, channels=8, epochs=1, batch=4, auxiliary=False)
+    result = evaluate(CELL, config, own(0), tmp_path / "run", kernels="off")
     assert result.test_error in [1 - n / 7 for n in range(8)] and result.test_error_top5 == 0  # of 3 classes
     with pytest.raises(InputError, match=r"test_batches is \(\); expected the batches on which"):
-        evaluate(GENOTYPES["PDARTS"], config, dataclasses.replace(own(0), test_batches=()), kernels="off")
+        evaluate(CELL, config, dataclasses.replace(own(0), test_batches=()), kernels="off")
     with pytest.raises(InputError, match="val is None; expected the loader that the alphas learn from"):
-        search(ONE_STAGE, dataclasses.replace(own(0), val=None), kernels="off")
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), val=None), kernels="off")
 
 
 class Plain:
@@ -152,9 +151,8 @@ def test_a_loader_that_ends_early_or_yields_too_few_is_named():
 def of_two(rank, number, folder):
     kernels.use("off")
     torch.set_num_threads(1)
-    few_weights_and_edges()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=number)
-    search(ONE_STAGE, own(0), f"{folder}/whole")
+    fast_search(ONE_STAGE, own(0), f"{folder}/whole")
     alternate, steps = pdarts.Search.alternate, []
 
     def interrupted(*arguments):
@@ -165,9 +163,9 @@ def of_two(rank, number, folder):
 
     pdarts.Search.alternate = interrupted
     with pytest.raises(Stopped):
-        search(ONE_STAGE, own(1), f"{folder}/run")
+        fast_search(ONE_STAGE, own(1), f"{folder}/run")
     pdarts.Search.alternate = alternate
-    search(ONE_STAGE, own(0), resume=f"{folder}/run")  # workers take seconds to start
+    fast_search(ONE_STAGE, own(0), resume=f"{folder}/run")  # workers take seconds to start
     dist.destroy_process_group()
     os._exit(0)
 

@@ -16,7 +16,7 @@ import torch
 
 import pdarts
 from harness import cli
-from harness.conftest import CELL, assert_same_run
+from harness.conftest import CELL, FAST_SEARCH, assert_same_run
 from harness.data import folders, photographs
 from harness.data.images import load
 from harness.data.photographs import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crops, Photographs, jittered, random_crop
@@ -47,12 +47,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-MOBILE = "--preset imagenet --size 40 --epochs 3 --cells 3 --channels 2 --batch 9 --lr 0.05 --kernels off".split()
+MOBILE = "--preset imagenet --size 40 --epochs 3 --cells 3 --channels 8 --batch 9 --lr 0.05 --kernels off".split()
 
 
 def test_the_mobile_setting_trains_on_files_and_goes_on_bit_for_bit(folder, tmp_path, capsys, monkeypatch):
     start = ["evaluate", str(tmp_path / "cell.json"), "--data", str(folder), *MOBILE]
-    assert cli.main([*start, "--workers", "0", "--out", str(tmp_path / "whole")]) == 0
+    assert cli.command([*start, "--workers", "0", "--out", str(tmp_path / "whole")]) == 0
     text = capsys.readouterr().out
     assert f"training on 36 images of {folder}, 3 cells" in text and "top-5" not in text  # of 3 classes
     train, steps = pdarts.Evaluation.train, []
@@ -65,15 +65,15 @@ def test_the_mobile_setting_trains_on_files_and_goes_on_bit_for_bit(folder, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(pdarts.Evaluation, "train", interrupted)
-        assert cli.main([*start, "--workers", "1", "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+        assert cli.command([*start, "--workers", "1", "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert f"--workers 1 --resume {tmp_path / 'run'}" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--resume", str(tmp_path / "run"), "--workers", "2"]) == 0
+    assert cli.command(["evaluate", "--resume", str(tmp_path / "run"), "--workers", "2"]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [r["lr"] for r in log] == pytest.approx([0.01, 0.02, 0.015])  # 1/5, 2/5, 3/5 of 1, 1, 1/2
     assert [r["test_accuracy_top5"] for r in log] == [1.0] * 3
     weights = ["--weights", str(tmp_path / "run/weights.pt")]
-    assert cli.main([*start, *weights]) == 0
+    assert cli.command([*start, *weights]) == 0
     error = f"test error:    {1 - log[-1]['test_accuracy']:.2%}\n"
     assert capsys.readouterr().out.endswith(error)
     assert "stem0.0.weight" in torch.load(tmp_path / "run/weights.pt", weights_only=True)
@@ -83,20 +83,21 @@ def test_top_5_is_said_where_there_are_more_than_10_classes(folder, capsys):
     for name in "defghijkl":
         os.symlink(folder / "train/a", folder / f"train/{name}")
     start = ["evaluate", str(folder / "../cell.json"), "--data", str(folder), *MOBILE, "--workers", "0"]
-    assert cli.main([*start, "--epochs", "1", "--out", str(folder / "../run")]) == 0
+    assert cli.command([*start, "--epochs", "1", "--out", str(folder / "../run")]) == 0
     assert "% (top-1), " in capsys.readouterr().out
 
 
-def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp_path, capsys, few_weights, few_edges):
+def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp_path, capsys):
     settings = SearchSettings(dataset="shapes", size=16, fraction=0.5)
     images = load(settings, str(folder), workers=0)
     assert (len(images), images.size, images.num_classes, len(images.x_test)) == (18, (3, 16, 16), 3, 12)
     assert images.y_train.bincount().tolist() == [6, 6, 6] and images.y_train.tolist() != sorted(images.y_train)
     maps = pathlib.Path("/proc/self/maps")
     assert not maps.exists() or str(folder / ".pdarts-cache") in maps.read_text()
-    small = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --epochs 1 --warmup 0 --batch 4 --images 0".split()
+    small = [*FAST_SEARCH, *"--channels 8 --epochs 1 --warmup 0 --batch 4 --images 0".split()]
     folder_and_settings = ["--data", str(folder), "--size", "16", "--stem", "imagenet", "--workers", "0"]
-    assert cli.main(["search", *folder_and_settings, *small, "--kernels", "off", "--out", str(tmp_path / "run")]) == 0
+    small += ["--kernels", "off", "--out", str(tmp_path / "run")]
+    assert cli.command(["search", *folder_and_settings, *small]) == 0
     text = capsys.readouterr().out
     assert f"searching on 36 images of {folder}" in text and text.endswith(f"--preset demo --data {folder}\n")
     saved = json.loads((tmp_path / "run/config.json").read_text())
@@ -120,7 +121,7 @@ def test_images_that_stay_in_a_file_yield_the_same_batches(folder, monkeypatch):
      "images of 32 x 32 leave the auxiliary head 1 x 1; expected 33 or more (for folders: --size), or --no-auxiliary"),
 ])  # fmt: skip
 def test_wrong_options_for_folders_get_one_line(folder, capsys, arguments, message):
-    assert cli.main([*arguments, "--data", str(folder)]) == 2
+    assert cli.command([*arguments, "--data", str(folder)]) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and stderr.count("\n") == 1
 
@@ -128,11 +129,11 @@ def test_wrong_options_for_folders_get_one_line(folder, capsys, arguments, messa
 def test_a_damaged_file_ends_the_run_before_training_unless_skipped(folder, tmp_path, capsys):
     (folder / "train/b/5.jpg").write_text("x")
     start = ["evaluate", "PDARTS", "--data", str(folder), *MOBILE, "--workers", "0", "--out", str(tmp_path / "run")]
-    assert cli.main(start) == 2
+    assert cli.command(start) == 2
     stderr = capsys.readouterr().err
     assert "1 of 48 images cannot be read, the first: train/b/5.jpg" in stderr and "--skip-damaged" in stderr
     assert not (tmp_path / "run").exists()
-    assert cli.main([*start, "--skip-damaged", "--epochs", "1"]) == 0
+    assert cli.command([*start, "--skip-damaged", "--epochs", "1"]) == 0
     assert f"training on 35 images of {folder}, without 1 damaged file, 3 cells" in capsys.readouterr().out
     assert load(SearchSettings(), str(folder), skip_damaged=True).damaged == 1
 

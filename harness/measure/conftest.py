@@ -9,7 +9,7 @@ import bench
 import pdarts
 from harness.measure import __main__ as measure
 
-SMALL_STEPS = "--stages 3 --channels 2 --batch 2".split()
+SMALL_STEPS = "--stages 3 --channels 8 --batch 2".split()
 FAST = "--rounds 2 --seconds 0.01".split()
 
 

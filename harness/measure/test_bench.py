@@ -96,11 +96,11 @@ class NetworkCIFAR(pdarts.Network):
 
 
 def test_a_step_of_an_evaluation_is_measured_and_checked_against_the_official_code(rows, tmp_path, capsys, peak):
-    options = ["--device", "cpu", "--batch", "2", *FAST, "--networks", "2x4", "--official", str(tmp_path)]
+    options = ["--device", "cpu", "--batch", "2", *FAST, "--networks", "8x4", "--official", str(tmp_path)]
     (tmp_path / "model.py").write_text(OFFICIAL_EVALUATION)
     found = rows("evaluate", *options)
     assert [(r["C"], r["cells"], r["side"]) for r in found] == [
-        (2, 4, side) for side in ("ours", "plain", "official", "official-cl")
+        (8, 4, side) for side in ("ours", "plain", "official", "official-cl")
     ]
     assert all(r["seconds"] > 0 for r in found) and found[0]["saved_per_image"] < found[1]["saved_per_image"]
     share = found[1]["of_peak"] * found[1]["seconds"]  # the same operations on all sides
@@ -116,7 +116,7 @@ def test_a_step_of_an_evaluation_is_measured_and_checked_against_the_official_co
 
 
 def test_epochs_of_a_search_are_measured(rows, few_cells, few_weights):
-    found = rows("search", "--device", "cpu", "--channels", "2", "--batch", "2")
+    found = rows("search", "--device", "cpu", "--channels", "8", "--batch", "2")
     assert [r["stage"] for r in found] == [1, 2, 3] and all(r["epoch"] > 0 < r["epoch_with_alphas"] for r in found)
     assert [r["skip_dropout"] for r in found] == pytest.approx([0.0, 0.2, 0.35])  # the second of two warm-up epochs
     assert all(a > b for a, b in zip([0.1, 0.4, 0.7], [r["skip_dropout_with_alphas"] for r in found]))
@@ -129,7 +129,7 @@ import torch
 class Network(torch.nn.Module):
     def __init__(self, C, num_classes, layers, criterion, switches_normal, switches_reduce, p):
         super().__init__()
-        assert (C, layers, [sum(edge) for edge in switches_normal], p) == (2, 3, [3] * 14, 0.7)
+        assert (C, layers, [sum(edge) for edge in switches_normal], p) == (8, 3, [3] * 14, 0.7)
         self.alphas = torch.randn(14, 3).cuda().requires_grad_()
         self.classifier = torch.nn.Linear(3, num_classes)
 

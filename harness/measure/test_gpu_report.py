@@ -18,7 +18,7 @@ SMALL = ["--device", "cpu", *SMALL_STEPS, *FAST]
 
 def small_args(**changes):
     """The options of a report of small steps."""
-    given = {"device": "cpu", "stages": (3,), "channels": 2, "batch": 2, "rounds": 2, "seconds": 0.01, "search": 1}
+    given = {"device": "cpu", "stages": (3,), "channels": 8, "batch": 2, "rounds": 2, "seconds": 0.01, "search": 1}
     defaults = {"networks": ((16, 8), (36, 20)), "official": None, "skip_dropout": None, "compile": True}
     return argparse.Namespace(**defaults | given | changes)
 
@@ -53,13 +53,13 @@ def test_the_report_of_parts_is_kept_and_a_part_that_fails_does_not_stop_the_oth
     assert settings["torch.backends.cudnn.allow_tf32"] == "True" and settings["torch.backends.cuda.matmul.allow_tf32"]
     assert torch.__version__ in content["versions"] and torch.__version__ in text and content["device"] in text
 
-    status, content, text = report(folder, "--parts", "11", "10", "--official", str(folder), "--networks", "2x4")
+    status, content, text = report(folder, "--parts", "11", "10", "--official", str(folder), "--networks", "8x4")
     assert status == 1 and list(content["parts"]) == ["1", "4", "10", "11"]
     assert content["parts"]["11"]["status"] == "done"
     assert "failed: no model.py in" in content["parts"]["10"]["status"]
-    measured = [r["side"] for r in content["parts"]["10"]["tables"]["C = 2, 4 cells, float32"] if r.get("ms")]
+    measured = [r["side"] for r in content["parts"]["10"]["tables"]["C = 8, 4 cells, float32"] if r.get("ms")]
     assert measured == ["plain"]
-    table = "**C = 2, 4 cells, float32**"
+    table = "**C = 8, 4 cells, float32**"
     for line in ("| 1. Versions and device | done |", "## 10. Steps of an evaluation", table, "--parts 11 10"):
         assert line in text
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("part-*.json"))
@@ -85,7 +85,7 @@ def test_a_search_is_the_same_again_and_resumed():
 
 
 def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
-    arguments, cpu = small_args(channels=4), torch.device("cpu")
+    arguments, cpu = small_args(channels=8), torch.device("cpu")
     found = [row for _, row in gpu_checks.correctness(arguments, cpu)]
     assert len(found) == 4 * 2 * 14 + 2 and all(row["right"] for row in found)
     wrong = [("pool", lambda f, x: f.pool(x, "max") + (f is gpu_checks.FUSED) * 1e-3, [(2, 4, 8, 8)], [])]
@@ -112,8 +112,8 @@ def test_the_other_parts_run_on_the_cpu(few_cells, few_weights, tmp_path, monkey
     ms = {row["side"]: row for table, row in found if table == "steps"}
     expected = 12500 * (10 * ms["ours"]["weights (ms)"] + 15 * ms["ours"]["both (ms)"]) / 3.6e6
     assert set(hours) == {"plain", "ours"} and hours["ours"] == pytest.approx(expected)
-    found = list(gpu_speed.evaluation_steps(small_args(networks=[(2, 4)]), cpu))
-    assert [row["side"] for table, row in found if table == "C = 2, 4 cells, float32"] == ["plain", "ours"]
+    found = list(gpu_speed.evaluation_steps(small_args(networks=[(8, 4)]), cpu))
+    assert [row["side"] for table, row in found if table == "C = 8, 4 cells, float32"] == ["plain", "ours"]
     assert found[-1][1]["to ours"] == 1 and all(row["ms"] > 0 for table, row in found if "cells" in table)
     found = [row for _, row in gpu_speed.mixed_operation(small_args(), cpu)]
     assert len(found) == 2 * 3 * 3 * 2 and all(0 < row["of the bandwidth"] for row in found)

@@ -75,9 +75,10 @@ def data_of(run) -> list[str]:
 def settings_of(description: dict) -> list[str]:
     about = {name: description[name] for name in ("data", "device", "processes", "threads", "kernels")}
     about |= description["versions"] | {"command": shlex.join(description["command"])}
+    space = description.get("space", {})  # of a search
     return [
         heading("Settings"),
-        table(("", ""), [*about.items(), *description["settings"].items()], "settings"),
+        table(("", ""), [*about.items(), *description["settings"].items(), *space.items()], "settings"),
     ]
 
 

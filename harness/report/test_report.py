@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import pdarts
-from harness.conftest import CELL, TINY
+from harness.conftest import CELL, POOLS, TINY
 from harness.evaluate import evaluate
 from harness.report import report
 from harness.report.charts import Line, Stages, alphas_svg, curves_svg, dots_svg, limits, ticks
@@ -72,8 +72,8 @@ def pages(monkeypatch):
     return written
 
 
-def test_a_search_shows_itself_after_every_epoch(images, tmp_path, pages, few_weights):
-    result = search(TINY, images, tmp_path / "run", kernels="off")
+def test_a_search_shows_itself_after_every_epoch(images, tmp_path, pages):
+    result = search(TINY, images, tmp_path / "run", kernels="off", space=POOLS)
     assert [finished for finished, _ in pages] == [False] * 6 + [True]
     for finished, content in pages:
         text = Page(content).text
@@ -88,18 +88,18 @@ def test_a_search_shows_itself_after_every_epoch(images, tmp_path, pages, few_we
 
     alphas, curves = (drawn((tmp_path / f"run/{name}.svg").read_text()) for name in ("alphas", "curves"))
     lines = [path for path in alphas.iter(f"{SVG}path") if path.get("class") == "line"]
-    assert len(lines) == 2 * 14 * (8 + 5 + 3) + 8  # of every candidate of every edge and stage, and the legend
+    assert len(lines) == 2 * 5 * (4 + 4 + 3) + 4  # of every candidate of every edge and stage, and the legend
     assert len(list(curves.iter(f"{SVG}circle"))) > 3  # accuracies on test images, once in a stage
 
 
 def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(images, tmp_path, pages):
-    settings = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=2, batch=6, cutout=4)
+    settings = EvaluateSettings(dataset="shapes", cells=3, channels=8, epochs=2, batch=6, cutout=4)
     result = evaluate(CELL, settings, images, tmp_path / "run", kernels="off")
     assert [finished for finished, _ in pages] == [False, True, True]
     assert "evaluate --resume" in Page(pages[0][1]).text and "1 of 2 epochs" in Page(pages[0][1]).text
     text = Page(pages[-1][1]).text
     assert f"test error {result.test_error:.2%}" in text and "drop_path" in text
-    assert re.search("--weights .*/run/weights.pt --preset demo .*--cells 3 --channels 2", text)
+    assert re.search("--weights .*/run/weights.pt --preset demo .*--cells 3 --channels 8", text)
     drawn((tmp_path / "run/curves.svg").read_text())
     before = (tmp_path / "run/curves.svg").read_bytes()
     (tmp_path / "run/curves.svg").unlink()
@@ -107,11 +107,12 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
     assert (tmp_path / "run/curves.svg").read_bytes() == before
 
 
-def test_a_page_shows_any_name_as_text(images, tmp_path, few_edges):
+def test_a_page_shows_any_name_as_text(images, tmp_path):
     run = Run("search", TINY, images, tmp_path / "<b>", "cpu", "off", None)
     run.description["data"] = "<script>alert(1)</script> & co"
-    run.log = [record(1, 0), record(1, 1)]
-    searching = pdarts.Search(TINY, images.search_data(TINY))
+    alphas = {f"softmax_alphas_{kind}": [[0.25] * 4] * 5 for kind in ("normal", "reduce")}
+    run.log = [record(1, epoch) | alphas for epoch in (0, 1)]
+    searching = pdarts.Search(TINY, images.search_data(TINY), space=POOLS)
     searching.begin_stage()
     report.write_search(run, searching)
     content = (tmp_path / "<b>/report.html").read_text()
