@@ -11,9 +11,9 @@ import zipfile
 
 import torch
 
-from harness.cells import draw
 from harness.distributed import broadcast, processes
 from harness.files import check_zip, reason, write_whole
+from harness.report.cells import draw
 from pdarts import Genotype, InputError
 
 
@@ -73,7 +73,7 @@ class Checkpoints:
     identity: all that decides the result; a checkpoint of another one is refused.
     """
 
-    FORMAT = 2
+    FORMAT = 3
     LAST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
     def __init__(self, folder: Folder, identity: dict):

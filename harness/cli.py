@@ -13,18 +13,18 @@ import time
 
 import torch
 
-from harness.cells import cell_table, draw, read_genotype
 from harness.checkpoint import folder_of
+from harness.data.images import load
 from harness.devices import keep_freed_memory
 from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
-from harness.images import load
 from harness.progress import duration, reading
+from harness.report.cells import MAX_NODES, cell_table, draw, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
-from pdarts import GENOTYPES, InputError
+from pdarts import GENOTYPES, OPERATIONS, SPACE, InputError, SearchSpace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,6 +117,8 @@ def _configure(args, presets, out):
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
             settings, args.data = type(settings)(**values), args.data or saved["path"]
             args.kernels = args.kernels or {"fused": "on", "plain": "off"}[saved["kernels"]]
+            if "space" in saved:
+                args.space = _space(**saved["space"])
             if not isinstance(args.data, str | None):
                 raise ValueError(f"path is {short(args.data)}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -138,6 +140,15 @@ def _configure(args, presets, out):
     return settings, used, f"{some}{all_images} images of {images.name}{without}"
 
 
+def _space(primitives=SPACE.primitives, nodes=SPACE.nodes) -> SearchSpace:
+    if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
+        raise InputError(f"nodes is {short(nodes)}; expected 1 to {MAX_NODES}")
+    names = all(isinstance(name, str) for name in primitives)
+    if not primitives or not names or len(set(primitives)) < len(primitives):
+        raise InputError(f"primitives are {short(primitives)}; expected names of operations, each once")
+    return SearchSpace(tuple(primitives), nodes)
+
+
 def _say(*text):
     """Of several processes rank 0 speaks."""
     if processes()[0] == 0:
@@ -151,12 +162,13 @@ def _ways(args):
 
 def _search(args, out):
     settings, images, which = _configure(args, SEARCH_PRESETS, out)
+    space = _space(args.primitives or args.space.primitives, args.space.nodes if args.nodes is None else args.nodes)
     started = time.monotonic()
     _say(
         f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells "
         f"and {settings.epochs} epochs; results in {out}"
     )
-    result = search(settings, images, None if args.resume else out, **_ways(args))
+    result = search(settings, images, None if args.resume else out, space=space, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
@@ -204,7 +216,11 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     command = commands.add_parser("search", help="search a cell", allow_abbrev=False)
     _add_options(command, SEARCH_PRESETS)
-    command.set_defaults(run=_search)
+    space = command.add_argument_group("search space", "--keep starts with the number of primitives")
+    names = f"candidates of an edge, some of {', '.join(OPERATIONS)} (default: the first {len(SPACE.primitives)})"
+    space.add_argument("--primitives", nargs="+", metavar="NAME", help=names)
+    space.add_argument("--nodes", type=int, metavar="N", help=f"nodes of a cell (default: {SPACE.nodes})")
+    command.set_defaults(run=_search, space=SPACE)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
     command.add_argument("genotype", nargs="?", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
     _add_options(command, EVALUATE_PRESETS)

@@ -1,9 +1,8 @@
-"""What all tests of the harness share."""
+"""The small runs, images and processes that the tests of the harness share."""
 
+import concurrent.futures
 import dataclasses
 import functools
-import gc
-import importlib
 import multiprocessing
 import os
 import pathlib
@@ -16,37 +15,40 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import harness.cli
 import kernels
 import pdarts
+from harness.data.images import Images
 from harness.fuzz import FUZZ
-from harness.images import Images
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.conftest import ENVIRONMENT, beside, pytest_collection_modifyitems, run_beside  # noqa: F401
+from kernels.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
+from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small
-# Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.
-harness.cli.keep_freed_memory = bench.keep_freed_memory = lambda: None
 os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a time
 
 ROOT = pathlib.Path(pdarts.__file__).parent
-POOLS = {name: pdarts.OPERATIONS["avg_pool_3x3"] for name in pdarts.PRIMITIVES if "conv" in name}
-OF_ONE_NODE = functools.partialmethod(pdarts.Search.__init__, space=pdarts.SearchSpace(nodes=1))
+ONE_NODE = SearchSpace(nodes=1)  # cells of 2 edges instead of 14: fast, where it does not matter what is found
+POOLS = SearchSpace(("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect"), nodes=2)  # edges without weights
+FASTEST = SearchSpace(("none", "avg_pool_3x3", "skip_connect"), nodes=1)
 TINY = SearchSettings(
     dataset="shapes",
     cells=(3, 3, 3),
+    keep=(4, 4, 3),  # of POOLS
     skip_dropout=(0.1, 0.2, 0.3),
-    channels=2,
+    # With fewer, torch 2.13 writes beyond the gradients of channels-last convolutions on CPUs without AVX-512.
+    channels=8,
     epochs=2,
     warmup=1,
     batch=4,
 )
+ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(3,), skip_dropout=(0.3,))  # of FASTEST
+TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))  # of ONE_NODE
+fast_search = functools.partial(search, space=FASTEST)
+# The same on the command line.
+FAST_SEARCH = "--primitives none avg_pool_3x3 skip_connect --nodes 1 --cells 3 --keep 3 --skip-dropout 0.1".split()
 PAIRS = [("skip_connect", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_3x3", 2)]
 CELL = pdarts.Genotype(PAIRS, [2, 3], PAIRS, [2, 3])  # for fast tests
-ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(8,), skip_dropout=(0.3,))
-TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))
 
 
 def random_images(shape=(10, 12, 3), classes=5, n=16) -> Images:
@@ -56,20 +58,20 @@ def random_images(shape=(10, 12, 3), classes=5, n=16) -> Images:
 
 
 def write_images(folder, n=24):
-    """own.npz of `n` training images."""
+    """Write own.npz with `n` training images."""
     x, y = np.random.default_rng(0).integers(0, 255, (n, 8, 8), np.uint8), np.arange(n) % 3
     np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
 def python(*arguments, cwd=ROOT, **environment):
-    """Runs Python to its end, without the kernels."""
+    """Run Python to its end, without the kernels."""
     environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
 
 
 def in_two_processes(function, *arguments):
-    """Runs `function(rank, 2, *arguments)` in both, which are forked from one that has imported what takes seconds."""
+    """Run `function(rank, 2, *arguments)` in two processes, forked from one that has imported torch."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
     torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
 
@@ -101,19 +103,9 @@ def assert_same_run(a, b):
         assert file.name in ("config.json", "times.jsonl") or (a / file).read_bytes() == (b / file).read_bytes()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_time_for_what_no_test_is_about():
-    importlib.import_module("torch._dynamo")  # as the first optimizer does
-    gc.freeze()  # many collections would look at all that is imported
-    thresholds = gc.get_threshold()
-    gc.set_threshold(20_000, 10, 10)  # a test makes little garbage
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)  # no power cut here; whole commands, in their processes, do wait
-        for device in torch.cuda, torch.xpu, torch.mtia:
-            if not device.is_available():  # or it keeps every seed, with a traceback, for later
-                patch.setattr(device, "manual_seed_all", lambda _: None)
-        yield
-    gc.set_threshold(*thresholds)
+def pytest_collection_modifyitems(items):
+    """Tests that run beside the others are waited for last."""
+    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))
 
 
 @pytest.fixture(scope="session")
@@ -125,53 +117,40 @@ def images():
 def unbroken(images, tmp_path_factory):
     """The folder of a search of two stages, and cells of one node, that nothing stopped."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    mode = kernels._mode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pdarts.Search, "__init__", OF_ONE_NODE)
-        search(TWO_STAGES, images, folder)
-    kernels._mode = mode
+    search(TWO_STAGES, images, folder, space=ONE_NODE)
     return folder
-
-
-def pools_for_convolutions(patch):
-    for name, operation in POOLS.items():
-        patch.setitem(pdarts.OPERATIONS, name, operation)
 
 
 @pytest.fixture
 def few_weights(monkeypatch):
-    """Pools in the place of convolutions: fast, where it does not matter what a network computes."""
-    pools_for_convolutions(monkeypatch)
-
-
-@pytest.fixture
-def few_edges(monkeypatch):
-    """Searches find cells of one node, of 2 edges instead of 14: fast, where it does not matter what is found."""
-    monkeypatch.setattr(pdarts.Search, "__init__", OF_ONE_NODE)
-
-
-def few_weights_and_edges():
-    """Both, for good: in a process that runs a test only."""
-    pdarts.OPERATIONS.update(POOLS)
-    pdarts.Search.__init__ = OF_ONE_NODE
+    """Pools in the place of convolutions, where cells of all operations are needed and not what they compute."""
+    for name in pdarts.PRIMITIVES:
+        if "conv" in name:
+            monkeypatch.setitem(pdarts.OPERATIONS, name, pdarts.OPERATIONS["avg_pool_3x3"])
 
 
 @pytest.fixture(autouse=True)
 def _same_mode_of_the_kernels():
-    before = kernels._mode
+    before = kernels.use("auto")
+    kernels.use(before)
     yield
-    kernels._mode = before
+    kernels.use(before)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
+    """Futures, by name, of the tests of all rooms that are marked `beside`."""
+    here = [item for item in request.session.items if pathlib.Path(__file__).parent in item.path.parents]
+    functions = [item.function for item in here if hasattr(item, "function")]
+    tests = [function.beside for function in functions if hasattr(function, "beside")]
     threads = 2 if (os.cpu_count() or 1) > 2 else 1  # a test may start two processes
-    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, threads)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
 
 
 @pytest.fixture
 def limits():
-    """Fails a test that hangs or takes a gigabyte."""
+    """Fail a test that hangs or takes a gigabyte."""
 
     def hangs(*_):
         pytest.fail("hangs")

@@ -11,13 +11,13 @@ import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import pdarts
-from harness.cells import check_genotype, count
 from harness.checkpoint import load_weights
+from harness.data.images import DataSet
 from harness.devices import ways_to_compute
 from harness.distributed import average, processes, share_buffers
-from harness.images import DataSet
 from harness.progress import Progress
-from harness.report import write_evaluation
+from harness.report.cells import check_genotype, count
+from harness.report.report import write_evaluation
 from harness.run import Clock, Run
 from harness.settings import EvaluateSettings
 from pdarts import Genotype, InputError, Network, Step

@@ -18,9 +18,9 @@ import torch
 
 import pdarts
 from harness.checkpoint import Checkpoints, Folder, folder_of
+from harness.data.images import Images, load
 from harness.devices import deterministic, entered, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
-from harness.images import Images, load
 from harness.progress import Meter
 from pdarts import InputError
 

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pdarts
+from harness.data.images import DataSet
 from harness.devices import ways_to_compute
 from harness.distributed import average, check_agreement, processes, share_buffers
-from harness.images import DataSet
 from harness.progress import Progress
-from harness.report import write_search
+from harness.report.report import write_search
 from harness.run import Clock, Run
 from harness.second_order import SecondOrder
 from harness.settings import SearchSettings
-from pdarts import Architect, Epoch, Genotype, Stage, Step
+from pdarts import SPACE, Architect, Epoch, Genotype, SearchSpace, Stage, Step
 
 
 class SearchResult(NamedTuple):
@@ -35,15 +36,17 @@ def search(
     resume=None,
     show: bool = False,
     recompute: bool | None = None,
+    space: SearchSpace = SPACE,
 ) -> SearchResult:
-    """The progressive search: stage after stage a deeper network with fewer candidates, then the cell.
+    """Search progressively: stage after stage a deeper network with fewer candidates, then the cell.
 
-    images: Images or Loaders, by default what `config.dataset` and `config.images` name. out: a new or empty folder for
-    the results, or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps on a GPU,
-    see `CapturedStep`. resume: instead of `out`, the folder of a run to go on with. show: print progress. recompute:
-    see kernels.fuse. SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
+    images: Images or Loaders, by default the data set of `config.dataset` and `config.images`. out: a new or empty
+    folder for the results, or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps
+    on a GPU, see `CapturedStep`. resume: instead of `out`, the folder of a run that ended early. show: print progress.
+    recompute: see kernels.fuse. space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
+    SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
     """
-    run = Run("search", config, images, out, device, kernels, resume)
+    run = Run("search", config, images, out, device, kernels, resume, space=dataclasses.asdict(space))
     data = run.shared(run.images.search_data(config))
     steps = len(data.train)
     # What the epochs of a stage take: a step with alphas counts twice.
@@ -54,6 +57,7 @@ def search(
             config,
             data,
             run.device,
+            space,
             average=average,
             rank=processes()[0],
             architect=SecondOrder if config.unrolled else Architect,

@@ -17,18 +17,18 @@ import torch
 import harness.evaluate
 import kernels
 from harness import cli
-from harness.cells import read_genotype
-from harness.conftest import ROOT, beside, python, random_images, write_images
+from harness.conftest import CELL, FAST_SEARCH, ROOT, beside, python, random_images, write_images
+from harness.data.test_cifar import write_cifar
 from harness.devices import pick_device
 from harness.evaluate import EvaluateResult
 from harness.fuzz import case, cases, changed
+from harness.report.cells import read_genotype
 from harness.search import SearchResult
 from harness.settings import EvaluateSettings, SearchSettings
-from harness.test_cifar import write_cifar
 from pdarts import GENOTYPES
 
-SMALL = "--cells 3 3 3 --channels 2 --epochs 1 --warmup 0 --batch 8 --images 16".split()
-ONE_STAGE = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --batch 8 --kernels off --data own.npz".split()
+SMALL = "--cells 3 3 3 --channels 8 --epochs 1 --warmup 0 --batch 8 --images 16".split()
+ONE_STAGE = [*FAST_SEARCH, *"--channels 8 --batch 8 --kernels off --data own.npz".split()]
 ONE_EPOCH = ["--epochs", "1", "--warmup", "0"]
 
 
@@ -51,9 +51,12 @@ def test_search_and_evaluate_from_the_repository(folder):
     following = shlex.split(re.search(r"next: +python pdarts.py (.*)", text)[1])
     cell = f"{folder}/found/genotype.json"
     assert following == ["evaluate", cell, "--preset", "demo", "--data", f"{folder}/images"]
-    text = run(*following, "--cells", 3, "--channels", 2, "--epochs", 1, "--batch", 16, "--out", folder / "evaluated")
-    assert "preset demo: training on 50 images of cifar10, 3 cells, 2 channels, 1 epochs" in text
+    text = run(*following, "--cells", 3, "--channels", 8, "--epochs", 1, "--batch", 16, "--out", folder / "evaluated")
+    assert "preset demo: training on 50 images of cifar10, 3 cells, 8 channels, 1 epochs" in text
     assert re.search(r"test error: +\d+\.\d\d%", text) and (folder / "evaluated/weights.pt").exists()
+    refused = python("pdarts.py", "search", "--out", folder / "refused", PDARTS_KERNELS="perhaps")
+    assert refused.returncode == 2 and not (folder / "refused").exists() and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("pdarts.py: error: the kernels cannot be used: PDARTS_KERNELS is 'perhaps'")
 
 
 @beside
@@ -75,7 +78,7 @@ def test_without_kernels_plain_torch_serves_and_without_the_harness_a_message_na
 def test_help_names_every_setting_with_its_source(capsys):
     for command, kind in ("search", SearchSettings), ("evaluate", EvaluateSettings):
         with pytest.raises(SystemExit) as end:
-            cli.main([command, "--help"])
+            cli.command([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert end.value.code == 0
         for field in dataclasses.fields(kind):
@@ -106,6 +109,11 @@ BAD = {
     "too few candidates": (["search", "--keep", 8, 5, 2], "keep ends with 2; expected at least 3 in the last stage"),
     "not all candidates": (["search", "--keep", 7, 5, 3], "keep starts with 7; expected 8, all primitives"),
     "two stages": (["search", "--cells", 5, 11], "differ in their numbers of stages; expected one value per stage"),
+    "no primitives": (["search", "--primitives"], "argument --primitives: expected at least one argument"),
+    "unknown primitive": (["search", "--primitives", "none", "conv"], "unknown primitives ['conv']; expected some of"),
+    "a primitive twice": (["search", "--primitives", "none", "none"], "expected names of operations, each once"),
+    "fewer primitives": (["search", "--primitives", "none", "skip_connect"], "keep starts with 8; expected 2, all"),
+    "no nodes": (["search", "--nodes", 0], "nodes is 0; expected 1 to 100"),
     "too few cells": (["search", "--cells", 2, 3, 4], "cells is 2; expected at least 3"),
     "too few images": (["search", "--images", 3], "images is 3; expected at least 4, or 0 for all"),
     "nothing to download": (["search", "--download"], "nothing to download for shapes; expected --preset cifar10 or"),
@@ -160,7 +168,7 @@ def bad_files(tmp_path_factory):
 def generated(monkeypatch):
     """Small images in the place of the generated shapes, and no waiting for kernels."""
     own = random_images((8, 8, 3), 3, 12)
-    monkeypatch.setattr("harness.images.shapes", lambda: own)
+    monkeypatch.setattr("harness.data.images.shapes", lambda: own)
     kernels.use("off")
 
 
@@ -170,7 +178,7 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(
 ):
     monkeypatch.chdir(bad_files)
     before = sorted(bad_files.rglob("*"))
-    assert cli.main([str(a) for a in arguments]) == 2
+    assert cli.command([str(a) for a in arguments]) == 2
     _, stderr = capsys.readouterr()
     assert message in stderr and stderr.startswith("pdarts.py: error: ") and stderr.count("\n") == 1
     assert sorted(bad_files.rglob("*")) == before
@@ -183,23 +191,16 @@ def test_a_full_disk_ends_in_one_line(tmp_path, generated, monkeypatch, capsys, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(["search", *SMALL]) == 2
+    assert cli.command(["search", *SMALL]) == 2
     assert re.fullmatch(rf"pdarts.py: error: .*{error.strerror}.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    "mode, message",
-    [("auto", "out of memory; "), ("perhaps", "the kernels cannot be used: PDARTS_KERNELS is 'perhaps'")],
-)
-def test_too_little_memory_and_a_wrong_environment_get_one_line(
-    tmp_path, generated, monkeypatch, capsys, mode, message
-):
+def test_too_little_memory_gets_one_line(tmp_path, generated, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(harness.evaluate, "count", lambda *_: torch.empty(10**15))
-    monkeypatch.setattr(kernels, "_mode", "off" if mode == "auto" else mode)
-    assert cli.main(["evaluate", "PDARTS", "--cells", "3", "--channels", "2"]) == 2
+    assert cli.command(["evaluate", "PDARTS", "--cells", "3", "--channels", "8"]) == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith(f"pdarts.py: error: {message}") and stderr.count("\n") == 1
+    assert stderr.startswith("pdarts.py: error: out of memory; ") and stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -227,7 +228,8 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
 
     monkeypatch.setattr(cli, "search", stub(SearchResult(GENOTYPES["PDARTS"], [], [])))
     monkeypatch.setattr(cli, "evaluate", stub(EvaluateResult(None, 1, 1, 0.5)))
-    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")  # as in the process of a command
     before = set(tmp_path.rglob("*"))
     for number, rng in cases(500):
         kind = rng.choice((SearchSettings, EvaluateSettings))
@@ -237,7 +239,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
         if rng.random() < 0.1:
             arguments, settings = ["draw", genotype], {"output": None}
         elif rng.random() < 0.3:
-            settings = dict.fromkeys(["preset", "data", "out", "device", "kernels", "weights", "download", "new\n"])
+            settings = dict.fromkeys("preset data out device kernels weights download nodes new\n".split(" "))
         for name in rng.sample(list(settings), k=min(rng.choice((1, 1, 2, 4)), len(settings))):
             values = rng.choices(VALUES, k=rng.choice((1, 1, 1, 1, 1, 0, 2, 3)))
             if rng.random() < 0.5:  # more likely ones
@@ -248,7 +250,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
         calls.clear()
         with case(number, [a[:40] for a in arguments]), warnings.catch_warnings():
             warnings.simplefilter("error")
-            status = cli.main(arguments)
+            status = cli.command(arguments)
             stdout, stderr = capsys.readouterr()
             written = set(tmp_path.rglob("*")) - before
             if status:
@@ -279,7 +281,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, few_weights, few_edges):
+def here(tmp_path, monkeypatch):
     """A working folder with own images."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
@@ -290,7 +292,7 @@ def stopped(monkeypatch, arguments):
     """The status of a command that is asked to stop in its first step."""
     with monkeypatch.context() as patch:
         patch.setattr("harness.run.largest", lambda _: signal.SIGTERM)
-        return cli.main(arguments)
+        return cli.command(arguments)
 
 
 def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
@@ -302,27 +304,30 @@ def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
     command = shlex.split(error.split("to go on: ")[1])[2:]
     assert command == [*arguments[:-2], "--resume", "a run"]
     kernels.use("auto")  # as in a new process
-    assert cli.main(["search", "--resume", "a run"]) == 0  # settings, data and kernels are in the folder
+    assert cli.command(["search", "--resume", "a run"]) == 0  # settings, data, space and kernels are in the folder
     genotype = read_genotype("a run/genotype.json")
-    assert cli.main(["search", "--resume", "a run/checkpoint.pt"]) == 0  # it has ended: the same again
+    assert len(genotype.normal) == 2 and {name for name, _ in genotype.normal} <= {"avg_pool_3x3", "skip_connect"}
+    assert json.loads((here / "a run/config.json").read_text())["space"]["nodes"] == 1
+    assert cli.command(["search", "--resume", "a run/checkpoint.pt"]) == 0  # it has ended: the same again
     assert read_genotype("a run/genotype.json") == genotype
     capsys.readouterr()
-    assert cli.main(["draw", "a run/genotype.json", "-o", "cell-"]) == 0
+    assert cli.command(["draw", "a run/genotype.json", "-o", "cell-"]) == 0
     assert capsys.readouterr().out.split() == ["cell-normal.svg", "cell-reduce.svg"]
     assert (here / "cell-normal.svg").read_text() == (here / "a run/normal.svg").read_text()
-    assert cli.main([*command, "--lr", "1"]) == 2
+    assert cli.command([*command, "--lr", "1"]) == 2
     assert "lr is 0.05 there and 1.0 here; expected the same settings and data" in capsys.readouterr().err
 
 
 def test_an_evaluation_goes_on_with_the_cell_settings_and_data_in_its_folder(here, monkeypatch, capsys):
-    size = "--cells 3 --channels 2 --epochs 2 --batch 8 --kernels off --data own.npz".split()
-    assert stopped(monkeypatch, ["evaluate", "PDARTS", *size, "--out", "run"]) == 143
-    assert cli.main(["evaluate", "--resume", "run"]) == 0
+    size = "--cells 3 --channels 8 --epochs 2 --batch 8 --kernels off --data own.npz".split()
+    (here / "cell.json").write_text(json.dumps(CELL._asdict()))
+    assert stopped(monkeypatch, ["evaluate", "cell.json", *size, "--out", "run"]) == 143
+    assert cli.command(["evaluate", "--resume", "run"]) == 0
     output = capsys.readouterr().out
-    assert "training on 24 images of own.npz, 3 cells, 2 channels, 2 epochs; results in run" in output
+    assert "training on 24 images of own.npz, 3 cells, 8 channels, 2 epochs; results in run" in output
     assert "written:       run/weights.pt" in output
     error = re.search(r"test error: +\S+%\n", output)[0]
-    assert cli.main(["evaluate", "run/genotype.json", *size, "--weights", "run/weights.pt"]) == 0
+    assert cli.command(["evaluate", "run/genotype.json", *size, "--weights", "run/weights.pt"]) == 0
     tested = capsys.readouterr().out
     assert error in tested and "written" not in tested
 
@@ -333,22 +338,22 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
     assert stopped(monkeypatch, arguments) == 143  # nothing had begun
     checkpoint = (here / "run/checkpoint.pt").read_bytes()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert cli.main(arguments) == 2
+    assert cli.command(arguments) == 2
     assert "run already holds something" in capsys.readouterr().err
     assert (here / "run/checkpoint.pt").read_bytes() == checkpoint
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert cli.main(arguments) == 0
+    assert cli.command(arguments) == 0
     assert (here / "run/checkpoint-before.pt").read_bytes() == checkpoint  # it went on
     (here / "used").mkdir()
     (here / "used/file").touch()
-    assert cli.main([*arguments[:-1], "used"]) == 2
+    assert cli.command([*arguments[:-1], "used"]) == 2
 
 
 def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
-    tmp_path, generated, few_weights, few_edges, monkeypatch, capsys, limits
+    tmp_path, generated, monkeypatch, capsys, limits
 ):
     folder, seen, taken = tmp_path / "run", [], 0
-    assert stopped(monkeypatch, ["search", *SMALL, "--out", str(folder)]) == 143
+    assert stopped(monkeypatch, ["search", *FAST_SEARCH, *"--epochs 1 --warmup 0".split(), "--out", str(folder)]) == 143
     saved = json.loads((folder / "config.json").read_text())
     result = SearchResult(GENOTYPES["PDARTS"], [], [])
     monkeypatch.setattr(cli, "search", lambda config, *_, **__: seen.append(config) or result)
@@ -356,7 +361,7 @@ def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
     for number, rng in cases(100):
         with case(number):
             (folder / "config.json").write_text(json.dumps(changed(saved, rng)))
-            status = cli.main(["search", "--resume", str(folder)])
+            status = cli.command(["search", "--resume", str(folder)])
             stderr = capsys.readouterr().err
             taken += status == 0
             assert status == 0 and not stderr or status == 2 and re.fullmatch("pdarts.py: error: .*\n", stderr)

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import kernels
 import pdarts
 from harness.conftest import (
+    FAST_SEARCH,
     ONE_STAGE,
     ROOT,
     assert_same_run,
     beside,
-    few_weights_and_edges,
+    fast_search,
     in_two_processes,
     python,
     random_images,
@@ -33,7 +34,6 @@ from harness.distributed import (
     share_buffers,
 )
 from harness.run import Stopped
-from harness.search import search
 from pdarts import InputError, SearchNetwork, loss_and_logits
 
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14
@@ -89,9 +89,8 @@ def check_what_two_processes_agree_on(rank):
 
 def check_that_two_processes_stop_and_go_on_together(rank, folder):
     """Where only one of them gets a signal; its settings and data must be the other's."""
-    few_weights_and_edges()
     images, alternate = random_images((8, 8), 3, 24), pdarts.Search.alternate
-    search(ONE_STAGE, images, f"{folder}/whole")
+    fast_search(ONE_STAGE, images, f"{folder}/whole")
 
     def interrupted(*arguments):
         results = alternate(*arguments)
@@ -103,12 +102,12 @@ def check_that_two_processes_stop_and_go_on_together(rank, folder):
     way = {"out": f"{folder}/run"}
     for _ in range(3):  # after every step of an epoch
         with pytest.raises(Stopped):
-            search(ONE_STAGE, images, **way)
+            fast_search(ONE_STAGE, images, **way)
         way = {"resume": f"{folder}/run"}
     pdarts.Search.alternate = alternate
-    search(ONE_STAGE, images, **way)
+    fast_search(ONE_STAGE, images, **way)
     with pytest.raises(InputError, match="the processes have different settings or data; expected the same on every"):
-        search(ONE_STAGE, random_images((8, 8), 3, 24 + rank), f"{folder}/other")
+        fast_search(ONE_STAGE, random_images((8, 8), 3, 24 + rank), f"{folder}/other")
     assert not os.path.exists(f"{folder}/other")
 
 
@@ -199,15 +198,15 @@ def test_a_search_of_two_processes_goes_on_when_one_dies_and_both_end_together(f
     write_images(folder)
     (folder / "sitecustomize.py").write_text(SITE)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    options = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --batch 8 --epochs 2 --warmup 1 --device cpu"
-    command = [*torchrun, ROOT / "pdarts.py", "search", "--data", "own.npz", *options.split(), "--out", "found"]
+    options = "--channels 8 --batch 8 --epochs 2 --warmup 1 --device cpu --data own.npz --out found".split()
+    command = [*torchrun, ROOT / "pdarts.py", "search", *FAST_SEARCH, *options]
     result = python(*command, cwd=folder, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
     assert result.returncode == 0, result.stderr
     assert "failed (exitcode: " in result.stderr  # one died in its second epoch, and then the other
     assert "Python's own end" not in result.stdout  # where torch's threads abort or block it, at random
     # Rank 0 speaks, and goes on after the first epoch.
     assert result.stdout.count("epoch  0/1") == 1 and result.stdout.count("epoch  1/1") == 1
-    assert result.stdout.count("node 3 =") == 2
+    assert result.stdout.count("node 0 =") == 2
     log = [json.loads(line) for line in (folder / "found/log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in log] == [0, 1]
     assert json.loads((folder / "found/config.json").read_text())["processes"] == 2

@@ -18,10 +18,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 def small(monkeypatch, tmp_path):
     """What the blocks take as given, and settings that end soon."""
     monkeypatch.chdir(tmp_path)
-    one_stage = {f.name: getattr(ONE_STAGE, f.name) for f in dataclasses.fields(pdarts.SearchConfig)}
+    settings = dataclasses.replace(ONE_STAGE, keep=(8,))
+    one_stage = {f.name: getattr(settings, f.name) for f in dataclasses.fields(pdarts.SearchConfig)}
     monkeypatch.setattr(pdarts, "SearchConfig", lambda **_: pdarts.CIFAR10.__class__(**one_stage))
     for name in SEARCH_PRESETS:
-        monkeypatch.setitem(SEARCH_PRESETS, name, ONE_STAGE)
+        monkeypatch.setitem(SEARCH_PRESETS, name, settings)
     for owner, name in (pdarts, "search_data"), (pdarts, "Search"):  # on the CPU
         whole = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, device=None, _whole=whole, **b: _whole(*a, **b))
@@ -34,10 +35,8 @@ def small(monkeypatch, tmp_path):
             "y_test": labels} | arrays  # fmt: skip
 
 
-def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights, few_edges):
+def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights):
     assert len(BLOCKS) == 3
-    for block in BLOCKS:
-        assert block.count("\n") <= 15
     exec(BLOCKS[0], small)
     assert "Genotype(normal=" in capsys.readouterr().out
     exec(BLOCKS[1], small)

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -21,29 +20,32 @@ import torch
 
 import kernels
 import pdarts
-from harness.cells import check_genotype, count, read_genotype
 from harness.conftest import (
     CELL,
     ENVIRONMENT,
+    FAST_SEARCH,
+    ONE_NODE,
     ONE_STAGE,
+    POOLS,
     ROOT,
     TINY,
     TWO_STAGES,
     assert_same_run,
     beside,
-    pools_for_convolutions,
+    fast_search,
     python,
     random_images,
     write_images,
 )
 from harness.devices import pick_kernels
 from harness.evaluate import evaluate, fold
+from harness.report.cells import check_genotype, count, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings
-from pdarts import Evaluation, Genotype, InputError, Search, SkipDropout
+from pdarts import Evaluation, Genotype, InputError, Search, SearchSpace, SkipDropout
 
-TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=2, epochs=3, batch=6, cutout=4, auxiliary=False)
+TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=8, epochs=3, batch=6, cutout=4, auxiliary=False)
 
 
 @pytest.fixture
@@ -74,9 +76,7 @@ def records(file):
 @pytest.fixture(scope="module")
 def searched(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        pools_for_convolutions(patch)
-        return folder, search(TINY, images, folder)
+    return folder, search(TINY, images, folder, space=POOLS)
 
 
 def test_log_holds_every_epoch_with_its_rates_and_both_softmax_matrices(searched):
@@ -94,7 +94,7 @@ def test_log_holds_every_epoch_with_its_rates_and_both_softmax_matrices(searched
         assert (r["test_accuracy"] is None) == (r["epoch"] == 0)  # that of the stage's network, after its last epoch
         for kind in "normal", "reduce":
             matrix = np.array(r[f"softmax_alphas_{kind}"])
-            assert matrix.shape == (14, (8, 5, 3)[r["stage"] - 1]) and np.allclose(matrix.sum(1), 1)
+            assert matrix.shape == (5, TINY.keep[r["stage"] - 1]) and np.allclose(matrix.sum(1), 1)
     assert log[-1]["softmax_alphas_normal"] == result.stages[2].alphas_normal.softmax(1).tolist()
     assert [r["test_accuracy"] for r in log if r["epoch"] == 1] == result.test_accuracies
 
@@ -108,19 +108,20 @@ def test_a_search_writes_the_cells_of_every_stage_and_every_limit(searched):
     assert written == sorted(expected + [f"stages/{stage}/{name}" for stage in (1, 2, 3) for name in cell])
     content = json.loads((folder / "genotype.json").read_text())
     assert read_genotype(str(folder / "genotype.json")) == result.genotype == result.stages[2].genotype(2)
-    assert content["max_skips"] == 2 and sorted(content["by_max_skips"]) == [str(m) for m in range(9)]
+    assert content["max_skips"] == 2 and sorted(content["by_max_skips"]) == [str(m) for m in range(5)]
     for limit, of_limit in [*content["by_max_skips"].items(), (None, content["unrestricted"])]:
         expected = result.stages[2].genotype(None if limit is None else int(limit))
         assert check_genotype(Genotype(**of_limit)) == expected
         assert limit is None or sum(name == "skip_connect" for name, _ in expected.normal) <= int(limit)
     for number, stage in enumerate(result.stages, 1):
         assert read_genotype(str(folder / f"stages/{number}/genotype.json")) == stage.genotype(2)
-        assert len(stage.normal[0]) == (8, 5, 3)[number - 1]
+        assert len(stage.normal[0]) == TINY.keep[number - 1]
 
 
 def test_config_json_holds_what_is_needed_to_run_again(searched, images):
     content = json.loads((searched[0] / "config.json").read_text())
     assert content["settings"] == json.loads(json.dumps(dataclasses.asdict(TINY)))
+    assert content["space"] == {"primitives": list(POOLS.primitives), "nodes": 2}
     assert content["pdarts.py"] == hashlib.sha256((ROOT / "pdarts.py").read_bytes()).hexdigest()
     assert content["kernels"] in ("fused", "plain")
     assert (content["processes"], content["threads"]) == (1, torch.get_num_threads())
@@ -145,7 +146,7 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     assert [r["drop_path"] for r in log] == pytest.approx([0, 0.1, 0.2])
     assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
     assert result.test_error == 1 - log[-1]["test_accuracy"]
-    assert (result.parameters, result.multiply_adds) == count(pdarts.Network(CELL, 2, 5, 3), (10, 12))
+    assert (result.parameters, result.multiply_adds) == count(pdarts.Network(CELL, 8, 5, 3), (10, 12))
     for other in ("off", "on"):
         tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
         assert tested.test_error == pytest.approx(result.test_error)
@@ -167,8 +168,8 @@ def test_norms_folded_into_convolutions_change_no_logits(name, stem):
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for cell in folded.cells for m in cell.modules())
 
 
-def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights, few_edges):
-    search(ONE_STAGE, images, show=True)
+def test_runs_show_a_line_for_every_epoch(images, capsys):
+    fast_search(ONE_STAGE, images, show=True)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("stage 1/1  epoch  0/1  loss ") and "alphas" not in first and "test" not in first
     assert second.startswith("stage 1/1  epoch  1/1  loss ") and "  alphas: loss " in second and "  test acc " in second
@@ -177,26 +178,26 @@ def test_runs_show_a_line_for_every_epoch(images, capsys, few_weights, few_edges
 
 
 def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(
-    steps, monkeypatch, few_weights, few_edges
+    steps, monkeypatch
 ):
     config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
     own = random_images(n=40)
     for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
-        monkeypatch.setattr("harness.images.shapes", lambda: own)
+        monkeypatch.setattr("harness.data.images.shapes", lambda: own)
         steps[:] = [lambda: seen.append(1)] * 99
-        search(config, given)
+        fast_search(config, given)
         assert len(seen) == number
         seen.clear()
 
 
-def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images, few_weights, few_edges):
+def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images):
     torch.manual_seed(1)
-    first = search(ONE_STAGE, images)
+    first = fast_search(ONE_STAGE, images)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = search(ONE_STAGE, images)
+    second = fast_search(ONE_STAGE, images)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is untouched
-    other = search(dataclasses.replace(ONE_STAGE, seed=1), images)
+    other = fast_search(dataclasses.replace(ONE_STAGE, seed=1), images)
     assert first.genotype == second.genotype and first.test_accuracies == second.test_accuracies
     assert all(map(torch.equal, first.stages[0][2:], second.stages[0][2:]))
     assert not torch.equal(first.stages[0].alphas_normal, other.stages[0].alphas_normal)
@@ -207,7 +208,7 @@ def test_equal_seeds_give_equal_cells_and_alphas_bit_for_bit(images, few_weights
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(images):
     with pytest.raises(InputError, match=r"training loss became (nan|inf) in stage 1, epoch \d, step \d"):
-        search(dataclasses.replace(TINY, lr=1e30, clip=1e30), images)
+        search(dataclasses.replace(TINY, lr=1e30, clip=1e30), images, space=POOLS)
     with pytest.raises(InputError, match=r"training loss became (nan|inf) in epoch \d, step \d"):
         evaluate(CELL, dataclasses.replace(TRAINING, lr=1e30, clip=1e30), images)
 
@@ -217,10 +218,10 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(images, t
     by_class = dataclasses.replace(images, x_train=images.x_train[order], y_train=images.y_train[order])
     for config, given, message in (
         (TINY, by_class, "in the first half of y_train and .* in the second; expected them shuffled, not sorted"),
-        (dataclasses.replace(TINY, keep=(7, 5, 3)), images, "keep starts with 7; expected 8, all primitives"),
+        (dataclasses.replace(TINY, keep=(3, 3, 3)), images, "keep starts with 3; expected 4, all primitives"),
     ):
         with pytest.raises(InputError, match=message):
-            search(config, given, tmp_path / "run", kernels="off")
+            search(config, given, tmp_path / "run", kernels="off", space=POOLS)
         assert not (tmp_path / "run").exists()
 
 
@@ -228,14 +229,17 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
     (tmp_path / "thesis.tex").write_text("mine")
     for folder in tmp_path, tmp_path / "mistyped":
         with pytest.raises(InputError, match="holds no run; expected the folder of one, or --out for a new one"):
-            search(TWO_STAGES, images, resume=folder)
+            search(TWO_STAGES, images, resume=folder, space=ONE_NODE)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(InputError, match="already holds something; expected a new or empty folder"):
-        search(TWO_STAGES, images, unbroken)
+        search(TWO_STAGES, images, unbroken, space=ONE_NODE)
     with pytest.raises(InputError, match="expected one of them"):
-        search(TWO_STAGES, images, tmp_path / "out", resume=unbroken)
+        search(TWO_STAGES, images, tmp_path / "out", resume=unbroken, space=ONE_NODE)
     with pytest.raises(InputError, match="of another run: data is"):
-        search(TWO_STAGES, dataclasses.replace(images, x_test=images.x_test.flip(0)), resume=unbroken)
+        others = dataclasses.replace(images, x_test=images.x_test.flip(0))
+        search(TWO_STAGES, others, resume=unbroken, space=ONE_NODE)
+    with pytest.raises(InputError, match="of another run: space is {.*'nodes': 1} there and {.*'nodes': 2} here"):
+        search(TWO_STAGES, images, resume=unbroken, space=SearchSpace(nodes=2))
     with pytest.raises(InputError, match="of another run: kind is 'search' there and 'evaluate' here"):
         evaluate(CELL, TRAINING, images, resume=unbroken)
 
@@ -244,31 +248,31 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
 
 
 def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
-    monkeypatch, tmp_path, few_weights, few_edges
+    monkeypatch, tmp_path
 ):
-    config, few = dataclasses.replace(TWO_STAGES, epochs=1, warmup=0), random_images((8, 8), 2, 8)
-    whole, replace, instants = tmp_path / "whole", os.replace, itertools.count()
+    config = dataclasses.replace(ONE_STAGE, cells=(3, 3), keep=(3, 3), skip_dropout=(0.2, 0.3), epochs=1, warmup=0)
+    few, whole, replace, copies = random_images((8, 8), 2, 8), tmp_path / "whole", os.replace, {}
 
     def copying(source, target):
         if whole in pathlib.Path(target).parents:  # not what a test beside this one writes
-            shutil.copytree(whole, tmp_path / str(next(instants)))  # as it lies there if the process is killed now
+            copy = tmp_path / str(len(copies))
+            shutil.copytree(whole, copy)  # as it lies there if the process is killed now
+            copies[copy] = pathlib.Path(target).name
         replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", copying)
-        search(config, few, whole)
-    number = next(instants)
-    assert number == 1 + (6 + 3) + (7 + 3) + 3 + 3  # config.json, two epochs and stages, the result, the last report
-    shown = set()
-    for instant in range(number):
-        folder = tmp_path / str(instant)
-        writing = next(folder.rglob(".*")).name
-        if writing in shown:  # only shown: once is enough
+        fast_search(config, few, whole)
+    written = {path.name for path in whole.rglob("*") if path.is_file()}
+    assert written <= set(copies.values())
+    shown = {"alphas.svg", "curves.svg", "report.html", "normal.svg", "reduce.svg"}  # nothing is read from these
+    once = {name: copy for copy, name in copies.items() if name in shown}
+    for folder, name in copies.items():
+        if once.get(name, folder) != folder:
             continue
-        shown |= {writing} & {f".{name}.tmp" for name in ("alphas.svg", "curves.svg", "report.html")}
         assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # written, but not yet renamed
         begun = (folder / "config.json").exists()
-        search(config, few, **({"resume": folder} if begun else {"out": folder}))
+        fast_search(config, few, **({"resume": folder} if begun else {"out": folder}))
         assert_same_run(whole, folder)
         assert not list(folder.rglob(".*"))
 
@@ -276,13 +280,13 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
 # After how many of the 8 steps: also after the last one of an epoch and of the search.
 @pytest.mark.parametrize("number, instants", [(signal.SIGINT, (0, 0, 1, 2, 0)), (signal.SIGTERM, (3,))])
 def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
-    unbroken, images, steps, tmp_path, few_edges, number, instants
+    unbroken, images, steps, tmp_path, number, instants
 ):
     handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
     for skipped in (*instants, 99):
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), number)]
         try:
-            search(TWO_STAGES, images, **folder)
+            search(TWO_STAGES, images, **folder, space=ONE_NODE)
         except Stopped as stopped:
             stops += 1
             assert (stopped.signal_number, stopped.saved) == (number, True)
@@ -293,18 +297,17 @@ def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
     assert_same_run(unbroken, tmp_path / "run")
 
 
-def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(images, steps, few_weights, few_edges):
+def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(images, steps):
     steps[:] = [lambda: os.kill(os.getpid(), signal.SIGINT)]
     with pytest.raises(Stopped, match="stopped by SIGINT; nothing is saved, because it has no folder") as stopped:
-        search(ONE_STAGE, images)
+        fast_search(ONE_STAGE, images)
     assert not stopped.value.saved
 
 
 SECOND_SIGNAL = """
 import signal, time
 import pdarts
-from harness.conftest import ONE_STAGE, random_images
-from harness.search import search
+from harness.conftest import ONE_STAGE, fast_search, random_images
 
 def hangs(*_):
     print("hangs", flush=True)
@@ -314,7 +317,7 @@ def hangs(*_):
         time.sleep(0.01)
 
 pdarts.Search.alternate = hangs
-search(ONE_STAGE, random_images())
+fast_search(ONE_STAGE, random_images())
 """
 
 
@@ -328,9 +331,9 @@ def test_a_second_signal_ends_the_process_at_once(_):
         assert process.wait(10) == -signal.SIGINT
 
 
-def test_a_run_in_another_thread_gets_no_signals_and_works(images, few_weights, few_edges):
+def test_a_run_in_another_thread_gets_no_signals_and_works(images):
     results = []
-    thread = threading.Thread(target=lambda: results.append(search(ONE_STAGE, images)))
+    thread = threading.Thread(target=lambda: results.append(fast_search(ONE_STAGE, images)))
     thread.start()
     thread.join()
     assert len(results) == 1
@@ -356,8 +359,8 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
     kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
     # The more kills, the longer the search: one that is killed right away makes no progress.
     write_images(tmp_path, 16 * kills)
-    arguments = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --batch 8 --warmup 1 --kernels off --data own.npz"
-    command = [ROOT / "pdarts.py", "search", *arguments.split(), "--epochs", 1 + kills]
+    arguments = "--channels 8 --batch 8 --warmup 1 --kernels off --data own.npz"
+    command = [ROOT / "pdarts.py", "search", *FAST_SEARCH, *arguments.split(), "--epochs", 1 + kills]
     started = time.monotonic()
     assert python(*command, "--out", "whole", cwd=tmp_path).returncode == 0
     duration, number = time.monotonic() - started, 0
@@ -388,8 +391,8 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
 # --- how a run computes -----------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch, few_edges):
-    config, types = dataclasses.replace(ONE_STAGE, dtype="bfloat16"), collections.defaultdict(set)
+def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch):
+    config, types = dataclasses.replace(ONE_STAGE, keep=(8,), dtype="bfloat16"), collections.defaultdict(set)
 
     def see(cell, arguments, output):
         types["maps"].update(x.dtype for x in (*arguments[:2], output))
@@ -403,13 +406,13 @@ def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch, few_edges):
 
     begin_stage = Search.begin_stage
     monkeypatch.setattr(Search, "begin_stage", begin)
-    result = search(config, images, kernels="on")
+    result = search(config, images, kernels="on", space=ONE_NODE)
     assert types == {"maps": {torch.bfloat16}, "probabilities": {torch.float32}, "stored": {torch.float32}}
     assert result.stages[0].alphas_normal.dtype == torch.float32
 
 
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
-def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, few_weights, few_edges, before):
+def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, before):
     def mode():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -417,21 +420,21 @@ def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, f
     steps[:] = [lambda: modes.append(mode())] * 99
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     try:
-        search(dataclasses.replace(ONE_STAGE, deterministic=True), images)
+        fast_search(dataclasses.replace(ONE_STAGE, deterministic=True), images)
         assert set(modes) == {(True, False)} and mode() == before
         modes.clear()
-        search(ONE_STAGE, images)
+        fast_search(ONE_STAGE, images)
         assert set(modes) == {before} and mode() == before
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch, few_edges):
+def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch):
     seen, fuse = [], kernels.fuse
     monkeypatch.setattr(kernels, "fuse", lambda network, **options: seen.append((network, options)) or fuse(network))
-    search(ONE_STAGE, images, kernels="off")
+    fast_search(ONE_STAGE, images, kernels="off")
     assert not seen
-    search(ONE_STAGE, images, kernels="on", recompute=True)
+    fast_search(ONE_STAGE, images, kernels="on", recompute=True)
     evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
     assert [options for _, options in seen] == [{"recompute": True}, {"recompute": None}]
     skips = [module for module in seen[0][0].modules() if isinstance(module, SkipDropout)]
@@ -439,8 +442,7 @@ def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch, f
 
 
 def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
-    kernels.load()
-    monkeypatch.setattr(kernels, "_served", {"cpu", "cuda"})
+    monkeypatch.setattr(kernels, "fused", lambda device: True)
     before, mode = kernels.use_on_cuda("mixed"), kernels.use("off")
     try:
         assert pick_kernels("pool cell:float32:NCHW", torch.device("cuda")) and kernels.use("off") == "on"

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.conftest import ONE_STAGE
-from harness.search import search
+from harness.conftest import ONE_STAGE, fast_search
 from harness.second_order import SecondOrder
 from pdarts import Architect, InputError, SearchNetwork, SearchSpace, require_gradients
 
@@ -92,7 +91,7 @@ def test_it_needs_the_optimizer_of_the_weights():
         SecondOrder(small_network()[0])
 
 
-def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch, few_edges):
+def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch):
     orders = []
 
     def spied(kind, gradients):
@@ -101,6 +100,6 @@ def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch, few
     for kind in Architect, SecondOrder:
         monkeypatch.setattr(kind, "gradients", spied(kind, kind.gradients))
     config = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, batch=8)
-    first, second = (search(dataclasses.replace(config, unrolled=unrolled), images) for unrolled in (False, True))
+    first, second = (fast_search(dataclasses.replace(config, unrolled=u), images) for u in (False, True))
     assert orders == [Architect, SecondOrder]
     assert not torch.equal(first.stages[0].alphas_normal, second.stages[0].alphas_normal)

@@ -1,0 +1,66 @@
+"""Measurements that take longer than those of bench.py, or are about a GPU: `python -m harness.measure COMMAND`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from harness.devices import keep_freed_memory, pick_device
+from harness.measure import gpu_report
+from harness.measure import traffic as counting
+from harness.measure.claims import Claims
+from harness.measure.options import Parser, add_command, run_command
+
+
+def gpu(args):
+    """All measurements of a GPU in half an hour, and checks of what runs there, as DIR/report.md and report.json.
+
+    Each of the eleven parts runs in a process of its own with a time limit, so that one that fails, hangs or crashes
+    does not stop the others. `--parts 1 3` runs some only: the other parts that DIR holds stay in the report. Without
+    a GPU the same command runs on the CPU, small, and says what does not apply.
+    """
+    if not torch.cuda.is_available():  # else the processes of the parts use the GPU, and this one must not
+        pick_device(args.device)
+    args.batch = args.batch or (8 if args.device == "cpu" else 96)
+    return gpu_report.report(args)
+
+
+def traffic(args):
+    """Launches and bytes of a step on CUDA, and the bytes that it saves for backward, counted on the CPU.
+
+    The bytes at the rates of the memories of an H100 and an H200 are a floor of the time. See the head of
+    harness/measure/traffic.py.
+    """
+    return counting.print_table(args)
+
+
+def claims(args):
+    """The paper's claims, measured: searches with and without their mechanisms, and the cells that these find.
+
+    `--scale small` takes two CPU cores two hours, `--scale paper` has the paper's settings. A plan that is interrupted
+    resumes by the same command, and several processes with the same command share its runs. See docs/CLAIMS.md.
+    """
+    try:
+        return Claims(args.out, args.scale, args.seeds, args.data, args.device).run()
+    except KeyboardInterrupt as stopped:
+        print(f"claims: {str(stopped) or 'interrupted'}; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="python -m harness.measure", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    steps = "batch", "channels", "stages", "skip-dropout", "search", "networks"
+    add_command(commands, gpu, "device", "out", "parts", "minutes", "seconds", "rounds", "official", *steps, seconds=2)
+    commands.choices["gpu"].set_defaults(compile=True)
+    add_command(commands, traffic, "json", "batch", "channels", "stages", "search", batch=96, device="cpu")
+    claims_parser = add_command(commands, claims, "device", "out", "scale", "seeds")
+    claims_parser.add_argument("--data", metavar="DIR", required=True, help="the folder of CIFAR-10")
+    result = run_command(parser, arguments)
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,402 @@
+"""Counts launches of kernels and bytes of a step on CUDA: `python -m harness.measure traffic`. No GPU is needed.
+
+A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
+and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that, one
+operation at a time, and "cells" with whole cells; bytes of feature maps are scaled to --batch, and "kept" is what the
+forward pass leaves for the backward pass. An operation counts as one launch that reads its inputs and writes its
+results once, views as none, and what is known better as `KNOWN` has it; `Launches` follows what is in
+kernels/cell_cuda_operators.h. A kernel of torch's that reads an input several times, as that of the weights of a
+depthwise convolution does for every tap, counts as one that reads it once: it is the least that is compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels
+import pdarts
+from harness.measure.search_steps import OurStep, batches
+
+IMAGES = 4  # of the step that is run
+RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
+SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool"), "cells": ("mixed", "separable", "pool", "cell")}
+RATE = 0.3  # of the skip dropout; a cell draws it within its kernels, which costs neither launches nor feature maps
+
+
+def mixed(call, size):
+    outputs, *_, batch, _ = call.arguments
+    again = sum(size(x) for x, of in zip(outputs, batch) if of)
+    return 3 if any(batch) else 1, size(outputs) + again + size(call.results[0])
+
+
+def mixed_backward(call, size):
+    grad, outputs, _, _, _, statistics, batch, needs = call.arguments
+    inputs = [x for x, need in zip(outputs, needs) if need]
+    of_p = needs[len(outputs)]
+    sums = [x for x, of in zip(outputs, batch) if x is not None and (of_p or of)]
+    again = [x for x, of in zip(outputs, batch) if of and x is not None]
+    launches = (bool(sums) or of_p) + any(batch) + bool(inputs) + of_p
+    moved = bool(sums) * size(grad) + size(sums) + size(grad) + size(again) + size(call.results)
+    return launches, moved
+
+
+def between(x, y, pointwise, size):
+    """Bytes of what the pointwise convolution reads, which is kept."""
+    return size(y) // pointwise.shape[0] * x.shape[1]
+
+
+def separable(call, size):
+    x, _, pointwise, *_, batch, _, _, _, _ = call.arguments
+    y = call.results[0]
+    return 2 + 2 * batch, (1 + batch) * size(x) + 2 * between(x, y, pointwise, size) + size(y)
+
+
+def separable_backward(call, size):
+    grad, x, _, pointwise, _, _, statistics, batch, *_, needs = call.arguments
+    of_f, z, n = needs[0] or needs[3] or needs[4], between(x, grad, pointwise, size), size(x)
+    parts = [
+        (needs[2], 1, size(grad) + z),
+        (of_f or needs[1], 1, size(grad) + z),
+        (of_f, 1, z + 2 * n),
+        (needs[1], 2, n + z),
+        (of_f and statistics is not None, 4 if batch else 3, 5 * n),
+    ]
+    return sum(p[1] for p in parts if p[0]), sum(p[2] for p in parts if p[0])
+
+
+def convolution_backward(call, size):
+    grad, x, *_, mask = call.arguments
+    return sum(mask[:2]), sum(mask[:2]) * (size(grad) + size(x))
+
+
+def batch_norm(call, size):
+    x = call.arguments[0]
+    training = call.arguments[5]
+    return 1 + training, (2 + training) * size(x)
+
+
+def batch_norm_backward(call, size):
+    return 2, 2 * size(call.arguments[:2]) + size(call.results[0])
+
+
+def max_pool_backward(call, size):
+    grad, x, *_, indices = call.arguments
+    return 2, size(grad) + size(indices) + 2 * size(x)  # cleared and then added to
+
+
+class Launches:
+    """Those of a cell, level by level, and the bytes that they move."""
+
+    def __init__(self, inputs, weights, program, outputs, batch, size):
+        self.batch, self.outputs, self.size, self.count, self.bytes = batch, outputs, size, 0, 0
+        self.shapes, self.inputs = [x.shape for x in inputs], len(inputs)
+        # Of each value: kind, sources, parts, stride, whether there is one that is computed alike.
+        self.operations = [("input", [], (), 1, False)] * len(inputs)
+        numbers = iter(program)
+        for pair in zip(weights[::2], weights[1::2]):
+            self.add(kernels.KINDS, numbers, *pair)
+
+    def add(self, kinds, numbers, weight, pointwise):
+        kind, source = next(numbers), next(numbers)
+        if kind == len(kinds):
+            terms = [next(numbers) for _ in range(source)]
+            self.operations.append(("sum", terms, (), 1, False))
+            self.shapes.append(self.shapes[terms[0]])
+            return
+        kind, (stride, padding, dilation) = kinds[kind], (next(numbers) for _ in range(3))
+        n, c, *size = self.shapes[source]
+        parts = []  # (shape of what the pointwise convolution reads, whether it is written, how a launch is found)
+        if kind == "separable":
+            kernel = 1 if weight is None else weight.shape[2]
+            size = [(s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size] if kernel > 1 else size
+            parts = [((n, c, *size), kernel > 1, weight is not None)]
+            c = len(pointwise)
+        elif kind == "reduce":
+            size, stride = [(s + 1) // 2 for s in size], 2
+            parts, c = [((n, c, *size), True, False)] * 2, len(weight) + len(pointwise)
+        else:
+            size = [(s - 1) // stride + 1 for s in size]
+        there = [(op[0], op[1], op[3]) for op in self.operations[self.inputs :]]
+        alike = kind in ("max", "avg") and (kind, [source], stride) in there
+        self.operations.append((kind, [source], parts, stride, alike))
+        self.shapes.append((n, c, *size))
+
+    def kept(self):
+        """Bytes that are kept on CUDA, less those that are on the CPU."""
+        between = [z for _, _, parts, *_ in self.operations for z, written, _ in parts if written]
+        outputs = [self.shapes[v] for v in self.outputs if len(self.outputs) > 1]
+        alike = [shape for shape, (*_, alike) in zip(self.shapes, self.operations) if alike]
+        return sum(map(self.of, between + outputs)) - sum(map(self.of, alike))
+
+    def of(self, shape):
+        return self.size(torch.empty(shape, device="meta"))
+
+    def launch(self, *shapes, times=1):
+        self.count += times
+        self.bytes += sum(map(self.of, shapes))
+
+    def is_state(self, v):
+        return v < self.inputs or self.operations[v][0] == "sum"
+
+    def grouped(self, values):
+        """Values of steps whose convolutions are one launch."""
+        groups = collections.defaultdict(list)
+        for v in values:
+            _, (source,), *_, stride, _ = self.operations[v]
+            groups[self.shapes[source], self.shapes[v][2:], stride].append(v)
+        return groups.values()
+
+    def levels(self, level):
+        return [[v for v in range(len(level)) if level[v] == now] for now in range(max(level) + 1)]
+
+    def reads(self, values):
+        return [self.shapes[source] for source in {self.operations[v][1][0] for v in values}]
+
+    def forward(self, keep):
+        shapes, level = self.shapes, [0] * self.inputs
+        for _, sources, *_ in self.operations[self.inputs :]:
+            level.append(1 + max(level[v] for v in sources))
+        self.count += 2 * any(self.batch)  # statistics are cleared
+        for values in self.levels(level)[1:]:
+            kind = {v: self.operations[v][0] for v in values}
+            for group in self.grouped(v for v in values if kind[v] in ("separable", "reduce")):
+                between = [z for v in group for z, kept, _ in self.operations[v][2] if keep and kept]
+                self.launch(*self.reads(group), *(shapes[v] for v in group), *between)
+                self.count += any(self.batch[v] for v in group)
+            for group in self.grouped(v for v in values if kind[v] in ("max", "avg") and not self.operations[v][4]):
+                self.launch(*self.reads(group), *(shapes[v] for v in group))
+                self.count += any(self.batch[v] for v in group)
+            for v in values:
+                if kind[v] == "sum":
+                    terms = self.operations[v][1]
+                    self.launch(*(shapes[u] for u in terms), shapes[v], times=2 - all(map(self.is_state, terms)))
+        self.launch(*(shapes[v] for v in 2 * self.outputs), times=len(self.outputs) > 1)
+
+    def backward(self, needs):
+        shapes, count = self.shapes, len(self.shapes)
+        of_inputs, of_weights, of_probabilities = needs[: self.inputs], needs[self.inputs :], needs[-1]
+        wanted, users = list(of_inputs), [[] for _ in shapes]
+        for v, (kind, sources, *_) in list(enumerate(self.operations))[self.inputs :]:
+            own = of_probabilities if kind == "sum" else any(of_weights[2 * (v - self.inputs) :][:2])
+            wanted.append(own or any(wanted[u] for u in sources))
+            for u in sources:
+                users[u].append(v)
+        level = [0] * count
+        for v in reversed(range(count)):
+            level[v] = max((level[u] + 1 for u in users[v]), default=0)
+        weights = 0
+        for values in self.levels(level):
+            states = [v for v in values if wanted[v] and self.is_state(v)]
+            self.gather(states, users, wanted)
+            for v in states:
+                if v >= self.inputs:
+                    self.sum_gradients(v, of_probabilities, wanted)
+            steps = [v for v in values if wanted[v] and self.operations[v][0] in ("separable", "reduce")]
+            for group in self.grouped(steps):
+                weights += self.convolution_gradients(group, users, of_weights, wanted)
+        self.count += math.ceil(weights / 64)  # the sums over blocks
+
+    def gather(self, states, users, wanted):
+        sizes, readers = set(), []
+        for v in states:
+            read = [u for u in users[v] if wanted[u]]
+            kinds = [self.operations[u][0] for u in read]
+            moved = [self.shapes[v]] * (2 * (v in self.outputs) + kinds.count("sum"))
+            self.count += v in self.outputs and len(self.outputs) > 1  # its part of the gradient is copied
+            sizes |= {self.shapes[v]} if moved else set()
+            self.launch(*moved, self.shapes[v], times=0)
+            pools = [u for u in read if self.operations[u][0] in ("max", "avg")]
+            self.launch(*(self.shapes[u] for u in pools), times=bool(pools))  # of each what the sum's gradient is
+            kept = [u for u in pools if not self.operations[u][4]]
+            self.launch(*(self.shapes[u] for u in kept), *[self.shapes[v]] * (3 * bool(pools)), times=0)
+            readers += [u for u in read if self.operations[u][0] in ("separable", "reduce")]
+        self.count += len(sizes)
+        for group in self.grouped(readers):
+            between = [z for u in group for z, *_ in self.operations[u][2]]
+            self.launch(*between, *3 * self.reads(group))
+
+    def sum_gradients(self, v, of_probabilities, wanted):
+        terms = self.operations[v][1]
+        normed = [u for u in terms if self.batch[u] and wanted[u]]
+        read = terms if of_probabilities else normed
+        if read:
+            self.launch(*(self.shapes[u] for u in read), self.shapes[v])
+        self.count += bool(normed) + of_probabilities + (not all(map(self.is_state, terms)))
+
+    def convolution_gradients(self, group, users, of_weights, wanted):
+        """Returns how many weights have gradients."""
+        shapes = self.shapes
+        parts = [(v, i, *part) for v in group for i, part in enumerate(self.operations[v][2])]
+        asked = {v: of_weights[2 * (v - self.inputs) :][:2] for v in group}
+        # Terms of a sum read one gradient; and those with a norm read themselves.
+        incoming = [*{u: shapes[v] for v in group for u in users[v]}.values()]
+        incoming += [shapes[v] for v in group if self.batch[v]]
+        passed = [p for p in parts if wanted[self.operations[p[0]][1][0]] or (p[4] and asked[p[0]][0])]
+        if passed:
+            self.launch(*incoming, *(z for _, _, z, *_ in passed))
+        pointwise = [p for p in parts if asked[p[0]][1 if self.operations[p[0]][0] == "separable" else p[1]]]
+        if pointwise:
+            self.launch(*incoming, *(z for _, _, z, *_ in pointwise))
+        kernels = [p for p in parts if p[4] and asked[p[0]][0]]
+        if kernels:
+            self.launch(*(z for _, _, z, *_ in kernels), *self.reads(p[0] for p in kernels))
+        chained = [v for v in group if not self.is_state(self.operations[v][1][0]) and wanted[self.operations[v][1][0]]]
+        if chained:
+            between = [z for v in chained for z, *_ in self.operations[v][2]]
+            self.launch(*between, *2 * self.reads(chained), times=2)
+        return len(pointwise) + len(kernels)
+
+
+def forward_of(call, size):
+    inputs, weights, *_, program, outputs, batch, _, _ = call.arguments
+    return Launches(inputs, weights, program, outputs, batch, size)
+
+
+def cell(call, size):
+    launches = forward_of(call, size)
+    launches.forward(keep=call.arguments[-1])
+    return launches.count, launches.bytes
+
+
+def cell_backward(call, size):
+    _, _, _, inputs, weights, *_, program, outputs, batch, needs = call.arguments
+    launches = Launches(inputs, weights, program, outputs, batch, size)
+    launches.backward(needs)
+    return launches.count, launches.bytes
+
+
+KNOWN = {
+    "pdarts::cell": cell,
+    "pdarts::cell_backward": cell_backward,
+    "pdarts::mixed": mixed,
+    "pdarts::mixed_backward": mixed_backward,
+    "pdarts::separable": separable,
+    "pdarts::separable_backward": separable_backward,
+    "pdarts::pool_backward": lambda call, size: (1, size(call.arguments[:2]) + size(call.results)),
+    "pdarts::update_running": lambda call, size: (4 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
+    "aten::convolution_backward": convolution_backward,
+    "aten::native_batch_norm": batch_norm,
+    "aten::native_batch_norm_backward": batch_norm_backward,
+    "aten::max_pool2d_with_indices_backward": max_pool_backward,
+}
+# Bytes that are kept on CUDA, less those that are on the CPU.
+MORE_KEPT = {
+    "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
+    "pdarts::separable": lambda call, size: between(call.arguments[0], call.results[0], call.arguments[2], size),
+}
+KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
+
+
+@dataclasses.dataclass
+class Call:
+    arguments: tuple
+    results: object
+
+
+class Traffic(TorchDispatchMode):
+    """Counts launches and bytes, of all operations and of each."""
+
+    def __init__(self, images: int, batch: int):
+        super().__init__()
+        self.images, self.factor = images, batch / images
+        self.launches, self.bytes, self.kept = collections.Counter(), collections.Counter(), 0.0
+
+    def size(self, tensors) -> float:
+        every = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
+        return sum(t.nbytes * (self.factor if t.dim() > 1 and len(t) == self.images else 1) for t in every)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if function.is_view or name.startswith(KERNELLESS):
+            return results
+        if name in KNOWN:
+            launches, moved = KNOWN[name](Call(args, results), self.size)
+        else:
+            lists = [len(a) for a in args if isinstance(a, (list, tuple)) and name.startswith("aten::_foreach")]
+            launches = math.ceil(max(lists, default=1) / 48)  # about as many tensors as torch gives to one kernel
+            moved = self.size([args, list((kwargs or {}).values()), results])
+        self.launches[name] += launches
+        self.bytes[name] += moved
+        self.kept += MORE_KEPT[name](Call(args, results), self.size) if name in MORE_KEPT else 0
+        return results
+
+    def kept_by(self, forward) -> float:
+        """Bytes that autograd keeps of a call for the backward pass."""
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = self.size(t)
+            return t.detach()
+
+        with self, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result = forward()  # alive, so that no memory is counted twice or missed
+        del result
+        return sum(kept.values()) + self.kept
+
+
+class OneByOne:
+    """Instead of `kernels._Read`."""
+
+    @staticmethod
+    def apply(x, times):
+        return (x,) * times
+
+
+@contextlib.contextmanager
+def side(operations):
+    """Where the operations are computed as on CUDA, each by itself; those that are named by ours."""
+    with contextlib.ExitStack() as stack:
+        patch = functools.partial(mock.patch.object, kernels)
+        stack.enter_context(patch("_on_cpu", lambda x: False))
+        stack.enter_context(patch("serves", lambda operation, x: operation in operations))
+        if "separable" not in operations:
+            stack.enter_context(patch("_Read", OneByOne))
+            stack.enter_context(patch("_torch_convolves", lambda x: False))  # a ReLU for each
+        yield
+
+
+def rows(stages, channels: int, batch: int, number: int = 1):
+    """A row for every stage, kind of step and side; and the counts of its operations."""
+    config = dataclasses.replace(pdarts.CIFAR10, channels=channels)
+    ((images, labels),) = batches(1, IMAGES, torch.device("cpu"))
+    for stage in stages:
+        for name, operations in SIDES.items():
+            with side(operations):
+                step = OurStep(stage, config, images, labels, recompute=False, number=number)
+                step.network.set_skip_dropout(0.0 if "cell" in operations else RATE)
+                kept = Traffic(IMAGES, batch).kept_by(step.forward)
+                for which in ("weights", "alphas"):
+                    step.run(which)  # what an optimizer makes at its first step
+                    with Traffic(IMAGES, batch) as counted:
+                        step.run(which)
+                    moved = sum(counted.bytes.values())
+                    about = {"stage": stage, "step of": which, "convolutions and pooling": name}
+                    floors = {f"ms at {rate / 1e12:.1f} TB/s": 1e3 * moved / rate for rate in RATES}
+                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB kept": kept / 1e9}
+                    yield {**about, **numbers, **floors}, counted
+
+
+def print_table(args):
+    """Prints the table and returns its rows."""
+    kernels.use("on")
+    print(f"float32, batch {args.batch}, C = {args.channels}; counted, not measured")
+    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")
+    table = []
+    for row, counted in rows(args.stages, args.channels, args.batch, args.search):
+        if not table:
+            print("\n| " + " | ".join(row) + " | most launches |\n|" + " --- |" * (len(row) + 1))
+        most = ", ".join(f"{n} {name.partition('::')[2]}" for name, n in counted.launches.most_common(6))
+        cells = (f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values())
+        print(f"| {' | '.join(cells)} | {most} |", flush=True)
+        table.append(row | {"launches of": dict(counted.launches), "bytes of": dict(counted.bytes)})
+    return table
