@@ -388,14 +388,14 @@ class OurStep:
         self.search.stages = [pdarts.Stage(*kept, *alphas)] * (stage - 1)
         self.search.begin_stage()
         self.network, self.weights = self.search.network, self.search.weights
-        self.architecture_step = wrap(self.search.architect.step)
+        self.architecture_step = wrap(self.search.architect.update)
 
     def run(self, which):
         """Returns the loss, and more."""
         batch = self.images, self.labels
         if which == "alphas":
             return self.architecture_step(*batch)
-        return self.search.step(*batch, *batch) if which == "both" else self.search.step(*batch)
+        return self.search.run_step(*batch, *batch) if which == "both" else self.search.run_step(*batch)
 
     def forward(self):
         pdarts.require_gradients(self.weights, not_of=self.network.alphas())
@@ -422,7 +422,7 @@ class OfficialStep:
             self.network = official.Network(
                 config.channels,
                 10,
-                config.cells[stage - 1],
+                config.depths[stage - 1],
                 F.cross_entropy,
                 switches_normal=normal,
                 switches_reduce=reduce,
@@ -543,7 +543,7 @@ def steps(args):
         makers["plain"] = functools.partial(ours, fused=False)
         if args.official:
             makers["official"] = functools.partial(OfficialStep, args.official, stage, config)
-        about = {"stage": stage, "cells": config.cells[stage - 1], "K": config.keep[stage - 1]}
+        about = {"stage": stage, "cells": config.depths[stage - 1], "K": config.keep[stage - 1]}
         rows += print_steps(args, about, makers, ("weights", "alphas"), images, labels, peak)
     return rows
 
@@ -609,17 +609,17 @@ class OurEvaluation:
         self.set_drop_path(DROP_PATH)
 
     def set_drop_path(self, rate):
-        self.network.drop_path.fill_(rate)
+        self.network.set_drop_path(rate)
 
     def forward(self):
         config = self.training.config
         return pdarts.loss_and_logits(self.network, self.images, self.labels, config.dtype, config.auxiliary_weight)
 
     def run(self, which):
-        return self.training.step(self.images, self.labels)
+        return self.training.run_step(self.images, self.labels)
 
     def check(self):
-        if getattr(self.training.step, "refused", False):
+        if getattr(self.training.run_step, "refused", False):
             raise InputError("the step could not be captured as a CUDA graph; expected one (the warning says why not)")
 
 
@@ -631,7 +631,7 @@ class OfficialEvaluation:
         self.config, self.images, self.labels = config, images, labels
         torch.manual_seed(0)
         genotype = pdarts.GENOTYPES["PDARTS"]
-        network = official.NetworkCIFAR(config.channels, 10, config.cells, config.auxiliary, genotype)
+        network = official.NetworkCIFAR(config.channels, 10, config.depth, config.auxiliary, genotype)
         self.network = network.to(images.device, images.dtype)
         self.set_drop_path(DROP_PATH)
         if channels_last:
@@ -711,7 +711,7 @@ def evaluations(args):
     ((images, labels),) = batches(1, args.batch, device)
     peak, rows = matrix_peak(device, args.dtype, min(1, args.seconds)), []
     for channels, cells in args.networks:
-        config = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=args.dtype)
+        config = pdarts.EvaluateConfig(channels=channels, depth=cells, dtype=args.dtype)
         distances = verify_evaluation(config, images[:8], labels[:8], args.official)
         for side, distance in distances.items():
             print(f"\nverified: in float64 ours has a relative distance of {distance:.1e} from {side}", end="")
@@ -733,7 +733,7 @@ def search(args):
     paper = pdarts.CIFAR10
     # The second epoch of weights and the second with alphas count: the first ones warm up.
     config = dataclasses.replace(
-        paper, channels=args.channels, dtype=args.dtype, batch=args.batch, epochs=4, warmup=2
+        paper, channels=args.channels, dtype=args.dtype, batch_size=args.batch, epochs=4, alpha_start=2
     )
     sizes = f"{args.dtype}, batch {args.batch}, C = {args.channels}, {half} images in each half"
     print(*header(device), sizes, sep="\n")
@@ -754,8 +754,8 @@ def search(args):
     for stage in range(3):
         plain, both = seconds[4 * stage + 1], seconds[4 * stage + 3]
         rows.append({"stage": stage + 1, "epoch": plain, "epoch_with_alphas": both})
-        print(f"{stage + 1:<7}{config.cells[stage]:>5}{config.keep[stage]:>3}{plain:>16.1f}{both:>15.1f}")
-        whole += paper.warmup * plain + (paper.epochs - paper.warmup) * both
+        print(f"{stage + 1:<7}{config.depths[stage]:>5}{config.keep[stage]:>3}{plain:>16.1f}{both:>15.1f}")
+        whole += paper.alpha_start * plain + (paper.epochs - paper.alpha_start) * both
     print(f"\nprojected, not measured: {whole / 3600:.2f} hours for the 75 epochs of the paper's search")
     return rows
 

@@ -36,17 +36,17 @@ POOLS = {name: pdarts.OPERATIONS["avg_pool_3x3"] for name in pdarts.PRIMITIVES i
 OF_ONE_NODE = functools.partialmethod(pdarts.Search.__init__, space=pdarts.SearchSpace(nodes=1))
 TINY = SearchSettings(
     dataset="shapes",
-    cells=(3, 3, 3),
+    depths=(3, 3, 3),
     skip_dropout=(0.1, 0.2, 0.3),
     channels=2,
     epochs=2,
-    warmup=1,
-    batch=4,
+    alpha_start=1,
+    batch_size=4,
 )
 PAIRS = [("skip_connect", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_3x3", 2)]
 CELL = pdarts.Genotype(PAIRS, [2, 3], PAIRS, [2, 3])  # for fast tests
-ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(8,), skip_dropout=(0.3,))
-TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))
+ONE_STAGE = dataclasses.replace(TINY, depths=(3,), keep=(8,), skip_dropout=(0.3,))
+TWO_STAGES = dataclasses.replace(TINY, depths=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))
 
 
 def random_images(shape=(10, 12, 3), classes=5, n=16) -> Images:

@@ -202,7 +202,7 @@ def operator_errors(call, maps, parameters, device, dtype, memory_format):
 
 def network_rows(args, device, wrong, operations):
     """Loss and gradients of whole search networks, fused, against plain torch in float64 on the CPU."""
-    config = dataclasses.replace(pdarts.CIFAR10, cells=(3, 4, 5), channels=args.channels)
+    config = dataclasses.replace(pdarts.CIFAR10, depths=(3, 4, 5), channels=args.channels)
     ((images, labels),) = bench.batches(1, 8, torch.device("cpu"))
     for stage in args.stages:
         results = {}
@@ -249,7 +249,14 @@ def captured(args, device):
 def compare_captured(args, device, dtype, fused):
     """Of steps of every shape of a batch, 5 or more; the last batch of an epoch is half as large."""
     config = pdarts.SearchConfig(
-        cells=(4,), keep=(8,), skip_dropout=(0.3,), channels=args.channels, epochs=10, warmup=5, batch=32, dtype=dtype
+        depths=(4,),
+        keep=(8,),
+        skip_dropout=(0.3,),
+        channels=args.channels,
+        epochs=10,
+        alpha_start=5,
+        batch_size=32,
+        dtype=dtype,
     )
     if fused:
         pick_kernels("on", device)

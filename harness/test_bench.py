@@ -19,7 +19,7 @@ SMALL = ("--stages", "3", "--channels", "2", "--batch", "2", "--device", "cpu", 
 
 @pytest.fixture
 def few_cells(monkeypatch):
-    monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, cells=(3, 3, 3)))
+    monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, depths=(3, 3, 3)))
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_the_candidates_are_those_that_the_stages_of_a_search_keep(few_weights):
             assert all(names == tuple(n for n in pdarts.PRIMITIVES if n in names) for names in cell)
     ((images, labels),) = bench.batches(1, 2, torch.device("cpu"))
     step = bench.OurStep(2, pdarts.CIFAR10, images, labels, fused=False)
-    assert step.search.candidates == bench.candidates(2) and len(step.network.cells) == 11
+    assert (step.search.candidates_normal, step.search.candidates_reduce) == bench.candidates(2)
+    assert len(step.network.cells) == 11
     names = set(itertools.chain.from_iterable(bench.candidates(2)[0]))
     assert names == set(pdarts.PRIMITIVES)  # pools, skip-connects and `none` too
 
@@ -97,7 +98,7 @@ class NetworkCIFAR(pdarts.Network):
         super().__init__(genotype, C, num_classes, layers, auxiliary)
 
     def forward(self, x):
-        self.drop_path.fill_(self.drop_path_prob)
+        self.set_drop_path(self.drop_path_prob)
         return super().forward(x)
 """
 

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-MOBILE = "--preset imagenet --size 40 --epochs 3 --cells 3 --channels 2 --batch 9 --lr 0.05 --kernels off".split()
+MOBILE = "--preset imagenet --size 40 --epochs 3 --depth 3 --channels 2 --batch-size 9 --lr 0.05 --kernels off".split()
 
 
 def test_the_mobile_setting_trains_on_files_and_goes_on_bit_for_bit(folder, tmp_path, capsys, monkeypatch):
@@ -93,9 +93,9 @@ def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp
     assert images.y_train.bincount().tolist() == [6, 6, 6] and images.y_train.tolist() != sorted(images.y_train)
     maps = pathlib.Path("/proc/self/maps")
     assert not maps.exists() or str(folder / ".pdarts-cache") in maps.read_text()
-    small = "--cells 3 --keep 8 --skip-dropout 0.1 --channels 2 --epochs 1 --warmup 0 --batch 4 --images 0".split()
-    folder_and_settings = ["--data", str(folder), "--size", "16", "--stem", "imagenet", "--workers", "0"]
-    assert cli.main(["search", *folder_and_settings, *small, "--kernels", "off", "--out", str(tmp_path / "run")]) == 0
+    small = "--depths 3 --keep 8 --skip-dropout 0.1 --channels 2 --epochs 1 --alpha-start 0 --batch-size 4".split()
+    large = "--images 0 --size 16 --stem imagenet --workers 0 --kernels off".split()
+    assert cli.main(["search", "--data", str(folder), *large, *small, "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     assert f"searching on 36 images of {folder}" in text and text.endswith(f"--preset demo --data {folder}\n")
     saved = json.loads((tmp_path / "run/config.json").read_text())
@@ -104,7 +104,7 @@ def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp
 
 def test_images_that_stay_in_a_file_yield_the_same_batches(folder, monkeypatch):
     images = load(SearchSettings(size=16), str(folder), workers=0)
-    config = dataclasses.replace(SearchSettings(), batch=6)
+    config = dataclasses.replace(SearchSettings(), batch_size=6)
     mapped = dataclasses.replace(images, device=torch.device("cpu"))
     a, b = (list(i.search_data(config).val.epoch(3)) for i in (mapped, images.to("cpu")))
     assert all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other))
