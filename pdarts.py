@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """P-DARTS: Progressive Differentiable Architecture Search, in one module that reads like the paper.
 
-    python pdarts.py search                           # a small search on generated images, in about a minute
-    python pdarts.py search --preset cifar10          # the paper's search
-    python pdarts.py evaluate PDARTS --preset cifar10 # the paper's evaluation of the published cell
+    python pdarts.py search                                                  # a small search on generated images
+    python pdarts.py search --preset cifar10 --data data --download          # the paper's search
+    python pdarts.py evaluate PDARTS --preset cifar10 --data data --download # the paper's evaluation of its cell
 
 Chen, Xie, Wu, Tian: "Progressive Differentiable Architecture Search: Bridging the Depth Gap between Search and
 Evaluation", ICCV 2019, arXiv 1904.12760. "The paper" below; "DARTS" is Liu et al., arXiv 1806.09055; "official" is the
@@ -26,8 +26,9 @@ Glossary
     alphas         architecture parameters, [14 edges, K]: one matrix for normal and one for reduction cells
     probabilities  softmax(alphas), over the candidates of an edge
     candidates     for each of the 14 edges, the names of its K operations, in the order of the search space
-    genotype       the discrete cells: two (operation, input) pairs for each node
-    inputs         of a node: 0 and 1 are the outputs of the two cells before, 2, 3, ... the nodes of its own cell
+    state          a feature map of a cell: 0 and 1 are its inputs, the outputs of the two cells before; 2, 3, ... are
+                   its nodes. An edge leads from a state, its source or input, to a later node.
+    genotype       the discrete cells: two (operation, source) pairs for each node
     weights        all parameters that are not alphas
     batch          a pair of images, float32 [N,C,H,W], and labels, int64 [N]
     step           one update of the weights, after one of the alphas where they learn; counted from 0 in each epoch
@@ -145,6 +146,8 @@ def check_settings(config):
     """InputError unless each `setting` of the config has the type of its default and a value that it may have."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if not field.metadata:
+            continue  # a custom field of a subclass
         if isinstance(field.default, tuple) and isinstance(value, (tuple, list)):
             for of_stage in value:
                 check_setting(field, of_stage, type(field.default[0]))
@@ -155,15 +158,15 @@ def check_settings(config):
 def check_setting(field: dataclasses.Field, value, kind: type):
     choices = field.metadata["choices"]
     low, high = field.metadata["bounds"]
+    fits = type(value) is kind
     expected = {tuple: "one value for each stage", str: "a string", bool: "True or False"}.get(kind)
-    right = type(value) is kind
     if choices:
+        fits = fits and value in choices
         expected = " or ".join(choices)
-        right = right and value in choices
     elif kind in (int, float):
+        fits = (fits or type(value) is int) and low <= value <= high  # which NaN is not
         expected = f"{'a whole number' if kind is int else 'a number'} from {low} to {high}"
-        right = (right or type(value) is int) and low <= value <= high  # which NaN is not
-    if not right:
+    if not fits:
         raise InputError(f"{field.name} is {reprlib.repr(value)}; expected {expected}")
 
 
@@ -249,9 +252,11 @@ def conv_7x1_1x7(channels: int, stride: int, affine: bool) -> nn.Sequential:
 
 
 class Primitive(NamedTuple):
-    """An operation by its name. build: (channels C, stride, affine) -> a module that maps [N,C,H,W] to
-    [N,C,ceil(H/stride),ceil(W/stride)]; affine: whether its batch norms have gamma and beta.
-    norm: whether the search network adds a batch norm after it."""
+    """An entry of OPERATIONS.
+
+    build: (channels C, stride, affine) -> a module that maps [N,C,H,W] to [N,C,ceil(H/stride),ceil(W/stride)]; affine:
+    whether its batch norms have gamma and beta. norm: whether the search network adds a batch norm after it.
+    """
 
     build: Callable[[int, int, bool], nn.Module]
     norm: bool = False
@@ -268,28 +273,19 @@ OPERATIONS = {
     "sep_conv_5x5": Primitive(lambda c, stride, affine: sep_conv(c, 5, stride, affine)),
     "dil_conv_3x3": Primitive(lambda c, stride, affine: dil_conv(c, 3, stride, affine)),
     "dil_conv_5x5": Primitive(lambda c, stride, affine: dil_conv(c, 5, stride, affine)),
-    # Not searched: published cells of other papers have them.
+    # Two that are not searched, but part of published cells of other papers:
     "sep_conv_7x7": Primitive(lambda c, stride, affine: sep_conv(c, 7, stride, affine)),
     "conv_7x1_1x7": Primitive(conv_7x1_1x7),
 }
-PRIMITIVES = (
-    "none",
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
+PRIMITIVES = (  # the candidates of the paper
+    "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
+    "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
 )
 Candidates = tuple[tuple[str, ...], ...]  # for each edge K names, in the order of the search space
 
 
 def cell_edges(nodes: int) -> tuple[tuple[int, int], ...]:
-    """(node, input) of every edge of a cell, numbered node by node and input by input.
-
-    A node takes an edge from both inputs of the cell and from each earlier node.
-    """
+    """(node from 0, source) of every edge, in the order of their numbers: a node takes one from each earlier state."""
     return tuple((node, source) for node in range(nodes) for source in range(2 + node))
 
 
@@ -323,7 +319,8 @@ def inverted_dropout(x: Tensor, rate: Tensor, shape: Sequence[int]) -> Tensor:
 
     rate: a tensor with one element. shape: of the mask, which is broadcast to that of x.
     """
-    # Neither a GPU, which would have to be waited for, nor a compiled graph can branch on a number in a tensor.
+    # At rate 0 nothing is drawn, where this costs nothing to know: a GPU would have to be waited for, and a compiled
+    # graph cannot branch on a number in a tensor.
     if rate.is_cpu and not torch.compiler.is_compiling() and rate == 0:
         return x
     kept = torch.rand(shape, device=x.device) >= rate
@@ -389,12 +386,17 @@ class SearchCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, probabilities: Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        offset = 0  # number of the first edge into the node
+        offset = 0  # the number of the first edge into the next node
         for _ in range(self.nodes):
             node = sum(self.edges[offset + j](x, probabilities[offset + j]) for j, x in enumerate(states))
             offset += len(states)
             states.append(node)
         return torch.cat(states[2:], dim=1)
+
+
+def conv_bn(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
 
 
 class Stemmed(nn.Module):
@@ -487,11 +489,6 @@ def reduction_cells(depth: int) -> tuple[int, int]:
     return depth // 3, 2 * depth // 3
 
 
-def conv_bn(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(out_channels)]
-
-
 def check_candidates(candidates: Sequence[Sequence[str]], edges: int | None = None) -> Candidates:
     """The candidates as tuples; InputError unless all edges of a cell, by default one of any size, have as many."""
     candidates = tuple(map(tuple, candidates))
@@ -516,7 +513,8 @@ def shrink(candidates: Candidates, alphas: Tensor, keep: int) -> Candidates:
         raise InputError(f"keep is {keep}; expected 1 to {len(candidates[0])}, the candidates that there are")
     shrunk = []
     for names, p in zip(candidates, edge_probabilities(candidates, alphas)):
-        weakest_first = sorted(range(len(names)), key=lambda k: (p[k], k))  # ties: the first candidate counts as weaker
+        # Of equally strong candidates the first is dropped first.
+        weakest_first = sorted(range(len(names)), key=lambda k: (p[k], k))
         kept = sorted(weakest_first[-keep:])
         shrunk.append(tuple(names[k] for k in kept))
     return tuple(shrunk)
@@ -549,10 +547,9 @@ def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, alpha_start:
 
 
 class Genotype(NamedTuple):
-    """The discrete cells. normal, reduce: (operation, input) pairs, two for each node, node by node.
+    """The discrete cells. normal, reduce: (operation, source) pairs, two for each node, node by node.
 
-    normal_concat, reduce_concat: the states whose concatenation is the output of the cell. States 0 and 1 are the two
-    inputs of the cell, 2, 3, ... its nodes.
+    normal_concat, reduce_concat: the states whose concatenation is the output of the cell.
     """
 
     normal: list[tuple[str, int]]
@@ -562,15 +559,12 @@ class Genotype(NamedTuple):
 
 
 class ChosenEdge(NamedTuple):
-    """An edge of a derived cell."""
+    """An edge of a derived cell with its strongest candidate and the probability of this candidate."""
 
-    edge: int  # its number, see cell_edges
-    source: int  # the input of the node that it starts from
-    operation: str  # its strongest candidate
-    probability: float  # of this candidate
-
-
-REMOVED = -1.0  # the probability of a skip-connect that refinement took: below all others, even those rounded to 0
+    number: int  # among all edges, see cell_edges
+    source: int
+    operation: str
+    probability: float
 
 
 def derive(
@@ -582,61 +576,70 @@ def derive(
     The normal cell keeps at most `max_skips` (M) skip-connects; None: as many as it has. InputError if an edge has no
     candidate but `none`, or if no normal cell has so few skip-connects.
     """
-    candidates_normal, candidates_reduce = check_candidates(candidates_normal), check_candidates(candidates_reduce)
+    candidates_normal = check_candidates(candidates_normal)
+    candidates_reduce = check_candidates(candidates_reduce)
     probabilities_normal = edge_probabilities(candidates_normal, alphas_normal)
     probabilities_reduce = edge_probabilities(candidates_reduce, alphas_reduce)
     if max_skips is None:
-        normal = strongest_edges(candidates_normal, probabilities_normal)
+        edges_normal = strongest_edges(candidates_normal, probabilities_normal)
     else:
-        normal = refine(candidates_normal, probabilities_normal, max_skips)
-    reduce = strongest_edges(candidates_reduce, probabilities_reduce)
+        edges_normal = refine(candidates_normal, probabilities_normal, max_skips)
+    edges_reduce = strongest_edges(candidates_reduce, probabilities_reduce)
     return Genotype(
-        normal=[(chosen.operation, chosen.source) for chosen in normal],
-        normal_concat=list(range(2, 2 + len(normal) // 2)),
-        reduce=[(chosen.operation, chosen.source) for chosen in reduce],
-        reduce_concat=list(range(2, 2 + len(reduce) // 2)),
+        normal=[(edge.operation, edge.source) for edge in edges_normal],
+        normal_concat=list(range(2, 2 + len(edges_normal) // 2)),
+        reduce=[(edge.operation, edge.source) for edge in edges_reduce],
+        reduce_concat=list(range(2, 2 + len(edges_reduce) // 2)),
     )
 
 
 def strongest_edges(candidates: Candidates, probabilities: list[list[float]]) -> list[ChosenEdge]:
-    """The two strongest edges into each node, in the order of the edges.
+    """The two strongest edges into each node, in the order of their numbers.
 
-    An edge is as strong as its strongest candidate other than `none`, which becomes its operation.
+    The operation of an edge is its strongest candidate other than `none`, whose probability is the edge's strength.
     """
     nodes = next(nodes for nodes in itertools.count(1) if len(cell_edges(nodes)) == len(candidates))
     into_node: list[list[ChosenEdge]] = [[] for _ in range(nodes)]
-    for edge, (node, source) in enumerate(cell_edges(nodes)):
-        names, p = candidates[edge], probabilities[edge]
+    for number, (node, source) in enumerate(cell_edges(nodes)):
+        names, p = candidates[number], probabilities[number]
         allowed = [k for k, name in enumerate(names) if name != "none"]
         if not allowed:
-            raise InputError(f"edge {edge} has no candidate but none; expected an operation to choose")
-        strongest = max(allowed, key=lambda k: (p[k], k))  # ties: the later candidate, as in shrink
-        into_node[node].append(ChosenEdge(edge, source, names[strongest], p[strongest]))
-    kept = []
-    for incoming in into_node:
-        weakest_first = sorted(incoming, key=lambda chosen: (chosen.probability, chosen.edge))  # ties: the later edge
-        kept += sorted(weakest_first[-2:])  # by their number
-    return kept
+            raise InputError(f"edge {number} has no candidate but none; expected an operation to choose")
+        # Of equally strong candidates the last is chosen, as in shrink.
+        strongest = max(allowed, key=lambda k: (p[k], k))
+        into_node[node].append(ChosenEdge(number, source, names[strongest], p[strongest]))
+    chosen = []
+    for edges in into_node:
+        # Of equally strong edges those from later states are chosen.
+        weakest_first = sorted(edges, key=lambda edge: (edge.probability, edge.number))
+        chosen += sorted(weakest_first[-2:], key=lambda edge: edge.number)
+    return chosen
+
+
+# The probability of a skip-connect that refinement has removed: it is below all others, even one that rounds to 0.
+REMOVED = -1.0
 
 
 def refine(candidates: Candidates, probabilities: list[list[float]], max_skips: int) -> list[ChosenEdge]:
     """Architecture refinement: the strongest edges of a cell with at most `max_skips` (M) skip-connects.
 
-    While there are more, the weakest of them is taken from its edge, and candidates *and* edges are chosen again:
-    another edge may come in and bring its own skip-connect.
+    While a cell has more, the weakest of them is removed, and candidates *and* edges are chosen again: another edge may
+    come in and bring its own skip-connect.
     """
-    probabilities = [list(p) for p in probabilities]
+    probabilities = [list(p) for p in probabilities]  # a copy
     while True:
-        cell = strongest_edges(candidates, probabilities)
-        skips = [chosen for chosen in cell if chosen.operation == "skip_connect"]
+        edges = strongest_edges(candidates, probabilities)
+        skips = [edge for edge in edges if edge.operation == "skip_connect"]
         if len(skips) <= max_skips:
-            return cell
-        # An edge that has nothing else still offers its skip-connect after it was removed.
-        skips = [chosen for chosen in skips if chosen.probability != REMOVED]
+            return edges
+        # An edge with no other candidate still has the skip-connect that was removed.
+        skips = [edge for edge in skips if edge.probability != REMOVED]
         if not skips:
             raise InputError(f"edges have no candidate but skip_connect; no normal cell has max_skips={max_skips}")
-        weakest = min(skips, key=lambda chosen: (chosen.probability, chosen.edge))  # ties: the first edge
-        probabilities[weakest.edge][candidates[weakest.edge].index("skip_connect")] = REMOVED
+        # Of equally weak skip-connects that of the first edge is removed.
+        weakest = min(skips, key=lambda edge: (edge.probability, edge.number))
+        k = candidates[weakest.number].index("skip_connect")
+        probabilities[weakest.number][k] = REMOVED
 
 
 # --- The architect: the update of the alphas (DARTS, sec. 2.3) --------------------------------------------------------
@@ -656,9 +659,11 @@ def require_gradients(parameters: Iterable[nn.Parameter], not_of: Iterable[nn.Pa
 
 def apply_gradients(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor], clip: float):
     """Updates the parameters along the gradients, whose norm is clipped to `clip` first."""
-    for p, g in zip(parameters, gradients, strict=True):
-        # Fused optimizers go through p and its gradient in the order of their memory, which may be channels-last.
-        p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.stride() != p.stride():
+            # A fused optimizer goes through both in the order of their memory, which may be channels-last.
+            gradient = torch.empty_like(p).copy_(gradient)
+        p.grad = gradient
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
@@ -786,7 +791,7 @@ class Search:
     """The progressive search as an iterable: stage after stage a deeper network with fewer candidates.
 
     The iteration yields a `Step` after each step, an `Epoch` after the last step of an epoch and a `Stage` after the
-    last epoch of a stage. architect: the class of what updates the alphas. prepare, average, wrap_step, rank: see the
+    last epoch of a stage. architect: the class that updates the alphas. prepare, average, wrap_step, rank: see the
     end of this file. InputError if the config does not fit the space, or if there is no validation split.
     """
 
@@ -920,7 +925,7 @@ class DropPath(nn.Module):
 
 
 class Cell(nn.Module):
-    """A cell of the evaluation network, made of the (operation, input) pairs of a genotype.
+    """A cell of the evaluation network, made of the (operation, source) pairs of a genotype.
 
     s0 [N,channels_0,H_0,W_0], s1 [N,channels_1,H,W] -> [N,len(concat)*channels,H/stride,W/stride], where stride is 2 in
     a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError for a wrong pair.
@@ -936,7 +941,7 @@ class Cell(nn.Module):
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
         self.concat = concat
         self.sources = [source for _, source in pairs]
-        self._ops = nn.ModuleList()
+        self._ops = nn.ModuleList()  # as in the official state_dict
         self.drop_paths = nn.ModuleList()
         for i, (name, source) in enumerate(pairs):
             if name not in OPERATIONS or not 0 <= source < 2 + i // 2:
@@ -1036,7 +1041,7 @@ class Network(Stemmed):
 
 
 def parse_genotype(normal: str, reduce: str) -> Genotype:
-    """Cells as text, "operation input, operation input | ...": two pairs for each node, all nodes concatenated."""
+    """Cells as text, "operation source, operation source | ...": two pairs for each node, all nodes concatenated."""
     pairs = []
     for text in (normal, reduce):
         words = [pair.split() for pair in text.replace("|", ",").split(",")]
