@@ -57,7 +57,7 @@ class InputError(ValueError):
 # --- Hyper-parameters -------------------------------------------------------------------------------------------------
 
 
-def setting(default, help: str, bounds: tuple[float, float] = (0, 1e30), choices: tuple[str, ...] = ()):
+def setting(default: Any, help: str, bounds: tuple[float, float] = (0, 1e30), choices: tuple[str, ...] = ()):
     """A field of a config: its default, its meaning with the source of the default, and the values that it may have.
 
     Numbers lie within inclusive `bounds` (far above 1e30 float32 overflows), strings are one of `choices`, if there are
@@ -142,7 +142,7 @@ class EvaluateConfig:
         check_settings(self)
 
 
-def check_settings(config):
+def check_settings(config: SearchConfig | EvaluateConfig):
     """InputError unless each `setting` of the config has the type of its default and a value that it may have."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -155,7 +155,7 @@ def check_settings(config):
             check_setting(field, value, type(field.default))
 
 
-def check_setting(field: dataclasses.Field, value, kind: type):
+def check_setting(field: dataclasses.Field, value: Any, kind: type):
     choices = field.metadata["choices"]
     low, high = field.metadata["bounds"]
     fits = type(value) is kind
@@ -294,7 +294,7 @@ class SearchSpace:
     """The candidates of an edge, names in OPERATIONS in this order, and the number of nodes in a cell.
 
     Two candidates have a role in the method: `none`, which is never chosen, and `skip_connect`, which is an nn.Identity
-    at stride 1. InputError for a name that is not in OPERATIONS.
+    at stride 1. InputError for a name that is not in OPERATIONS or comes twice, or if there is none, or no node.
     """
 
     primitives: tuple[str, ...] = PRIMITIVES
@@ -303,6 +303,10 @@ class SearchSpace:
     def __post_init__(self):
         if unknown := [name for name in self.primitives if name not in OPERATIONS]:
             raise InputError(f"the search space has unknown primitives {unknown}; expected some of {list(OPERATIONS)}")
+        if not 0 < len(self.primitives) == len(set(self.primitives)):
+            raise InputError(f"the search space has primitives {self.primitives}; expected one or more, each once")
+        if self.nodes < 1:
+            raise InputError(f"the search space has cells of {self.nodes} nodes; expected 1 or more")
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:
@@ -721,7 +725,9 @@ class Architect:
         apply_gradients(self.optimizer, self.alphas, gradients, self.clip)
         return loss.detach(), logits.detach()
 
-    def gradients(self, images, labels, train_images, train_labels) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def gradients(
+        self, images: Tensor, labels: Tensor, train_images: Tensor | None, train_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Gradients]:
         """The loss and the logits of the validation batch, and the gradients of the alphas."""
         require_gradients(self.alphas, not_of=self.weights)
         loss, logits = self.loss(images, labels)
@@ -1165,10 +1171,7 @@ Batch = tuple[Tensor, Tensor]  # images, float32 [N,C,H,W], and labels, int64 [N
 
 
 class EpochLoader(Protocol):
-    """What a Search or an Evaluation takes its batches from, such as `Loader`.
-
-    The batches of an epoch depend on its seed and not on torch's global random state.
-    """
+    """A source of batches, such as `Loader`. An epoch depends on its seed and not on torch's global random state."""
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
@@ -1178,8 +1181,7 @@ class EpochLoader(Protocol):
 
 
 class Data(NamedTuple):
-    """The splits that a Search or an Evaluation learns from: `train` for the weights and, in a Search, `val` for the
-    alphas."""
+    """The splits: from `train` the weights learn and from `val`, which an Evaluation does without, the alphas."""
 
     train: EpochLoader
     num_classes: int
@@ -1194,8 +1196,9 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search_data(
-    x: Tensor, y: Tensor, config: SearchConfig, num_classes: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, device: torch.device | str | None = None,
+    x: Tensor, y: Tensor, config: SearchConfig, num_classes: int | None = None,
+    mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
+    device: torch.device | str | None = None,
 ) -> Data:
     """The first half of the images trains the weights, the second the alphas: they must come shuffled.
 
@@ -1220,8 +1223,9 @@ class Loader:
     # Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it.
 
     def __init__(
-        self, x: Tensor, y: Tensor, config: SearchConfig | EvaluateConfig, mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None, device: torch.device | str | None = None,
+        self, x: Tensor, y: Tensor, config: SearchConfig | EvaluateConfig,
+        mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
+        device: torch.device | str | None = None,
     ):
         if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
             raise InputError(
@@ -1285,13 +1289,13 @@ class Loader:
 
 # --- Not in the paper: several processes, captured steps, resuming, seeds ---------------------------------------------
 
-# A Search and an Evaluation take four arguments that do not change the method:
-# prepare     converts the network before its parameters are given to optimizers, as kernels.fuse does.
-# average     returns the means of the gradients, of which some may be None, over all processes. All processes have the
-#             same config and so the same seed; batch norms have the statistics of their own process.
-# rank        is the number of this process: each draws other dropout.
+# Four arguments of a Search and an Evaluation do not change the method:
+# prepare     converts the network before optimizers are given its parameters, as kernels.fuse does.
+# average     returns the mean of each gradient over all processes, and None for None. The processes have equal
+#             configs, and so equal weights at first; batch norms take the statistics of their own process.
+# rank        is the number of this process, which draws dropout of its own.
 # wrap_step   returns a faster function of the same tensors (2 while weights learn alone, then 4), such as a captured
-#             CUDA graph. All else that changes between steps is a tensor that is changed in place.
+#             CUDA graph. All else that changes between steps is a tensor, which is changed in place.
 Gradients = Sequence[Tensor | None]
 Prepare = Callable[[nn.Module], nn.Module]
 Average = Callable[[Gradients], Gradients]
@@ -1299,7 +1303,7 @@ WrapStep = Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]
 
 
 def seed_of(*counters: int) -> int:
-    """The seed, 63 bits, of the random numbers of this stage, epoch, step, ...: to resume takes the counters alone."""
+    """The seed, 63 bits, of this stage, epoch, step, ...: no random state but these counters is needed to resume."""
     return int.from_bytes(hashlib.sha256(repr(counters).encode()).digest()[:8], "little") >> 1
 
 
