@@ -63,7 +63,7 @@ def evaluate(
     with run.block():
         torch.manual_seed(0)
         options = (config.auxiliary, config.stem, channels, config.stem_stride)
-        network = Network(genotype, config.channels, run.images.num_classes, config.cells, *options)
+        network = Network(genotype, config.channels, run.images.num_classes, config.depth, *options)
         cost = count(network, tuple(size), channels)
         if weights is not None:
             network = network.to(run.device).eval()
@@ -110,7 +110,7 @@ def _train(genotype, config, run, graphs, recompute, show):
     run.folder.write("genotype.json", genotype._asdict())
     steps = len(data.train)
     progress, meters = Progress([config.epochs * steps], show), None
-    progress.resume(training.epoch * steps + training.batch)
+    progress.resume(training.epoch * steps + training.step)
     clock = Clock()
     for event in training:
         epoch = training.epoch if isinstance(event, Step) else event.epoch
@@ -121,7 +121,7 @@ def _train(genotype, config, run, graphs, recompute, show):
         if isinstance(event, Step):
             meters[0].update(event.loss, event.correct, event.size)
             seen = event.size * processes()[1]
-            text = f"{label}  step {training.batch}/{steps}"
+            text = f"{label}  step {training.step}/{steps}"
             progress.step(0, text, 1, meters[0], clock.rate(seen))
             run.stop_if_asked(training, meters)
         else:

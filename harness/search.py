@@ -50,7 +50,7 @@ def search(
     data = run.shared(run.images.search_data(config))
     steps = len(data.train)
     # What the epochs of a stage take: a step with alphas counts twice.
-    work = [steps * c * k * (2 * config.epochs - config.warmup) for c, k in zip(config.cells, config.keep)]
+    work = [steps * c * k * (2 * config.epochs - config.alpha_start) for c, k in zip(config.depths, config.keep)]
     accuracies = []
     with run.block():
         searching = pdarts.Search(
@@ -67,9 +67,9 @@ def search(
         progress, meters = Progress(work, show), None
         if state:
             accuracies = state["test_accuracies"]
-            epochs = searching.epoch + max(0, searching.epoch - config.warmup)
+            epochs = searching.epoch + max(0, searching.epoch - config.alpha_start)
             stage = min(len(searching.stages), len(work) - 1)
-            progress.resume(sum(work[:stage]) + steps * config.cells[stage] * config.keep[stage] * epochs)
+            progress.resume(sum(work[:stage]) + steps * config.depths[stage] * config.keep[stage] * epochs)
         clock = Clock()
         for event in searching:
             if isinstance(event, Stage):
@@ -88,8 +88,8 @@ def search(
                 if event.alpha_loss is not None:
                     meters[1].update(event.alpha_loss, event.alpha_correct, event.alpha_size)
                 seen = event.size * processes()[1]
-                amount = config.cells[stage] * config.keep[stage] * (1 if event.alpha_loss is None else 2)
-                text = f"{label}  step {searching.batch}/{steps}"
+                amount = config.depths[stage] * config.keep[stage] * (1 if event.alpha_loss is None else 2)
+                text = f"{label}  step {searching.step}/{steps}"
                 progress.step(stage, text, amount, meters[0], clock.rate(seen))
                 run.stop_if_asked(searching, meters, test_accuracies=accuracies)
             else:
@@ -97,7 +97,7 @@ def search(
                 share_buffers(searching.network)
                 last, test_accuracy = event.epoch == config.epochs - 1, None
                 if last:  # only reported
-                    (test_accuracy,) = run.test_accuracies(searching.network, 2 * steps * config.batch)
+                    (test_accuracy,) = run.test_accuracies(searching.network, 2 * steps * config.batch_size)
                     accuracies = [*accuracies, test_accuracy]
                 alphas = [alpha.detach() for alpha in searching.network.alphas()]
                 run.log.append(
@@ -116,7 +116,7 @@ def search(
                     }
                 )
                 seconds = run.time(clock, stage=event.stage + 1, epoch=event.epoch)
-                check_agreement(alphas, searching.candidates)
+                check_agreement(alphas, searching.candidates_normal, searching.candidates_reduce)
                 run.save(searching, test_accuracies=accuracies)
                 write_search(run, searching)
                 text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"

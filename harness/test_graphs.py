@@ -17,8 +17,8 @@ from harness.graphs import CapturedStep
 from harness.settings import EvaluateSettings
 
 SPACE = pdarts.SearchSpace(("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"), nodes=1)  # small, for fast tests
-SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, warmup=2)
-EVALUATION = EvaluateSettings(cells=3, channels=8, epochs=3, batch=4, cutout=4, auxiliary=False)
+SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, alpha_start=2)
+EVALUATION = EvaluateSettings(depth=3, channels=8, epochs=3, batch_size=4, cutout=4, auxiliary=False)
 CELL = pdarts.Genotype(*[[("sep_conv_3x3", 0), ("skip_connect", 1)], [2]] * 2)
 IMAGES = random_images((8, 8), 3, 22)  # in halves of 11: two batches of 4 and a tail of 3
 

@@ -78,39 +78,34 @@ class _Recognised:
 
     def factorized_reduce(self, x):
         x = F.relu(x)
-        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
+        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
     def mixed_op(self, x, probabilities):
-        return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
+        return sum(probabilities[k] * op(x) for k, op in enumerate(self.ops, start=self.skip_none))
 
     def skip_dropout(self, x):
         return inverted_dropout(x, self.rate, x.shape) if self.training else x  # noqa: F821
 
+    def drop_path(self, x):
+        return inverted_dropout(x, self.rate, (x.shape[0], 1, 1, 1)) if self.training else x  # noqa: F821
+
     def search_cell(self, s0, s1, probabilities):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self.edges, probabilities))
+        offset = 0
         for _ in range(self.nodes):
-            states.append(self.node(list(zip(states, edges))))
+            node = sum(self.edges[offset + j](x, probabilities[offset + j]) for j, x in enumerate(states))
+            offset += len(states)
+            states.append(node)
         return torch.cat(states[2:], dim=1)
 
-    def search_node(self, incoming):
-        return sum(edge(x, p) for x, (edge, p) in incoming)
-
-    def evaluation_cell(self, s0, s1, drop_path):
+    def evaluation_cell(self, s0, s1):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self._ops, self.sources))
-        for pair in zip(edges, edges):
-            states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
+        for i in range(0, len(self.sources), 2):
+            a = self.drop_paths[i](self._ops[i](states[self.sources[i]]))
+            b = self.drop_paths[i + 1](self._ops[i + 1](states[self.sources[i + 1]]))
+            states.append(a + b)
         return torch.cat([states[i] for i in self.concat], dim=1)
-
-    def evaluation_node(self, incoming, drop_path):
-        return sum(self.edge(op, x, drop_path) for op, x in incoming)
-
-    def edge(self, op, x, drop_path):
-        if isinstance(op, nn.Identity) or not self.training:
-            return op(x)
-        return inverted_dropout(op(x), drop_path, (len(x), 1, 1, 1))  # noqa: F821
 
 
 @functools.cache
@@ -193,27 +188,31 @@ def _is_skip_dropout(m):
     return _has(m, "forward", _Recognised.skip_dropout)
 
 
+def _is_drop_path(m):
+    return _has(m, "forward", _Recognised.drop_path)
+
+
 def _is_search_cell(m):
-    return _has(m, "node", _Recognised.search_node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
+    return _has(m, "forward", _Recognised.search_cell) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
 
 
 def _is_evaluation_cell(m):
-    return _has(m, "node", _Recognised.evaluation_node) and _has(m, "edge", _Recognised.edge)
+    known = _has(m, "forward", _Recognised.evaluation_cell)
+    return known and all(_is_identity(drop) or _is_drop_path(drop) for drop in m.drop_paths)
 
 
-def _is_whole(m, forward, operations):
+def _is_whole(m, operations):
     known = (_is_identity(op) or _is_skip_dropout(op) or isinstance(op, _Fused) for op in operations)
     preprocessed = isinstance(m.preprocess0, _Fused) and isinstance(m.preprocess1, _Fused)
-    return preprocessed and all(known) and _has(m, "forward", forward)
+    return preprocessed and all(known)
 
 
 def _is_whole_search_cell(m):
-    operations = (op for edge in m.edges for op in edge.ops) if _is_search_cell(m) else [None]
-    return _is_search_cell(m) and _is_whole(m, _Recognised.search_cell, operations)
+    return _is_search_cell(m) and _is_whole(m, (op for edge in m.edges for op in edge.ops))
 
 
 def _is_whole_evaluation_cell(m):
-    if not (_is_evaluation_cell(m) and _is_whole(m, _Recognised.evaluation_cell, m._ops)):
+    if not (_is_evaluation_cell(m) and _is_whole(m, m._ops)):
         return False
     nodes = range(2, 2 + len(m._ops) // 2)  # one of no use gets no gradients in plain torch: there it stays
     return set(nodes) <= {*m.sources, *m.concat} and len(set(m.concat)) == len(m.concat) and min(m.concat) >= 2
@@ -368,27 +367,37 @@ class _FusedMixedOp:
 
 
 class _FusedSearchCell:
-    def node(self, incoming):
+    def forward(self, s0, s1, probabilities):
         """All candidates of all edges into a node are one sum."""
-        operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
-        probabilities = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
-        return _sum(operations, probabilities, self.recompute)
+        states, edges = [self.preprocess0(s0), self.preprocess1(s1)], iter(zip(self.edges, probabilities))
+        for _ in range(self.nodes):
+            incoming = list(zip(states, edges))  # states first: zip takes no edge too many
+            operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
+            of_node = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
+            states.append(_sum(operations, of_node, self.recompute))
+        return torch.cat(states[2:], dim=1)
 
 
 class _FusedEvaluationCell:
-    def node(self, incoming, drop_path):
-        """Both operations are one sum; drop-path weighs the images."""
-        probabilities = self.weights([op for op, _ in incoming], incoming[0][1], drop_path)
-        return _sum(incoming, probabilities, self.recompute)
+    def forward(self, s0, s1):
+        """Both operations into a node are one sum; drop-path weighs the images."""
+        states, weights = [self.preprocess0(s0), self.preprocess1(s1)], self.weights(s1)
+        for i in range(0, len(self.sources), 2):
+            incoming = [(op, states[source]) for op, source in zip(self._ops[i : i + 2], self.sources[i : i + 2])]
+            states.append(_sum(incoming, weights[i : i + 2], self.recompute))
+        return torch.cat([states[j] for j in self.concat], dim=1)
 
-    def weights(self, operations, x, drop_path):
-        """Of the images, [operations,N]; [operations] if all are 1."""
-        ones = _ones(x, len(operations))
-        if not self.training or (drop_path.is_cpu and drop_path == 0):
+    def weights(self, x):
+        """Of the images of all operations, [operations,N]; [operations] if all are 1."""
+        ones = _ones(x, len(self.drop_paths))
+        active = [not _is_identity(drop) and drop.training for drop in self.drop_paths]
+        if not any(active):
             return ones
-        drops = torch.tensor([not _is_identity(op) for op in operations], device=x.device)
-        key, rates = dropout_key(x.device), drops * drop_path.float()
-        masks = dropout_masks(key, rates, range(len(operations)), (len(x), 1, 1, 1))
+        never = torch.zeros((), device=x.device)
+        rates = [drop.rate.float() if draws else never for drop, draws in zip(self.drop_paths, active)]
+        if x.is_cpu and not any(rates):
+            return ones
+        masks = dropout_masks(dropout_key(x.device), torch.stack(rates), range(len(rates)), (len(x), 1, 1, 1))
         return masks.flatten(1).to(ones.dtype)
 
 
@@ -472,10 +481,10 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
 
 
 class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
-    def forward(self, s0, s1, drop_path):
+    def forward(self, s0, s1):
         if not self.served(s0):
-            return super().forward(s0, s1, drop_path)
-        return self.compute(s0, s1, self.weights(self._ops, s1, drop_path))
+            return super().forward(s0, s1)
+        return self.compute(s0, s1, self.weights(s1))
 
     def add_nodes(self, program, states):
         edges = iter(zip(self._ops, self.sources))

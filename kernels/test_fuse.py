@@ -71,17 +71,17 @@ def draw_alike(cell):
     def skip_dropout(op, term, x):
         return masked(x, op.rate, term, x.shape) if op.training else x
 
-    def edge(op, x, rate):
-        if isinstance(op, nn.Identity) or not cell.training:
-            return op(x)
-        return masked(op(x), rate, list(cell._ops).index(op), (len(x), 1, 1, 1))
+    def drop_path(op, term, x):
+        return masked(x, op.rate, term, (len(x), 1, 1, 1)) if op.training else x
 
     def draw(cell, inputs):
         keys[:] = [kernels.dropout_key(inputs[0].device)] if cell.training else []
 
     cell.register_forward_pre_hook(draw)
     if isinstance(cell, pdarts.Cell):
-        cell.edge = edge
+        for term, op in enumerate(cell.drop_paths):
+            if isinstance(op, pdarts.DropPath):
+                op.forward = functools.partial(drop_path, op, term)
         return
     for term, op in enumerate((op for edge in cell.edges for op in edge.ops), 2):  # after those of the two inputs
         if isinstance(op, pdarts.SkipDropout):
@@ -134,7 +134,7 @@ def test_a_wrong_layout_is_refused(monkeypatch):
 def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
     torch.manual_seed(0)
     network = pdarts.Network(pdarts.GENOTYPES["PDARTS"], 4, 10, 3, auxiliary=True).double().to(device)
-    network.drop_path.fill_(0.3)
+    network.set_drop_path(0.3)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):  # gamma and beta count
             nn.init.uniform_(norm.weight)
@@ -193,9 +193,9 @@ def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
 
 @pytest.mark.parametrize("name", ["PDARTS", "DARTS_V1", "NASNet"])
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
-    pytest.importorskip("harness.cells")  # of other papers
+    cells = pytest.importorskip("harness.report.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 5, auxiliary=True)
+    network = pdarts.Network(cells.PUBLISHED[name], 36, 10, 5, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 
@@ -226,9 +226,9 @@ class Doubled(pdarts.MixedOp):
         return 2 * super().forward(x, probabilities)
 
 
-class Alternating(pdarts.SearchCell):
-    def node(self, incoming):
-        return sum((-1) ** i * edge(x, p) for i, (x, (edge, p)) in enumerate(incoming))
+class Negative(pdarts.SearchCell):
+    def forward(self, s0, s1, probabilities):
+        return -super().forward(s0, s1, probabilities)
 
 
 class Halved(pdarts.Operation):
@@ -236,7 +236,7 @@ class Halved(pdarts.Operation):
         return self.op(x) / 2
 
 
-@pytest.mark.parametrize("name, changed", [("MixedOp", Doubled), ("SearchCell", Alternating), ("Operation", Halved)])
+@pytest.mark.parametrize("name, changed", [("MixedOp", Doubled), ("SearchCell", Negative), ("Operation", Halved)])
 def test_what_was_changed_is_left_alone(monkeypatch, name, changed):
     original = small_network(*FEW)
     monkeypatch.setattr(pdarts, name, changed)
@@ -351,7 +351,7 @@ def test_where_the_kernels_do_not_serve_nothing_is_changed():
 
 def test_an_evaluation_with_kernels_takes_the_steps_of_a_plain_one():
     x, y = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) % 3
-    config, losses = pdarts.EvaluateConfig(cells=3, channels=4, epochs=2, batch=4, drop_path=0.0), []
+    config, losses = pdarts.EvaluateConfig(depth=3, channels=4, epochs=2, batch_size=4, drop_path=0.0), []
 
     class Loader(pdarts.Loader):
         def normalise(self, x):
@@ -367,8 +367,8 @@ def test_an_evaluation_with_kernels_takes_the_steps_of_a_plain_one():
 
 def test_a_search_takes_fusion_as_an_argument():
     x, y = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
-    short = {"cells": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "warmup": 1}
-    config = pdarts.SearchConfig(**short, channels=2, batch=6)
+    short = {"depths": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "alpha_start": 1}
+    config = pdarts.SearchConfig(**short, channels=2, batch_size=6)
     data, seen = pdarts.search_data(x, y, config), []
 
     def prepare(network):

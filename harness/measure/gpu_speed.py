@@ -174,7 +174,7 @@ def whole_search(args, device):
                     else:
                         seconds[result["step"]] = result["seconds"]
                 if len(seconds) == 2:
-                    epochs = {"weights": paper.warmup, "both": paper.epochs - paper.warmup}
+                    epochs = {"weights": paper.alpha_start, "both": paper.epochs - paper.alpha_start}
                     hours += sum(seconds[which] * number * epochs[which] for which in seconds) / 3600
                 ms = {f"{which} (ms)": milliseconds(seconds.get(which)) for which in ("weights", "both")}
                 about = {"dtype": dtype, "side": name, "stage": stage, "skip dropout": rates[stage - 1]}
@@ -218,8 +218,8 @@ def demo(args, device):
     """A search of the demo, each a process of its own: twice, and once stopped by SIGINT and resumed."""
     options = ["--deterministic", "--device", str(device)]
     if device.type == "cpu":  # small
-        sizes = {"images": 64, "epochs": 2, "warmup": 1, "batch": 16, "channels": min(args.channels, 4)}
-        options += ["--cells", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
+        sizes = {"images": 64, "epochs": 2, "alpha-start": 1, "batch-size": 16, "channels": min(args.channels, 4)}
+        options += ["--depths", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
     with tempfile.TemporaryDirectory() as folder:
         first, second, stopped = (pathlib.Path(folder, name) for name in ("first", "second", "stopped"))
 
@@ -265,7 +265,7 @@ def evaluation_steps(args, device):
     problems = []
     for channels, cells in args.networks[-1:]:
         for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
-            config, rows = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=dtype), []
+            config, rows = pdarts.EvaluateConfig(channels=channels, depth=cells, dtype=dtype), []
             sides = evaluation_sides(config, device, args.official if dtype == "float32" else None)
             for name in sorted(sides, key=lambda name: name in ("ours", "graph")):  # ours last: see `sides`
                 if name == "ours" and dtype == "float32":

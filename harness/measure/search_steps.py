@@ -85,14 +85,14 @@ class OurStep:
         self.search.begin_stage()
         self.network, self.weights = self.search.network, self.search.weights
         self.network.set_skip_dropout(config.skip_dropout[stage - 1])
-        self.architecture_step = wrap(self.search.architect.step)
+        self.architecture_step = wrap(self.search.architect.update)
 
     def run(self, which):
         """Make a step; return its loss, and more."""
         batch = self.images, self.labels
         if which == "alphas":
             return self.architecture_step(*batch)
-        return self.search.step(*batch, *batch) if which == "both" else self.search.step(*batch)
+        return self.search.run_step(*batch, *batch) if which == "both" else self.search.run_step(*batch)
 
     def forward(self):
         pdarts.require_gradients(self.weights, not_of=self.network.alphas())
@@ -119,7 +119,7 @@ class OfficialStep:
             self.network = official.Network(
                 config.channels,
                 10,
-                config.cells[stage - 1],
+                config.depths[stage - 1],
                 F.cross_entropy,
                 switches_normal=normal,
                 switches_reduce=reduce,
