@@ -20,6 +20,7 @@ operations are those in CUDA_OPERATIONS, or in the environment variable PDARTS_C
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 import warnings
@@ -321,9 +322,7 @@ class Step(NamedTuple):
     """What an edge of a cell computes from a value, see `cell`. kind:
 
     "separable": `separable` with weights depthwise (or None) and pointwise; "reduce": a factorized reduction with the
-    weights of two pointwise convolutions; "max" or "avg": `pool`; "product": that with a tensor of the same shape,
-    which needs no gradient. On CUDA a rate may follow, a tensor of one element: the tensor, drawn uniformly from [0,1),
-    stands for inverted dropout at that rate.
+    weights of two pointwise convolutions; "max" or "avg": `pool`.
     """
 
     source: int
@@ -340,19 +339,77 @@ class Sum(NamedTuple):
     terms: list[int]
 
 
-KINDS = ("separable", "reduce", "max", "avg", "product")
+class Dropout(NamedTuple):
+    """Inverted dropout of terms of the sums of a cell, see `cell`.
+
+    key: int64 [1], new in every step, from `dropout_key`. rates: float32 [D]. terms: D terms, by the place of their
+    probability, in ascending order; each is an input or a sum.
+    """
+
+    key: torch.Tensor
+    rates: torch.Tensor
+    terms: list[int]
 
 
-def cell_ref(inputs, operations, outputs, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5):
+KINDS = ("separable", "reduce", "max", "avg")
+
+
+def dropout_key(device) -> torch.Tensor:
+    """A key of dropout masks, int64 [1], from torch's generator of the device: a captured graph draws it anew."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_()
+
+
+def philox_ref(counter, key):
+    """Philox 4x32-10: the 4 words of each counter, (c0, c1, c2, c3) that broadcast; int64, with 32 bits in use."""
+    lower = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & lower, key >> 32 & lower
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # modulo 2^64
+        c0, c1, c2, c3 = (b >> 32 & lower) ^ c1 ^ k0, b & lower, (a >> 32 & lower) ^ c3 ^ k1, a & lower
+        k0, k1 = k0 + 0x9E3779B9 & lower, k1 + 0xBB67AE85 & lower
+    return c0, c1, c2, c3
+
+
+def dropout_masks_ref(key, rates, terms, size):
+    """Plain torch version of `dropout_masks`."""
+    n, c, h, w = size
+    terms = torch.tensor(list(terms), device=key.device)
+    ranges = (torch.arange(count, device=key.device) for count in (n, c, (h * w + 7) // 8))
+    term, image, channel, group = torch.meshgrid(terms, *ranges, indexing="ij")
+    words = philox_ref((group, channel, image, term & 0xFFFFFFFF), key)
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    bits = bits.flatten(-2)[..., : h * w].unflatten(-1, (h, w))  # [terms,N,C,H,W]
+    dropped = (rates * 65536 + 0.5).floor().clamp(0, 65536)
+    scale = torch.where(dropped < 65536, 65536 / (65536 - dropped), 0)
+    dropped, scale = (t.view(-1, 1, 1, 1, 1) for t in (dropped, scale))
+    return torch.where(bits < dropped, 0, scale)
+
+
+def dropout_masks(key, rates, terms, size):
+    """What the dropout of terms multiplies by: 0 with probability rates[i], rounded to 2^-16, else 1 / (1 - that).
+
+    key: int64 [1]; rates: float32 [D]; terms: D integers; size: N, C, H, W. Returns float32 [D,N,C,H,W]. A function of
+    these alone, the same on every device and for any number of threads: Philox 4x32-10, see philox.h.
+    """
+    if key.device.type not in ("cpu", "cuda") or not fused(key.device):
+        return dropout_masks_ref(key, rates, terms, size)
+    return torch.ops.pdarts.dropout_masks(key, rates, terms, size)
+
+
+def cell_ref(
+    inputs, operations, outputs, probabilities, norms=None, training=False, momentum=0.1, eps=1e-5, dropout=None
+):
     """Plain torch version of `cell`."""
     plain, settings = (separable_ref, pool_ref, mixed_norm_sum_ref), (training, momentum, eps)
-    return _cell_of(*plain, inputs, operations, outputs, probabilities, norms, *settings)
+    return _cell_of(*plain, dropout_masks_ref, inputs, operations, outputs, probabilities, norms, *settings, dropout)
 
 
 def _cell_of(
     separable,
     pool,
     mixed,
+    masks,
     inputs,
     operations,
     outputs,
@@ -361,9 +418,19 @@ def _cell_of(
     training,
     momentum,
     eps,
+    dropout,
     recompute=True,
 ):
     """The cell as single operations."""
+    rates = dict(zip(dropout.terms, dropout.rates.split(1))) if dropout else {}
+    places = itertools.count()
+
+    def term(value):
+        place = next(places)
+        if place not in rates:
+            return value
+        return value * masks(dropout.key, rates[place], [place], value.shape)[0].to(value.dtype)
+
     settings, probabilities = (training, momentum, eps), iter(probabilities)
     reads = [v for op in operations for v in (op.terms if isinstance(op, Sum) else [op.source])] + list(outputs)
     rectifying = [op.source for op in operations if isinstance(op, Step) and op.kind in ("separable", "reduce")]
@@ -391,9 +458,9 @@ def _cell_of(
         if isinstance(op, Sum):
             sums = []
             for part in (op.terms[i : i + MAX_CANDIDATES] for i in range(0, len(op.terms), MAX_CANDIDATES)):
-                means, vars, *affine = zip(*(norms[term] for term in part))
+                means, vars, *affine = zip(*(norms[v] for v in part))
                 p = torch.stack([next(probabilities) for _ in part])
-                sums.append(mixed([values[term].pop() for term in part], p, means, vars, *settings, *affine))
+                sums.append(mixed([term(values[v].pop()) for v in part], p, means, vars, *settings, *affine))
             y = sum(sums[1:], sums[0])
         elif op.kind in ("separable", "reduce"):
             once = op.source in rectified
@@ -405,9 +472,6 @@ def _cell_of(
                 mean, var, *affine = norms[op.source]
                 norm = () if once else (mean, var, *settings, *affine)
                 y = convolve(x, *op.weights, op.stride, op.padding, op.dilation, *norm)
-        elif op.kind == "product":
-            factor, rate = op.weights
-            y = values[op.source].pop() * (factor if rate is None else (factor >= rate) / (1 - rate))
         else:
             y = pool(values[op.source].pop(), op.kind, op.stride)
         add(y)
@@ -465,14 +529,16 @@ def cell(
     momentum=0.1,
     eps=1e-5,
     recompute=True,
+    dropout=None,
 ):
     """A cell, or a part of one, as a whole.
 
     inputs: tensors [N,C,H,W], the first values. operations: a `Step` or `Sum` for each further value, which reads
     values before it. A sum is `mixed_norm_sum` of its terms; probabilities [K] or [K,N] are those of the terms of all
     sums, one after the other. norms: a `Norm` or None for each value; training, momentum and eps are those of all. A
-    separable convolution that reads a value with a norm normalises it first. What a step computes is used once. Returns
-    the channels of the sums in `outputs`, side by side.
+    separable convolution that reads a value with a norm normalises it first. What a step computes is used once.
+    dropout: a `Dropout` of some terms, whose masks are drawn where they are read, again in the backward pass, and never
+    stored. Returns the channels of the sums in `outputs`, side by side.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has,
     and on CUDA where CUDA_OPERATIONS names it, in these types, in NCHW, with kernels of 3 or 5 and strides and
@@ -491,9 +557,10 @@ def cell(
             raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
     on_cuda = inputs[0].device.type == "cuda"
     if not serves_cells(inputs[0]) or (on_cuda and not known_on_cuda(operations, norms, outputs)):
-        single, settings = (functools.partial(separable, recompute=recompute), pool, mixed_norm_sum), (momentum, eps)
-        return _cell_of(*single, inputs, operations, outputs, probabilities, norms, training, *settings, recompute)
-    return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps)
+        single = functools.partial(separable, recompute=recompute), pool, mixed_norm_sum, dropout_masks
+        settings = training, momentum, eps, dropout, recompute
+        return _cell_of(*single, inputs, operations, outputs, probabilities, norms, *settings)
+    return run_cell(inputs, *cell_program(operations), outputs, probabilities, norms, training, momentum, eps, dropout)
 
 
 def known_on_cuda(operations, norms, outputs):
@@ -506,9 +573,8 @@ def known_on_cuda(operations, norms, outputs):
             together += op.terms
             known = len(op.terms) <= MAX_CANDIDATES
         else:
-            together += [op.source] * (op.kind == "product")
             known = op.source not in steps or {op.kind, steps[op.source].kind} == {"separable"}
-            known = known and op.stride in (1, 2) and not (op.kind == "product" and norms[v])
+            known = known and op.stride in (1, 2)
             if op.kind == "separable" and op.weights[0] is not None:
                 kernel = op.weights[0].shape[-1]
                 known = known and kernel in (3, 5) and op.dilation in (1, 2)
@@ -531,12 +597,15 @@ def cell_program(operations):
     return program, weights
 
 
-def run_cell(inputs, program, weights, outputs, probabilities, norms, training, momentum, eps):
+def run_cell(inputs, program, weights, outputs, probabilities, norms, training, momentum, eps, dropout=None):
     """`cell` where `serves_cells`."""
+    key, rates, dropped = dropout or (None, None, [])
     means, vars, gammas, betas = zip(*(norm or (None,) * 4 for norm in norms))
     statistics, batch = _normalisation(means, vars, training, eps)
-    arguments = weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, False
-    y, computed, _ = torch.ops.pdarts.cell(inputs, *arguments)
+    norm = weights, gammas, betas, probabilities, statistics
+    y, computed, _ = torch.ops.pdarts.cell(
+        inputs, *norm, key, rates, dropped, program, outputs, batch, eps, False
+    )
     _move_running(means, vars, computed, batch, momentum, y)
     return y
 
@@ -669,7 +738,22 @@ def _register_fakes():
         return needed(needs, lambda: feature_map(x, *x.shape), *map(fresh, (depthwise, pointwise, gamma, beta)))
 
     @torch.library.register_fake("pdarts::cell")
-    def _(inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, eps, keep):
+    def _(
+        inputs,
+        weights,
+        gammas,
+        betas,
+        probabilities,
+        statistics,
+        key,
+        rates,
+        dropped,
+        program,
+        outputs,
+        batch,
+        eps,
+        keep,
+    ):
         sizes, numbers = [x.shape[1:] for x in inputs], iter(program)
         between, on_cuda = [], inputs[0].device.type == "cuda"  # what convolutions leave for the pointwise ones
         pools, again = set(), []  # pools that are there already
@@ -688,7 +772,7 @@ def _register_fakes():
                 size = [(n + 1) // 2 for n in size]
                 between += [(c, *size)] * 2 * on_cuda
                 c = weight.shape[0] + pointwise.shape[0]
-            elif KINDS[kind] != "product":
+            else:
                 size = [(n - 1) // stride + 1 for n in size]
                 if on_cuda and (kind, source, stride) in pools:
                     again.append(len(sizes))
@@ -702,10 +786,31 @@ def _register_fakes():
         return cell_map(x, len(x), c * len(outputs), *size), of_values, values
 
     @torch.library.register_fake("pdarts::cell_backward")
-    def _(grad, y, values, inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, needs):
+    def _(
+        grad,
+        y,
+        values,
+        inputs,
+        weights,
+        gammas,
+        betas,
+        probabilities,
+        statistics,
+        key,
+        rates,
+        dropped,
+        program,
+        outputs,
+        batch,
+        needs,
+    ):
         none = [None] * (len(inputs) + len(weights) // 2)
         of_inputs = [lambda x=x: cell_map(grad, *x.shape) for x in inputs]
         return needed(needs, *of_inputs, *map(fresh, (*weights, *(gammas or none), *(betas or none), probabilities)))
+
+    @torch.library.register_fake("pdarts::dropout_masks")
+    def _(key, rates, terms, size):
+        return rates.new_empty(len(terms), *size)
 
     @torch.library.register_fake("pdarts::pool")
     def _(x, max, stride):
@@ -822,6 +927,6 @@ def load(kind: str = "cpu"):
 
 from .fuse import fuse, memory_format  # noqa: E402  (it needs what is above)
 
-__all__ = ["cell", "cell_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
+__all__ = ["cell", "cell_ref", "dropout_key", "dropout_masks", "dropout_masks_ref", "philox_ref", "fuse", "fused", "load", "memory_format", "mixed_norm_sum", "mixed_norm_sum_ref"]
 __all__ += ["mixed_sum", "mixed_sum_ref", "pool", "pool_ref", "separable", "separable_ref", "serves", "serves_cells"]
-__all__ += ["use", "use_on_cuda", "CUDA_OPERATIONS", "Norm", "Step", "Sum"]
+__all__ += ["use", "use_on_cuda", "CUDA_OPERATIONS", "Dropout", "Norm", "Step", "Sum"]

@@ -39,7 +39,7 @@ _CUDA_SOURCES = ("depthwise.cu", "depthwise_last.cu", "cell.cu", "mixed_op.cu")
 _HEADERS = ("operators_common.h", "mixed_operators.h", "convolution_operators.h", "cell_operators.h", "mixed_op.h")
 _HEADERS += ("depthwise_operators.h", "depthwise_cuda.h", "convolution.h", "cell.h", "separable.h", "pool.h")
 _HEADERS += ("depthwise.h", "pointwise.h", "simd.h", "cell_cuda.h", "cell_cuda_operators.h", "cuda_tiles.h")
-_HEADERS += ("cuda_types.h", "cuda_depthwise.h")
+_HEADERS += ("cuda_types.h", "cuda_depthwise.h", "philox.h", "masks.h", "dropout_operators.h")
 _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 # PDARTS_KERNELS_FLAGS: more of them, such as sanitizers
 _FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]

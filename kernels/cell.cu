@@ -601,27 +601,36 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
 }
 
-// Grid [blocks, images, targets]. Reads each x and factor and writes the sum once, the least.
-template <class T>
+// Grid [blocks, images, targets]. A thread has V elements of a channel. Reads each x and writes the sum once, the least.
+template <int V, class T>
 __global__ void __launch_bounds__(kThreads) terms_kernel(const __grid_constant__ PdartsTerms all) {
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, size = all.C * all.HW, c = i / all.HW;
   const PdartsTermsTarget& target = all.targets[blockIdx.z];
-  if (i >= all.size) return;
+  if (i >= size) return;
   for (int64_t n = blockIdx.y; n < all.N; n += gridDim.y) {
-    T sum = 0;
+    Pack<T, V> sum = {};
 #pragma unroll 4
     for (int k = target.first; k < target.last; k++) {
       const PdartsTerm& d = all.at[k];
+      Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
       T p = d.p ? static_cast<const T*>(d.p)[d.per_image ? n : 0] : T(1);
-      if (d.factor) {
-        T factor = static_cast<const T*>(d.factor)[n * all.size + i];
-        T rate = d.rate ? *static_cast<const T*>(d.rate) : T(0);
-        p *= !d.rate ? factor : factor >= rate ? 1 / (1 - rate) : T(0);
+      if (d.rate) {
+        Pack<T, V> mask = mask_of<V, T>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+#pragma unroll
+        for (int v = 0; v < V; v++) x.v[v] *= mask.v[v];
       }
-      sum += p * static_cast<const T*>(d.x)[n * all.size + i];
+#pragma unroll
+      for (int v = 0; v < V; v++) sum.v[v] += p * x.v[v];
     }
-    static_cast<T*>(target.to)[n * all.size + i] = sum;
+    store<V, T>(target.to, n * size + i, -1, sum);
   }
+}
+
+// Grid [blocks]. Draws a counter for each element: single masks are rare, and small in evaluations.
+__global__ void __launch_bounds__(kThreads) mask_kernel(const PdartsMask d) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, plane = i / d.HW, n = plane / d.C;
+  if (i >= d.elements) return;
+  d.to[i] = mask_of<1, float>(d.key, *d.rate, d.term, n, plane - n * d.C, i - plane * d.HW).v[0];
 }
 
 // Grid [blocks]. Of every window the gradients of all pools are added up in shared memory, and which of its elements
@@ -795,6 +804,17 @@ bool pixels_aligned(const PdartsConvolutions& all, int V) {
   return fits;
 }
 
+// Whether elements of a channel can be loaded and stored V at a time.
+bool rows_aligned(const PdartsTerms& all, int V) {
+  bool fits = all.HW % V == 0;
+  for (int i = 0; i < all.count; i++) {
+    const PdartsTermsTarget& target = all.targets[i];
+    fits = fits && reinterpret_cast<uintptr_t>(target.to) % 16 == 0;
+    for (int k = target.first; k < target.last; k++) fits = fits && reinterpret_cast<uintptr_t>(all.at[k].x) % 16 == 0;
+  }
+  return fits;
+}
+
 int splits_of(const Tiles& t) { return static_cast<int>(t.rows * t.columns * t.step); }
 
 template <class T>
@@ -954,10 +974,23 @@ void cell_sums_cuda(const PdartsSums* sums, void* stream_) {
 void cell_terms_cuda(const PdartsTerms* terms, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   with_float(terms->type, [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = 16 / sizeof(T);
     unsigned images = static_cast<unsigned>(std::min<int64_t>(terms->N, 65535));
-    dim3 grid(static_cast<unsigned>(quotient_up(terms->size, kThreads)), images, terms->count);
-    terms_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*terms);
+    auto grid = [&](int each) {
+      return dim3(static_cast<unsigned>(quotient_up(terms->C * terms->HW, kThreads * each)), images, terms->count);
+    };
+    if (rows_aligned(*terms, V)) {
+      terms_kernel<V, T><<<grid(V), kThreads, 0, stream>>>(*terms);
+    } else {
+      terms_kernel<1, T><<<grid(1), kThreads, 0, stream>>>(*terms);
+    }
   });
+}
+
+void dropout_mask_cuda(const PdartsMask* mask, void* stream) {
+  unsigned blocks = static_cast<unsigned>(quotient_up(mask->elements, kThreads));
+  mask_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*mask);
 }
 
 void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {

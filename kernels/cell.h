@@ -4,7 +4,8 @@
 // A cell is a program: its inputs are the first values, and each operation computes one more from values before it. A
 // sum is a mixed operation of its terms (mixed_op.h), which are normalised by their statistics if they have a norm; a
 // separable convolution that reads a value with a norm rectifies it normalised. What is computed by an operation other
-// than a sum is used exactly once.
+// than a sum is used exactly once. Terms that are inputs or sums may have dropout (philox.h); that of a term is number
+// `place` of the masks, where `place` is that of its probability.
 #pragma once
 
 #include <stdint.h>
@@ -23,9 +24,8 @@ struct PdartsValue {
 };
 
 struct PdartsOperation {
-  // A separable convolution (convolution.h), a factorized reduction, pooling (convolution.h), the product of the source
-  // and `weight`, of its shape, or a sum.
-  enum Kind { kSeparable, kReduce, kMax, kAvg, kProduct, kSum };
+  // A separable convolution (convolution.h), a factorized reduction, pooling (convolution.h) or a sum.
+  enum Kind { kSeparable, kReduce, kMax, kAvg, kSum };
   int32_t kind;
   int32_t source = 0;  // a value
   int32_t kernel = 0;  // of the depthwise convolution, or 0
@@ -43,6 +43,9 @@ struct PdartsCell {
   std::vector<PdartsOperation> operations;
   int32_t per_image;                 // probabilities are [K,N], not [K]
   const void* probabilities;         // of the terms of all sums, one after the other
+  std::vector<int32_t> rate_of;      // of the terms of all sums: the place of their rate of dropout, or -1
+  const void* rates;                 // floats
+  const void* key;                   // of the masks, 64 bits
   void* statistics;                  // [3,values,C]: mean, invstd and (only when it is written) the unbiased variance;
                                      // 0 and 1 of a value without a norm
 

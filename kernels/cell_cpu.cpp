@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "cell.h"
+#include "masks.h"
 #include "pool.h"
 #include "separable.h"
 
@@ -61,16 +62,19 @@ class Cell {
   int64_t images, units;             // images of a unit
   std::vector<int> user;             // of a value that an operation other than a sum computes: the one that uses it
   std::vector<int> place;            // of a term: of its probability
+  std::vector<MaskRate> dropout;     // of the terms of all sums
+  const MaskKeys keys;               // of their masks
   std::vector<std::unique_ptr<Separable<A>>> calls;  // of the operations of a phase
   std::vector<double> sums;          // of the units in a phase, see below
 
  public:
   explicit Cell(const PdartsCell& cell)
       : cell(cell), C(cell.C), wide(padded<A>(C)), inputs(cell.inputs()), count(cell.values.size()), user(count, -1),
-        place(count, -1), calls(cell.operations.size()) {
+        place(count, -1), keys(cell.key ? *static_cast<const uint64_t*>(cell.key) : 0), calls(cell.operations.size()) {
     int64_t largest = 0;
     for (const Value& v : cell.values) largest = std::max(largest, v.H * v.W);
     images = images_of_unit(largest), units = ceil_div(cell.N, images);
+    for (int32_t rate : cell.rate_of) dropout.emplace_back(rate < 0 ? 0 : static_cast<const float*>(cell.rates)[rate]);
     for (size_t i = 0; i < cell.operations.size(); i++) {
       const Operation& op = cell.operations[i];
       if (op.kind != Operation::kSum) user[op.source] = i;
@@ -232,17 +236,8 @@ class Cell {
       if (v.batch) add_moments(y + first * C, rows, first == 0, sum, pivot);
     };
     if (convolves(i)) return calls[i]->forward(work, x, number, y, gather);
-    if (op.kind == Operation::kProduct) {
-      const A* weight = static_cast<const A*>(op.weight) + n * image(v);
-      for (int64_t r = 0; r < all; r++) {
-        for_vectors<A>(C, [&](int64_t c, auto left) ALWAYS {
-          store_n(y + r * C + c, load_n(x + r * from.pixel + c, left) * load_n(weight + r * C + c, left), left);
-        });
-      }
-    } else {
-      auto run = op.kind == Operation::kMax ? pool_forward<true, A> : pool_forward<false, A>;
-      for (int64_t j = 0; j < number; j++) run(pool(i), x + j * image(from), y + j * image(v));
-    }
+    auto run = op.kind == Operation::kMax ? pool_forward<true, A> : pool_forward<false, A>;
+    for (int64_t j = 0; j < number; j++) run(pool(i), x + j * image(from), y + j * image(v));
     gather(0, all);
   }
 
@@ -280,9 +275,8 @@ class Cell {
     }
   }
 
-  // y = sum_k p_k * (scale_k * (x_k - mean_k) + beta_k)
+  // y = sum_k p_k * (scale_k * (x_k - mean_k) + beta_k), or p_k * mask_k * x_k
   void add_up(int64_t i, int64_t n, int64_t number, A* local) const {
-    constexpr int P = 8;  // pixels at a time
     const Operation& op = operation(i);
     const Value& v = value(result(i));
     int64_t K = op.terms.size();
@@ -294,6 +288,7 @@ class Cell {
         for (int64_t k = 0; k < K; k++) {
           int64_t term = op.terms[k];
           A p = probability(op.first + k, j);
+          if (dropout[op.first + k].threshold) p *= dropout[op.first + k].scale;
           for (int64_t c = 0; c < C; c++) {
             means[k * wide + c] = statistics(term, 0)[c], scales[k * wide + c] = p * scale(term, c);
             shifts[c] += p * shift(term, c);
@@ -310,6 +305,13 @@ class Cell {
             const Value& term = value(op.terms[k]);
             const A* x = elements(op.terms[k], j, n, local) + pixel * term.pixel + c;
             V mean = load<V>(means + k * wide + c), scale = load<V>(scales + k * wide + c);
+            if (uint32_t threshold = dropout[op.first + k].threshold) {
+              Masks<A> masks(keys, pixel, c, j, op.first + k, threshold);
+              unroll<S>([&](auto s) ALWAYS {
+                sum[s] += scale * masks.kept(S == 1 ? pixel : s, load_n(x + s * term.pixel, left));
+              });
+              continue;
+            }
             unroll<S>([&](auto s) ALWAYS {
               __builtin_prefetch(x + (S + s) * term.pixel);  // terms are too many for the processor to see it coming
               sum[s] += scale * (load_n(x + s * term.pixel, left) - mean);
@@ -318,7 +320,9 @@ class Cell {
           unroll<S>([&](auto s) ALWAYS { store_n(y + (pixel + s) * v.pixel + c, sum[s], left); });
         };
         int64_t pixel = 0;
-        for (; pixel + P <= pixels(v); pixel += P) some(std::integral_constant<int, P>(), pixel);
+        for (; pixel + kMaskPixels <= pixels(v); pixel += kMaskPixels) {
+          some(std::integral_constant<int, kMaskPixels>(), pixel);
+        }
         for (; pixel < pixels(v); pixel++) some(std::integral_constant<int, 1>(), pixel);
       });
     }
@@ -456,6 +460,8 @@ class Cell {
     return intermediate(v) && (affine(v) || (gradient[v].needed && value(v).batch));
   }
 
+  bool masked(int64_t i, int64_t k) const { return sums_up(i) && dropout[operation(i).first + k].threshold; }
+
   // g of value v, once it is complete, from image n on.
   const A* complete(int64_t v, int64_t n) const {
     const Gradient& mine = gradient[v];
@@ -474,14 +480,16 @@ class Cell {
   }
 
   // A sum passes its gradient on to terms that are inputs or sums, weighted.
-  void pass_on(int64_t i, int64_t n, int64_t number) const {
+  void pass_on(int64_t i, int64_t n, int64_t number) {
     const Operation& op = operation(i);
     const Value& v = value(result(i));
     for (size_t k = 0; k < op.terms.size(); k++) {
       int64_t u = op.terms[k];
       const Gradient& mine = gradient[u];
-      if (intermediate(u) || !mine.wanted) continue;
+      if (intermediate(u)) continue;
       bool add = mine.from || mine.first != i || std::find(&op.terms[0], &op.terms[k], u) != &op.terms[k];
+      if (masked(i, k)) pass_masked(i, k, n, number, add);
+      if (masked(i, k) || !mine.wanted) continue;
       for (int64_t j = n; j < n + number; j++) {
         const A* g = complete(result(i), j);
         A *grad = mine.to + j * image(value(u)), p = probability(op.first + k, j);
@@ -492,6 +500,46 @@ class Cell {
           });
         }
       }
+    }
+  }
+
+  // To a term with dropout; and, since the mask is drawn only once for both, the sums that `gather` does not see to.
+  void pass_masked(int64_t i, int64_t k, int64_t n, int64_t number, bool add) {
+    constexpr int64_t kPixels = 32 * kMaskPixels;  // that are summed up before the sum goes to double
+    const Operation& op = operation(i);
+    const Value &v = value(result(i)), &term = value(op.terms[k]);
+    const Gradient& mine = gradient[op.terms[k]];
+    const MaskRate rate = dropout[op.first + k];
+    for (int64_t j = n; j < n + number; j++) {
+      const A *g = complete(result(i), j), *x = elements(op.terms[k], j);
+      A* grad = mine.wanted ? mine.to + j * image(term) : nullptr;
+      A p = probability(op.first + k, j) * rate.scale;
+      double* to = sum_needed(i, op.terms[k]) ? &sums[terms[i].sums + (j * (op.terms.size() + 1) + k) * C] : nullptr;
+      if (!grad && !to) continue;
+      for_vectors<A>(C, [&](int64_t c, auto left) ALWAYS {
+        for (int64_t begin = 0; begin < pixels(v); begin += kPixels) {
+          V sum[2] = {};
+          auto pass = [&](const Masks<A>& masks, int64_t pixel, auto s) ALWAYS {
+            V of = masks.kept(s, load_n(g + (pixel + s) * v.pixel + c, left));
+            int64_t at = (pixel + s) * term.pixel + c;
+            if (grad) store_n(grad + at, add ? load_n(grad + at, left) + p * of : p * of, left);
+            if (to) sum[s % 2] += of * load_n(x + at, left);
+          };
+          int64_t pixel = begin, end = std::min(begin + kPixels, pixels(v));
+          for (; pixel < end; pixel += kMaskPixels) {
+            Masks<A> masks(keys, pixel, c, j, op.first + k, rate.threshold);
+            if (pixel + kMaskPixels <= end) {
+              unroll<kMaskPixels>([&](auto s) ALWAYS { pass(masks, pixel, s); });
+            } else {
+              for (int64_t s = 0; pixel + s < end; s++) pass(masks, pixel, s);
+            }
+          }
+          if (!to) continue;
+          A all[Simd<A>::W];
+          store(all, rate.scale * (sum[0] + sum[1]));
+          for (int64_t l = 0; l < left; l++) to[c + l] += all[l];
+        }
+      });
     }
   }
 
@@ -511,25 +559,14 @@ class Cell {
       return calls[i]->backward(work, x, number, of_value, grad, add, sum, of_depthwise, of_pointwise);
     }
     if (!grad) return;
-    if (op.kind != Operation::kProduct && !add) std::fill_n(grad, number * image(from), A(0));
+    if (!add) std::fill_n(grad, number * image(from), A(0));
     for (int64_t j = 0; j < number; j++) {
       const A* g = of_value(j * pixels(v), pixels(v));
-      if (op.kind != Operation::kProduct) {
-        A* to = grad + j * image(from);
-        if (op.kind == Operation::kMax) {
-          max_pool_backward(pool(i), x + j * image(from), y + j * image(v), g, to);
-        } else {
-          avg_pool_backward(pool(i), g, to);
-        }
-        continue;
-      }
-      const A* weight = static_cast<const A*>(op.weight) + (n + j) * image(v);
       A* to = grad + j * image(from);
-      for (int64_t pixel = 0; pixel < pixels(v); pixel++, g += C, weight += C, to += from.pixel) {
-        for_vectors<A>(C, [&](int64_t c, auto left) ALWAYS {
-          V term = load_n(g + c, left) * load_n(weight + c, left);
-          store_n(to + c, add ? load_n(to + c, left) + term : term, left);
-        });
+      if (op.kind == Operation::kMax) {
+        max_pool_backward(pool(i), x + j * image(from), y + j * image(v), g, to);
+      } else {
+        avg_pool_backward(pool(i), g, to);
       }
     }
   }
@@ -564,7 +601,7 @@ class Cell {
       for (int64_t row = 0, rows; row < pixels(of); row += rows, g += rows * of.pixel) {
         rows = std::min(std::max<int64_t>(16, kAtOnce / C), pixels(of) - row);
         for (int64_t k = 0; k < size; k++) {
-          if (!sum_needed(i, values[k])) continue;
+          if (!sum_needed(i, values[k]) || masked(i, k)) continue;
           const Value& term = value(values[k]);
           const A *x = elements(values[k], j) + row * term.pixel, *mean = gradient[values[k]].mean.data();
           add_rows<A, 1>(C, rows, mine + k * C, [&](int64_t r, int64_t c, auto left, V* sum) ALWAYS {

@@ -110,21 +110,22 @@ struct PdartsSums {
   PdartsSum at[kPdartsTogether];
 };
 
-// to [N,size] = sum_k p_k * x_k * factor_k over the terms of each target
+// to [N,C,HW] = sum_k p_k * mask_k * x_k over the terms of each target
 struct PdartsTerm {
-  const void* x;       // [N,size]
-  const void* p;       // see PdartsIncoming
+  const void* x;      // [N,C,HW]
+  const void* p;      // see PdartsIncoming
   int32_t per_image;
-  const void* factor;  // [N,size], nullptr: 1
-  const void* rate;    // one: the factor is 1 / (1 - rate) where what is given is not below that, else 0; or nullptr
+  int32_t term;       // whose mask it is
+  const float* rate;  // of its dropout (philox.h), or nullptr: none
 };
 struct PdartsTermsTarget {
   int32_t first, last;  // terms from `first` on, before `last`
   void* to;
 };
 struct PdartsTerms {
-  int64_t N, size;
+  int64_t N, C, HW;
   int32_t type, count;  // of targets
+  const void* key;      // of the masks, 64 bits
   PdartsTermsTarget targets[kPdartsTogether];
   PdartsTerm at[kPdartsTogether];
 };
@@ -141,6 +142,14 @@ struct PdartsPoolGradients {
   const void* x;
   void* to;
   PdartsPoolGradient at[kPdartsTogether];
+};
+
+// to [elements] = the mask of a term [N,C,HW]
+struct PdartsMask {
+  const void* key;  // 64 bits
+  const float* rate;
+  int64_t term, C, HW, elements;
+  float* to;
 };
 
 // Rows [count] of [2,rows,C], to [2,count,C].
@@ -177,3 +186,4 @@ extern "C" void cell_sums_cuda(const PdartsSums* sums, void* stream);
 extern "C" void cell_terms_cuda(const PdartsTerms* terms, void* stream);
 extern "C" void cell_pool_gradients_cuda(const PdartsPoolGradients* pools, void* stream);
 extern "C" void cell_rows_cuda(const PdartsRows* rows, void* stream);
+extern "C" void dropout_mask_cuda(const PdartsMask* mask, void* stream);

@@ -2,8 +2,8 @@
 //
 // Operations are taken by levels: those of a level wait for none of each other, and those of one kind and size are a
 // launch. Backward, values are taken by levels counted from the outputs. What a pointwise convolution reads is kept.
-// What nothing of a level waits for goes to a second stream: pools and products beside convolutions, and, until the next
-// level has such launches in its turn, gradients of weights beside those of feature maps.
+// What nothing of a level waits for goes to a second stream: pools beside convolutions, and, until the next level has such
+// launches in its turn, gradients of weights beside those of feature maps.
 #pragma once
 
 #ifdef PDARTS_CUDA
@@ -84,8 +84,9 @@ struct CudaCell : Cell {
   std::vector<Part> parts;
 
   CudaCell(
-      const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch)
-      : Cell(in, program, outputs, batch, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
+      const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch,
+      const CellDropout& dropout)
+      : Cell(in, program, outputs, batch, dropout, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
         size(in.inputs[0].element_size()), tensors(values.size()) {
     for (int64_t v = 0; v < count(); v++) {
       const PdartsValue& x = values[v];
@@ -94,10 +95,10 @@ struct CudaCell : Cell {
           "]; expected, on CUDA, an image, a channel and fewer than 2^30 pixels");
       int64_t reads = std::count(outputs.begin(), outputs.end(), v);
       for (const PdartsOperation& op : operations) {
-        reads += std::count(op.terms.begin(), op.terms.end(), v) + (op.kind == Kind::kProduct && op.source == v);
+        reads += std::count(op.terms.begin(), op.terms.end(), v);
       }
       TORCH_CHECK(
-          reads <= kPdartsTogether, "sums, products and the result read value ", v, " ", reads,
+          reads <= kPdartsTogether, "sums and the result read value ", v, " ", reads,
           " times; expected, on CUDA, at most ", kPdartsTogether);
     }
     std::map<std::vector<int64_t>, int64_t> pools;
@@ -126,9 +127,6 @@ struct CudaCell : Cell {
           "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
           op.dilation, " and ", op.padding, "; expected, on CUDA, 3 or 5, 1 or 2, 1 or 2 and no more than the kernel's "
           "reach");
-      TORCH_CHECK(
-          op.kind != Kind::kProduct || !(values[v].batch || values[v].gamma || values[v].beta), "value ", v,
-          ", a product, has a norm; expected none on CUDA");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
       if (separable) add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
       if (op.kind == Kind::kReduce) {
@@ -232,17 +230,25 @@ struct CudaCell : Cell {
     return all;
   }
 
+  // Where the rate of dropout of the term is whose probability has this place; nullptr if it has none.
+  const float* rate(int64_t place) const {
+    return rate_of[place] < 0 ? nullptr : static_cast<const float*>(rates) + rate_of[place];
+  }
+
   // The sum v as a mixed operation; its statistics are gathered where a term may have a norm.
   PdartsMixed mixed(int64_t v) {
     const PdartsOperation& op = operation(v);
     PdartsMixed m{N, C, HW(v), HW(v) == 1, type, int32_t(op.terms.size()), per_image, eps, 0};
-    m.probabilities = probability(op.first);
+    m.probabilities = probability(op.first), m.first_term = op.first, m.key = key;
     PdartsRows rows{count(), C, type, m.K, of_values.data_ptr(), nullptr, {}};
     bool any = false;
     for (int k = 0; k < m.K; k++) {
       const PdartsValue& x = values[op.terms[k]];
       m.x[k] = x.x, m.gamma[k] = x.gamma, m.beta[k] = x.beta;
       rows.at[k] = op.terms[k], any = any || !is_state(op.terms[k]);
+      const float* of_term = rate(op.first + k);
+      if (of_term && !m.dropped) m.rates = of_term;  // those of the sum follow each other
+      m.dropped |= uint64_t(of_term != nullptr) << k;
     }
     if (any) {
       alive.push_back(at::empty({2, m.K, C}, options)), m.statistics = rows.to = alive.back().data_ptr();
@@ -254,15 +260,16 @@ struct CudaCell : Cell {
   const void* probability(int64_t k) const { return from(probabilities, k * (per_image ? N : 1)); }
 
   // Sums of terms, of which those of one size are a launch.
-  std::map<int64_t, PdartsTerms> pending;  // by size
-  std::map<int64_t, int32_t> pending_terms;
+  using Size = std::pair<int64_t, int64_t>;
+  std::map<Size, PdartsTerms> pending;
+  std::map<Size, int32_t> pending_terms;
 
   void add_target(int64_t v, const Tensor& to, const std::vector<PdartsTerm>& terms) {
-    int64_t size = values[v].C * HW(v);
+    Size size{values[v].C, HW(v)};
     if (pending.count(size) && pending_terms[size] + terms.size() > size_t(kPdartsTogether)) finish_targets();
     PdartsTerms& all = pending[size];
     int32_t& next = pending_terms[size];
-    all.N = N, all.size = size, all.type = type;
+    all.N = N, all.C = size.first, all.HW = size.second, all.type = type, all.key = key;
     std::copy(terms.begin(), terms.end(), all.at + next);
     all.targets[all.count++] = {next, int32_t(next + terms.size()), to.data_ptr()};
     next += terms.size();
@@ -271,11 +278,6 @@ struct CudaCell : Cell {
   void finish_targets() {
     for (auto& [_, all] : pending) cell_terms_cuda(&all, stream());
     pending.clear(), pending_terms.clear();
-  }
-
-  PdartsTerm product_of(int64_t v, const void* x) const {
-    const PdartsOperation& op = operation(v);
-    return {x, nullptr, 0, op.weight, op.pointwise};
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ struct CudaCell : Cell {
         if (keep && keeps_between(part)) part.z = empty_between(part);
         point(part), convolutions.push_back(&part);
       }
-      launch_beside([&] { pool_and_multiply(level, now); });
+      launch_beside([&] { pool_level(level, now); });
       grouped(convolutions, [&](auto& group, PdartsConvolutions all) { convolve(group, all); });
       both.join();
       for (int64_t v = inputs(); v < count(); v++) {
@@ -314,14 +316,12 @@ struct CudaCell : Cell {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // Pools and products of a level.
-  void pool_and_multiply(const std::vector<int>& level, int now) {
+  // The pools of a level.
+  void pool_level(const std::vector<int>& level, int now) {
     std::map<std::vector<int64_t>, std::vector<int64_t>> pools;
     for (int64_t v = inputs(); v < count(); v++) {
+      if (level[v] != now || !is_pool(v) || same[v] != v) continue;
       const PdartsOperation& op = operation(v);
-      if (level[v] != now) continue;
-      if (op.kind == Kind::kProduct) add_target(v, tensors[v], {product_of(v, values[op.source].x)});
-      if (!is_pool(v) || same[v] != v) continue;
       const PdartsValue& x = values[op.source];
       std::vector<int64_t>& group = pools[{x.C, x.H, x.W, op.stride}];
       group.push_back(v);
@@ -330,7 +330,6 @@ struct CudaCell : Cell {
     for (auto& [_, group] : pools) {
       if (!group.empty()) pool(group);
     }
-    finish_targets();
   }
 
   PdartsStatistics statistics_of(int64_t v) const {
@@ -476,11 +475,10 @@ struct CudaCell : Cell {
         const PdartsOperation& op = operation(user);
         if (!wanted[user]) continue;
         for (size_t k = 0; k < op.terms.size(); k++) {
-          if (op.terms[k] == v) terms.push_back({gradients[user].data_ptr(), probability(op.first + k), per_image});
+          int32_t place = op.first + k;
+          if (op.terms[k] != v) continue;
+          terms.push_back({gradients[user].data_ptr(), probability(place), per_image, place, rate(place)});
         }
-        if (op.kind != Kind::kProduct) continue;
-        const PdartsIncoming& of = incoming[user];
-        terms.push_back(product_of(user, of.g)), terms.back().p = of.p, terms.back().per_image = of.per_image;
       }
       if (!terms.empty()) add_target(v, gradients[v], terms), there[v] = true;
       for (Part& part : parts) {
@@ -642,11 +640,11 @@ struct CudaCell : Cell {
 // one, and after the values what convolutions with a kernel or a stride leave for the pointwise ones.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, at::IntArrayRef program, at::IntArrayRef outputs,
-    Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
+    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t count = in.gammas.size();
-  CudaCell c(in, program, outputs, flags_of("batch", batch, count));
+  CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   bool training = std::count(batch.begin(), batch.end(), true);
   TORCH_CHECK(!statistics || !training, "statistics are given for values that are to be normalised by their own");
   if (statistics) check_values("statistics", *statistics, {3, count, c.C}, inputs[0]);
@@ -676,10 +674,11 @@ Results cell(
 std::vector<Tensor> cell_backward(
     const Tensor& grad, const Tensor& y, at::TensorList computed, at::TensorList inputs, const OptionalTensors& weights,
     const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
-    at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, Flags needs) {
+    const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
+    at::IntArrayRef outputs, Flags batch, Flags needs) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t count = in.gammas.size();
-  CudaCell c(in, program, outputs, flags_of("batch", batch, count));
+  CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
   c.of_values = statistics;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);

@@ -41,6 +41,13 @@ struct CellInputs {
   }
 };
 
+// Dropout: a key [1], int64, and D rates [D], float32, of the terms whose probabilities have the places `terms`, which
+// ascend: the rates of a sum lie side by side.
+struct CellDropout {
+  OptionalTensor key, rates;
+  std::vector<int64_t> terms;
+};
+
 struct Cell : PdartsCell {
   std::vector<Tensor> kept;    // what it points to
   at::TensorOptions options;
@@ -49,7 +56,7 @@ struct Cell : PdartsCell {
 
   Cell(
       const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch,
-      at::MemoryFormat format = at::MemoryFormat::ChannelsLast)
+      const CellDropout& dropout, at::MemoryFormat format = at::MemoryFormat::ChannelsLast)
       : PdartsCell{}, format(format), outputs(outputs.vec()) {
     TORCH_CHECK(!in.inputs.empty(), "inputs has 0 tensors; expected 1 or more");
     const Tensor& first = in.inputs[0];
@@ -101,8 +108,40 @@ struct Cell : PdartsCell {
     }
     check_affine("gammas", in.gammas, C, first), check_affine("betas", in.betas, C, first);
     check_probabilities(in.probabilities, probability, first);
+    add_dropout(dropout, probability);
     kept.push_back(in.probabilities.to(first.scalar_type()).contiguous());
     probabilities = kept.back().const_data_ptr(), per_image = in.probabilities.dim() == 2;
+  }
+
+  void add_dropout(const CellDropout& dropout, int64_t places) {
+    rate_of.assign(places, -1), rates = key = nullptr;
+    if (dropout.terms.empty()) return;
+    int64_t count = dropout.terms.size();
+    auto check = [&](const char* name, const OptionalTensor& t, at::ScalarType type, int64_t size) {
+      TORCH_CHECK(
+          t && t->scalar_type() == type && t->dim() == 1 && t->size(0) == size && t->device() == options.device(), name,
+          " of the dropout is ", t ? c10::str("a ", t->scalar_type(), " ", t->sizes(), " on ", t->device()) : "None",
+          "; expected a ", type, " [", size, "] on ", options.device());
+      kept.push_back(t->contiguous());
+      return kept.back().const_data_ptr();
+    };
+    key = check("key", dropout.key, at::kLong, 1), rates = check("rates", dropout.rates, at::kFloat, count);
+    for (int64_t i = 0; i < count; i++) {
+      int64_t place = dropout.terms[i], least = i ? dropout.terms[i - 1] + 1 : 0;
+      TORCH_CHECK(
+          place >= least && place < places, "terms[", i, "] of the dropout is ", place,
+          "; expected places of probabilities, 0 to ", places - 1, ", in ascending order");
+      rate_of[place] = i;
+    }
+    for (const PdartsOperation& op : operations) {
+      for (size_t k = 0; k < op.terms.size(); k++) {
+        int64_t v = op.terms[k], computed = v - inputs();
+        TORCH_CHECK(
+            rate_of[op.first + k] < 0 || computed < 0 || operations[computed].kind == Kind::kSum,
+            "the term with probability ", op.first + k, " has dropout and is what a step computes; expected dropout of "
+            "inputs and sums only");
+      }
+    }
   }
 
   bool same_size(int64_t u, int64_t v) const {
@@ -124,7 +163,7 @@ struct Cell : PdartsCell {
       return v;
     };
     PdartsOperation op{int32_t(next())};
-    TORCH_CHECK(op.kind >= 0 && op.kind <= Kind::kSum, "operation ", i, " is of kind ", op.kind, "; expected 0 to 5");
+    TORCH_CHECK(op.kind >= 0 && op.kind <= Kind::kSum, "operation ", i, " is of kind ", op.kind, "; expected 0 to 4");
     const Tensor &weight = in.weights[2 * i], &pointwise = in.weights[2 * i + 1];
     if (op.kind == Kind::kSum) {
       op.terms.resize(next()), op.first = *probability;
@@ -177,21 +216,6 @@ struct Cell : PdartsCell {
           weight.size(0) == out / 2, "weights[", 2 * i, "] has shape ", weight.sizes(), "; expected ", out / 2,
           " channels, half of all");
       H = (H + 1) / 2, W = (W + 1) / 2;
-    } else if (op.kind == Kind::kProduct) {
-      kept.push_back(weight.defined() ? weight.contiguous(format) : Tensor());
-      TORCH_CHECK(
-          weight.defined() && weight.sizes() == at::IntArrayRef({N, from.C, H, W}) &&
-              weight.scalar_type() == options.dtype() && weight.device() == options.device() &&
-              !weight.requires_grad(),
-          "weights[", 2 * i, "] does not fit; expected a ", first_type(), " of the shape of value ", op.source,
-          ", [", N, ",", from.C, ",", H, ",", W, "], that needs no gradient");
-      op.weight = kept.back().const_data_ptr();
-      if (pointwise.defined()) {
-        TORCH_CHECK(
-            pointwise.numel() == 1 && pointwise.scalar_type() == options.dtype() && pointwise.is_cuda(), "weights[",
-            2 * i + 1, "] does not fit; expected none, or, on CUDA, a rate of one element of ", first_type());
-        kept.push_back(pointwise), op.pointwise = pointwise.const_data_ptr();
-      }
     } else {
       H = (H - 1) / op.stride + 1, W = (W - 1) / op.stride + 1;
     }
@@ -231,11 +255,11 @@ using Results = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 // those in `batch` are computed.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, at::IntArrayRef program, at::IntArrayRef outputs,
-    Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
+    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t size = in.gammas.size();
-  Cell c(in, program, outputs, flags_of("batch", batch, size));
+  Cell c(in, program, outputs, flags_of("batch", batch, size), {key, rates, dropped.vec()});
   bool training = std::count(batch.begin(), batch.end(), true);
   TORCH_CHECK(!statistics || !training, "statistics are given for values that are to be normalised by their own");
   if (statistics) check_values("statistics", *statistics, {3, size, c.C}, inputs[0]);
@@ -258,10 +282,11 @@ Results cell(
 std::vector<Tensor> cell_backward(
     const Tensor& grad, const Tensor& y, at::TensorList computed, at::TensorList inputs, const OptionalTensors& weights,
     const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
-    at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, Flags needs) {
+    const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
+    at::IntArrayRef outputs, Flags batch, Flags needs) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t size = in.gammas.size();
-  Cell c(in, program, outputs, flags_of("batch", batch, size));
+  Cell c(in, program, outputs, flags_of("batch", batch, size), {key, rates, dropped.vec()});
   check_values("statistics", statistics, {3, size, c.C}, inputs[0]);
   c.statistics = statistics.data_ptr();
   size_t next = 0;
@@ -314,6 +339,7 @@ std::vector<Tensor> cell_backward(
 struct CellOp {
   size_t inputs, operations;
   OptionalTensor statistics;
+  CellDropout dropout;
   std::vector<int64_t> program, outputs;
   Flags batch;
   double eps;
@@ -324,17 +350,18 @@ struct CellOp {
     CellInputs in = CellInputs::of(flat, inputs, operations);
     auto [y, computed, values] = below_autograd([&] {
       return op.call(
-          in.inputs, given(in.weights), given(in.gammas), given(in.betas), in.probabilities, statistics, program,
-          outputs, batch, eps, differentiated);
+          in.inputs, given(in.weights), given(in.gammas), given(in.betas), in.probabilities, statistics,
+          dropout.key, dropout.rates, dropout.terms, program, outputs, batch, eps, differentiated);
     });
     variable_list results{y, computed};
     results.insert(results.end(), values.begin(), values.end());
     return results;
   }
-  // The inputs, the statistics, the result and the values.
+  // The inputs, the statistics, the result, key and rates, and the values.
   std::vector<Tensor> keep(std::vector<Tensor> kept, const variable_list& results) const {
     kept.push_back(statistics ? *statistics : results[1]);
     kept.push_back(results[0]);
+    kept.push_back(dropout.key.value_or(Tensor())), kept.push_back(dropout.rates.value_or(Tensor()));
     kept.insert(kept.end(), results.begin() + 2, results.end());
     return kept;
   }
@@ -343,24 +370,25 @@ struct CellOp {
     static auto op = operator_of<decltype(cell_backward)>("pdarts::cell_backward");
     CellInputs in = CellInputs::of(kept, inputs, operations);
     size_t size = needs.size();
-    std::vector<Tensor> values(kept.begin() + size + 2, kept.end());
+    std::vector<Tensor> values(kept.begin() + size + 4, kept.end());
     return spread(
         op.call(
             grad, kept[size + 1], values, in.inputs, given(in.weights), given(in.gammas), given(in.betas),
-            in.probabilities, kept[size], program, outputs, batch, list_of(needs)),
+            in.probabilities, kept[size], given(kept[size + 2]), given(kept[size + 3]), dropout.terms, program, outputs,
+            batch, list_of(needs)),
         needs);
   }
 };
 
 Results cell_autograd(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, at::IntArrayRef program, at::IntArrayRef outputs,
-    Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
+    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   std::vector<Tensor> flat = in.flat();
   CellOp op{
-      inputs.size(), in.weights.size() / 2, statistics, program.vec(), outputs.vec(), batch, eps,
-      keep || differentiated(defined(flat))};
+      inputs.size(), in.weights.size() / 2, statistics, {key, rates, dropped.vec()}, program.vec(), outputs.vec(), batch,
+      eps, keep || differentiated(defined(flat))};
   variable_list results = run(op, flat);
   std::vector<Tensor> values(results.begin() + 2, results.end());
   if (!keep) values.clear();
@@ -370,13 +398,15 @@ Results cell_autograd(
 std::vector<Tensor> cell_backward_autograd(
     const Tensor& grad, const Tensor& y, at::TensorList computed, at::TensorList inputs, const OptionalTensors& weights,
     const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
-    at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, Flags needs) {
+    const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
+    at::IntArrayRef outputs, Flags batch, Flags needs) {
   static auto op = operator_of<decltype(cell_backward)>("pdarts::cell_backward");
   std::vector<Tensor> all = CellInputs::of(inputs, weights, gammas, betas, probabilities).flat();
   all.push_back(grad);
   return not_twice(below_autograd([&] {
     return op.call(
-        grad, y, computed, inputs, weights, gammas, betas, probabilities, statistics, program, outputs, batch, needs);
+        grad, y, computed, inputs, weights, gammas, betas, probabilities, statistics, key, rates, dropped, program, outputs,
+        batch, needs);
   }), all);
 }
 
@@ -386,12 +416,13 @@ std::vector<Tensor> cell_backward_autograd(
 TORCH_LIBRARY_FRAGMENT(pdarts, m) {
   m.def(
       "cell(Tensor[] inputs, Tensor?[] weights, Tensor?[] gammas, Tensor?[] betas, Tensor probabilities, "
-      "Tensor? statistics, int[] program, int[] outputs, bool[] batch, float eps, bool keep) "
+      "Tensor? statistics, Tensor? key, Tensor? rates, int[] dropped, int[] program, int[] outputs, bool[] batch, "
+      "float eps, bool keep) "
       "-> (Tensor, Tensor, Tensor[])");
   m.def(
       "cell_backward(Tensor grad, Tensor y, Tensor[] values, Tensor[] inputs, Tensor?[] weights, Tensor?[] gammas, "
-      "Tensor?[] betas, Tensor probabilities, Tensor statistics, int[] program, int[] outputs, bool[] batch, "
-      "bool[] needs) -> Tensor[]");
+      "Tensor?[] betas, Tensor probabilities, Tensor statistics, Tensor? key, Tensor? rates, int[] dropped, "
+      "int[] program, int[] outputs, bool[] batch, bool[] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) {

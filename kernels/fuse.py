@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Norm, Step, Sum, cell, cell_program, fused, known_on_cuda, pool, run_cell, serves_cells
+from . import Dropout, Norm, Step, Sum, cell, cell_program, dropout_key, dropout_masks, fused, known_on_cuda
+from . import pool, run_cell, serves_cells
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -54,7 +55,7 @@ def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
                 if isinstance(module, _Whole):
                     module.norms = [m for m in module.modules() if _is_norm(m)]
                     module.layers = [m for m in module.modules() if m._parameters or m._buffers]
-                    _, program = module.assemble(2, [False for m in module.modules() if _is_skip_dropout(m)])
+                    _, program = module.assemble(2)
                     module.on_cuda = known_on_cuda(program.operations, program.norms, program.outputs)
             for stem in _stems(module) if _is_network(module) else ():
                 stem.register_forward_hook(_in_layout)
@@ -382,11 +383,16 @@ class _FusedEvaluationCell:
 
     def weights(self, operations, x, drop_path):
         """Of the images, [operations,N]; [operations] if all are 1."""
-        ones = _ones(x, len(x), 1, 1, 1)
-        kept = [ones if _is_identity(op) else self.edge(lambda _: ones, x, drop_path) for op in operations]
-        if all(k is ones for k in kept):
-            return ones.new_ones(len(kept))
-        return torch.stack([k.flatten() for k in kept])
+        ones = _ones(x, len(operations))
+        if not self.training or (drop_path.is_cpu and drop_path == 0):
+            return ones
+        drops = torch.tensor([not _is_identity(op) for op in operations], device=x.device)
+        key, rates = dropout_key(x.device), drops * drop_path.float()
+        masks = dropout_masks(key, rates, range(len(operations)), (len(x), 1, 1, 1))
+        return masks.flatten(1).to(ones.dtype)
+
+
+_INPUTS = 2  # sums of one term, which come before the nodes: the preprocessed inputs
 
 
 class _Whole:
@@ -399,17 +405,17 @@ class _Whole:
         served = serves_cells(s0) and (s0.is_cpu or self.on_cuda and not self.recompute)
         return served and _Program().accepts(self.norms)
 
-    def compute(self, s0, s1, probabilities, masks=(), dropped=()):
-        """probabilities [K] or [K,N]: of the nodes; masks: weights of products, and which products there are."""
-        state = [s0 is s1, *dropped, _settings(self.norms[0])]
+    def compute(self, s0, s1, probabilities, dropout=None):
+        """probabilities [K] or [K,N]: of the nodes."""
+        state = [s0 is s1, _settings(self.norms[0])]
         for m in self.layers:
             state += map(id, (*m._parameters.values(), *m._buffers.values()))
         if state != self.state:
-            self.made, self.state = self.assemble(1 if s0 is s1 else 2, dropped), state
+            self.made, self.state = self.assemble(1 if s0 is s1 else 2), state
         (numbers, weights), program = self.made
         program.count()
-        weights = [masks[w] if isinstance(w, int) else w for w in weights]
-        probabilities = torch.cat([_ones(s0, 2, *probabilities.shape[1:]), probabilities])  # of the inputs
+        ones = _ones(s0, _INPUTS, *probabilities.shape[1:])
+        probabilities = torch.cat([ones, probabilities])
         return run_cell(
             [s0] if s0 is s1 else [s0, s1],
             numbers,
@@ -418,14 +424,15 @@ class _Whole:
             probabilities,
             program.norms,
             *program.settings,
+            dropout,
         )
 
-    def assemble(self, inputs, dropped):
+    def assemble(self, inputs):
         program = _Program()
         program.accepts(self.norms)
         pairs = (self.preprocess0, -1), (self.preprocess1, -inputs)
         states = [program.sum([op.add_to(program, value)]) for op, value in pairs]
-        program.finish(inputs, *self.add_nodes(program, states, iter(enumerate(dropped))))
+        program.finish(inputs, *self.add_nodes(program, states))
         return cell_program(program.operations), program
 
 
@@ -435,11 +442,7 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
     def forward(self, s0, s1, probabilities):
         if not self.served(s0):
             return super().forward(s0, s1, probabilities)
-        # Skip-connects of stride 1 are between feature maps of the size of the nodes.
-        size = [(n + 1) // 2 if self.reduction else n for n in s1.shape[2:]]
-        ones = s1.new_ones(()).expand(len(s1), self.norms[-1].num_features, *size)
-        masks = [mask for edge in self.edges for op in edge.ops if _is_skip_dropout(op) for mask in self.mask(op, ones)]
-        return self.compute(s0, s1, self.used(probabilities), masks, [mask is not ones for mask in masks[::2]])
+        return self.compute(s0, s1, self.used(probabilities), self.dropout(s0.device))
 
     def used(self, probabilities):
         """[14, K] -> those of all candidates but "none", edge by edge, by one operation forward and backward."""
@@ -449,25 +452,22 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
             self.places = torch.tensor(places, device=probabilities.device)
         return probabilities.flatten().index_select(0, self.places)
 
-    def mask(self, op, ones):
-        """What dropout multiplies by, as the weights of a product; `ones` if it is nothing else."""
-        if ones.is_cpu or not op.training:
-            return op(ones), None
-        return torch.rand(ones.shape, device=ones.device).to(ones.dtype), op.rate.to(ones.dtype)
+    def dropout(self, device):
+        """That of the skip-connects; None where nothing is dropped."""
+        operations = enumerate((op for edge in self.edges for op in edge.ops), _INPUTS)
+        skips = [(term, op.rate) for term, op in operations if _is_skip_dropout(op) and op.training]
+        if not skips or (device.type == "cpu" and not any(rate for _, rate in skips)):
+            return None
+        terms, rates = zip(*skips)
+        return Dropout(dropout_key(device), torch.stack(rates).float(), terms)
 
-    def add_nodes(self, program, states, dropped):
-        """Adds the nodes to the states; dropped: of each skip-connect a number, and whether dropout follows it."""
-
-        def term(op, value):
-            if not _is_skip_dropout(op):
-                return op.add_to(program, value)
-            mask, drops = next(dropped)
-            return program.step(value, "product", (2 * mask, 2 * mask + 1)) if drops else value
-
+    def add_nodes(self, program, states):
         edges = iter(self.edges)
         for _ in range(self.nodes):
-            incoming = list(zip(states, edges))
-            states.append(program.sum([term(op, x) for x, edge in incoming for op in edge.ops]))
+            incoming = zip(list(states), edges)
+            operations = [(op, x) for x, edge in incoming for op in edge.ops]
+            terms = [op.add_to(program, x) if isinstance(op, _Fused) else x for op, x in operations]
+            states.append(program.sum(terms))
         return states[2:]
 
 
@@ -477,7 +477,7 @@ class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
             return super().forward(s0, s1, drop_path)
         return self.compute(s0, s1, self.weights(self._ops, s1, drop_path))
 
-    def add_nodes(self, program, states, dropped):
+    def add_nodes(self, program, states):
         edges = iter(zip(self._ops, self.sources))
         for pair in zip(edges, edges):
             terms = (states[source] if _is_identity(op) else op.add_to(program, states[source]) for op, source in pair)

@@ -4,7 +4,8 @@
 //
 //     y = sum_k p_kn * (gamma_kc * (x_k - mean_kc) * invstd_kc + beta_kc)        x_k, y: [N,C,H,W]; n, c: image, channel
 //
-// p_kn is probabilities[k], or of each image its own probabilities[k,n]. The operation has three modes:
+// p_kn is probabilities[k], or of each image its own probabilities[k,n]. On CUDA, candidates without a norm may have
+// dropout: p_kn * mask_k * x_k. The operation has three modes:
 //     plain        statistics == nullptr: mean 0 and invstd 1 everywhere, and no gamma and beta
 //     training     batch != 0: statistics of the batch for the candidates in `batch`, 0 and 1 for the others; written
 //     evaluation   batch == 0: the given statistics
@@ -32,6 +33,11 @@ struct PdartsMixed {
   const void* x[PDARTS_MAX_CANDIDATES];
   const void* gamma[PDARTS_MAX_CANDIDATES];  // [C], or nullptr: 1
   const void* beta[PDARTS_MAX_CANDIDATES];   // [C], or nullptr: 0
+  // Dropout (philox.h), on CUDA alone. Bit k of `dropped`: candidate k has it, and neither statistics, gamma nor beta.
+  uint64_t dropped;
+  int32_t first_term;         // the mask of candidate k is that of term first_term + k
+  const void* key;            // of the masks, 64 bits
+  const float* rates;         // of the candidates in `dropped`, one after the other
 };
 
 // The gradients that a backward pass writes, each unless it is nullptr.

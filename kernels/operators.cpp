@@ -5,4 +5,5 @@
 #include "cell_operators.h"
 #include "convolution_operators.h"
 #include "depthwise_operators.h"
+#include "dropout_operators.h"
 #include "mixed_operators.h"

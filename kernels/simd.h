@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
