@@ -382,7 +382,7 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                     moved = sum(counted.bytes.values())
                     about = {"stage": stage, "step of": which, "convolutions and pooling": name}
                     floors = {f"ms at {rate / 1e12:.1f} TB/s": 1e3 * moved / rate for rate in RATES}
-                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB kept": kept / 1e9}
+                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB saved": kept / 1e9}
                     yield {**about, **numbers, **floors}, counted
 
 
