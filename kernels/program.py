@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 MAX_CANDIDATES = 64  # terms of one mixed operation, see csrc/mixed.h
+CUDA_KERNEL_SIZES = 3, 5  # of depthwise convolutions, see with_taps in csrc/cuda/cell.cu
 
 
 class Norm(NamedTuple):
@@ -68,7 +69,7 @@ def known_on_cuda(operations, norms, outputs):
             known = known and op.stride in (1, 2)
             if op.kind == "separable" and op.weights[0] is not None:
                 kernel = op.weights[0].shape[-1]
-                known = known and kernel in (3, 5) and op.dilation in (1, 2)
+                known = known and kernel in CUDA_KERNEL_SIZES and op.dilation in (1, 2)
                 known = known and op.padding <= op.dilation * (kernel - 1)
         if not known:
             return False
