@@ -44,7 +44,7 @@ class Dropout(NamedTuple):
     """Inverted dropout of terms of the sums of a cell, see `cell`.
 
     key: int64 [1], new in every step, from `dropout_key`. rates: float32 [D]. terms: D terms, by the place of their
-    probability; each is an input or a sum.
+    probability, in ascending order; each is an input or a sum.
     """
 
     key: torch.Tensor

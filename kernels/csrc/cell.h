@@ -36,18 +36,18 @@ struct PdartsOperation {
 };
 
 struct PdartsCell {
-  int64_t N, C;                      // C: channels of all values but inputs
+  int64_t N, C;  // C: channels of all values but inputs
   int32_t type;
-  double eps;                        // of the norms
+  double eps;  // of the norms
   std::vector<PdartsValue> values;
   std::vector<PdartsOperation> operations;
-  int32_t per_image;                 // probabilities are [K,N], not [K]
-  const void* probabilities;         // of the terms of all sums, one after the other
-  std::vector<int32_t> rate_of;      // of the terms of all sums: the place of their rate of dropout, or -1
-  const void* rates;                 // floats
-  const void* key;                   // of the masks, 64 bits
-  void* statistics;                  // [3,values,C]: mean, invstd and (only when it is written) the unbiased variance;
-                                     // 0 and 1 of a value without a norm
+  int32_t per_image;             // probabilities are [K,N], not [K]
+  const void* probabilities;     // of the terms of all sums, one after the other
+  std::vector<int32_t> rate_of;  // of the terms of all sums: the place of their rate of dropout, or -1
+  const void* rates;             // floats
+  const void* key;               // of the masks, 64 bits
+  void* statistics;              // [3,values,C]: mean, invstd and (only when it is written) the unbiased variance;
+                                 // 0 and 1 of a value without a norm
 
   int64_t inputs() const { return values.size() - operations.size(); }
 };

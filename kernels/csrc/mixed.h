@@ -2,9 +2,11 @@
 //
 // The mixed operation of an edge or a node is
 //
-//     y = sum_k p_kn * (gamma_kc * (x_k - mean_kc) * invstd_kc + beta_kc)        x_k, y: [N,C,H,W]; n, c: image, channel
+//     y = sum_k p_kn * (gamma_kc * (x_k - mean_kc) * invstd_kc + beta_kc)        x_k, y: [N,C,H,W]; n, c: image,
+//     channel
 //
-// p_kn is probabilities[k], or of each image its own probabilities[k,n]. The operation has three modes:
+// p_kn is probabilities[k], or of each image its own probabilities[k,n]. On CUDA, candidates without a norm may have
+// dropout: p_kn * mask_k * x_k. The operation has three modes:
 //     plain        statistics == nullptr: mean 0 and invstd 1 everywhere, and no gamma and beta
 //     training     batch != 0: statistics of the batch for the candidates in `batch`, 0 and 1 for the others; written
 //     evaluation   batch == 0: the given statistics
@@ -32,14 +34,19 @@ struct PdartsMixed {
   const void* x[PDARTS_MAX_CANDIDATES];
   const void* gamma[PDARTS_MAX_CANDIDATES];  // [C], or nullptr: 1
   const void* beta[PDARTS_MAX_CANDIDATES];   // [C], or nullptr: 0
+  // Dropout (philox.h), on CUDA alone. Bit k of `dropped`: candidate k has it, and neither statistics, gamma nor beta.
+  uint64_t dropped;
+  int32_t first_term;  // the mask of candidate k is that of term first_term + k
+  const void* key;     // of the masks, 64 bits
+  const float* rates;  // of the candidates in `dropped`, one after the other
 };
 
 // The gradients that a backward pass writes, each unless it is nullptr.
 struct PdartsMixedGradients {
   void* x[PDARTS_MAX_CANDIDATES];
-  void* probabilities;                    // [K] or [K,N]
-  void* gamma[PDARTS_MAX_CANDIDATES];     // [C]
-  void* beta[PDARTS_MAX_CANDIDATES];      // [C]
+  void* probabilities;                 // [K] or [K,N]
+  void* gamma[PDARTS_MAX_CANDIDATES];  // [C]
+  void* beta[PDARTS_MAX_CANDIDATES];   // [C]
   // On CUDA, bit k: that of x_k is not written, but what it takes besides the gradient of y, where k is in `batch`:
   // b and c [2,K,C], the first in scratch, in p_k * gamma_k * invstd_k * g + b_k * (x_k - mean_k) + c_k.
   uint64_t deferred;
@@ -48,10 +55,10 @@ struct PdartsMixedGradients {
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
 // CPU. y may be nullptr: only the statistics are written then. m->x[k] may be nullptr in a backward pass where no
 // gradient depends on it: neither those of the probabilities, of gamma_k and, if k is in `batch`, of x_k.
-#define PDARTS_DECLARE(DEVICE)                                                                                 \
-  extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                             \
-  extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream);          \
-  extern "C" void mixed_backward_##DEVICE(                                                                     \
+#define PDARTS_DECLARE(DEVICE)                                                                        \
+  extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                    \
+  extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream); \
+  extern "C" void mixed_backward_##DEVICE(                                                            \
       const PdartsMixed* m, const void* g, const PdartsMixedGradients* gradients, void* scratch, void* stream);
 
 PDARTS_DECLARE(cpu)

@@ -48,9 +48,10 @@ struct MaskRate {
   }
 };
 
-// The 16 bits of element i of a channel, from the words of its counter.
+// The 16 bits of element i of a channel, from the words of its counter. On CUDA an index would put them into memory.
 PDARTS_BOTH inline uint32_t bits_of(const PhiloxWords& words, int64_t i) {
-  return words.at[i % kMaskPixels / 2] >> i % 2 * 16 & 0xffff;
+  uint32_t even = i & 4 ? words.at[2] : words.at[0], odd = i & 4 ? words.at[3] : words.at[1];
+  return (i & 2 ? odd : even) >> (i & 1 ? 16 : 0) & 0xffff;
 }
 
 }  // namespace pdarts

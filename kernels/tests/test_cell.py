@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import Norm, Step, Sum, cell, cell_ref
+from kernels import Dropout, Norm, Step, Sum, cell, cell_ref
 
 torch.set_num_threads(1)
 
@@ -24,14 +24,14 @@ def device(request, monkeypatch):
 
 
 class Case:
-    """A cell with all that there is: every kind of step, sums as terms, a sum that is no output, two outputs.
+    """A cell with all that there is: every kind of step, sums as terms, a sum that is no output, two outputs, dropout.
 
-    tensors: those that gradients are asked for; arguments(tensors, dtype): of `cell`; running: the statistics in them.
+    tensors: those that gradients are asked for; running: the statistics.
     """
 
     device = "cpu"
 
-    def __init__(self, shape=(2, 4, 5, 6), stride=1, affine=True, images=False, training=True):
+    def __init__(self, shape=(2, 4, 5, 6), stride=1, affine=True, images=False, training=True, dropout=True):
         torch.manual_seed(0)
         n, c, h, w = shape
         self.training, self.tensors = training, []
@@ -40,7 +40,6 @@ class Case:
         depthwise = [self.leaf(channels, 1, k, k) for channels, k in ((c, 3), (c, 5), (c + 3, 3), (c, 3))]
         pointwise = [self.leaf(*size, 1, 1) for size in ((c, c), (c, c), (c, c + 3), (c, c), (c, c))]
         halves = [self.leaf(half, c + 3, 1, 1) for half in (c // 2, c - c // 2)]
-        mask = (torch.rand(shape, dtype=torch.float64) < 0.7) / 0.7
         self.inputs = [a, b, small]
         self.operations = [
             Step(0, "separable", (depthwise[0], pointwise[0]), stride, 1, 1),  # 3
@@ -50,20 +49,22 @@ class Case:
             Sum([4, 2, 5, 6, 2]),  # 7
             Step(7, "avg"),  # 8
             Step(2, "separable", (None, pointwise[3])),  # 9
-            Step(7, "product", (mask, None)),  # 10
-            Sum([8, 7, 9, 10]),  # 11
-            Step(11, "separable", (depthwise[3], pointwise[4]), 1, 1, 1),  # 12
-            Sum([12, 11]),  # 13
-            Sum([7]),  # 14, not an output, as the first
-            Step(14, "max"),  # 15
-            Sum([15, 13]),  # 16
+            Sum([8, 7, 9, 7]),  # 10
+            Step(10, "separable", (depthwise[3], pointwise[4]), 1, 1, 1),  # 11
+            Sum([11, 10]),  # 12
+            Sum([7]),  # 13, not an output, as the first
+            Step(13, "max"),  # 14
+            Sum([14, 12]),  # 15
         ]
         if stride == 2:
-            self.operations += [Step(1, "reduce", halves), Sum([17])]  # 18
+            self.operations += [Step(1, "reduce", halves), Sum([16])]  # 17
         else:
             del self.tensors[-2:]
-        self.outputs = [11, 16, 18][: stride + 1]
-        normed = [3, 4, 5, 6, 8, 9, 12, 17][: 7 + (stride == 2)]
+        self.outputs = [10, 15, 17][: stride + 1]
+        normed = [3, 4, 5, 6, 8, 9, 11, 16][: 7 + (stride == 2)]
+        # Of values 2 and 7, where each is a term for the second time, and of 10 and 12.
+        rates, places = torch.tensor([0.4, 0.0, 0.05, 0.7]), [4, 8, 10, 13]
+        self.dropout = Dropout(kernels.dropout_key("cpu"), rates, places) if dropout else None
         self.norms = [None] * (len(self.inputs) + len(self.operations))
         self.running = []
         for value in normed:
@@ -83,8 +84,8 @@ class Case:
     def statistics(self):
         return [t.to(self.device, copy=True) for t in self.running]
 
-    def arguments(self, tensors, running):
-        """Of `cell`, with these instead of its own."""
+    def call(self, function, tensors, running):
+        """The result of `cell` or `cell_ref`, with these instead of its own."""
         known = {id(mine): other for mine, other in zip(self.tensors + self.running, [*tensors, *running])}
         dtype = tensors[0].dtype
 
@@ -95,8 +96,11 @@ class Case:
             op if isinstance(op, Sum) else op._replace(weights=tuple(map(swap, op.weights))) for op in self.operations
         ]
         norms = [norm and Norm(*map(swap, norm)) for norm in self.norms]
-        inputs = [swap(x) for x in self.inputs]
-        return inputs, operations, self.outputs, swap(self.probabilities), norms, self.training, 0.3
+        inputs, probabilities = [swap(x) for x in self.inputs], swap(self.probabilities)
+        key, rates, places = self.dropout or (None, None, None)
+        dropout = self.dropout and Dropout(key.to(self.device), rates.to(self.device), places)
+        settings = {"training": self.training, "momentum": 0.3, "dropout": dropout}
+        return function(inputs, operations, self.outputs, probabilities, norms, **settings)
 
     def run(self, function, dtype=torch.float64, needed=None):
         """Result, gradients and running statistics."""
@@ -104,7 +108,7 @@ class Case:
         for i in needed if needed is not None else range(len(tensors)):
             tensors[i].requires_grad_()
         running = [t.to(self.device, dtype, copy=True) for t in self.running]
-        y = function(*self.arguments(tensors, running))
+        y = self.call(function, tensors, running)
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
         gradients = torch.autograd.grad(y, [t for t in tensors if t.requires_grad], gradient)
         return [t.detach().cpu() for t in (y, *gradients, *running)]
@@ -112,10 +116,12 @@ class Case:
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 16, 8, 8), (4, 36, 9, 9), (2, 20, 1, 33), (5, 64, 4, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("affine, images", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "affine, images, dropout", [(True, False, True), (False, True, True), (True, True, True), (True, True, False)]
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_fused_cell_equals_plain_torch(shape, stride, affine, images, training):
-    case = Case(shape, stride, affine, images, training)
+def test_fused_cell_equals_plain_torch(shape, stride, affine, images, dropout, training):
+    case = Case(shape, stride, affine, images, training, dropout)
     for mine, right in zip(case.run(cell), case.run(cell_ref), strict=True):
         assert mine.shape == right.shape and (mine - right).norm() <= 1e-11 * right.norm().clamp_min(1e-12)
 
@@ -133,7 +139,7 @@ def test_fused_cell_gradients_are_numerical_derivatives():
     case = Case((2, 2, 3, 3), 2, images=True)
 
     def function(*tensors):  # every call finds the same running statistics
-        return cell(*case.arguments(tensors, case.statistics()))
+        return case.call(cell, tensors, case.statistics())
 
     assert torch.autograd.gradcheck(function, case.leaves())
 
@@ -144,7 +150,7 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
     tensors = case.leaves()
     operator = torch.ops.pdarts.cell
     monkeypatch.setattr(torch.ops.pdarts, "cell", lambda *arguments: calls.append(arguments) or operator(*arguments))
-    cell(*case.arguments(tensors, case.statistics()))
+    case.call(cell, tensors, case.statistics())
     monkeypatch.undo()
     (arguments,) = calls
     tests = "test_schema", "test_faketensor", "test_aot_dispatch_static"
@@ -152,11 +158,11 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
     assert set(check(torch.ops.pdarts.cell, (*arguments[:-1], True)).values()) == {"SUCCESS"}
     with torch.no_grad():
         y, statistics, values = operator(*arguments[:-1], True)
-        inputs, weights, gammas, betas, probabilities, given, program, outputs, batch, *_ = arguments
-        detached = [[t if t is None else t.detach() for t in some] for some in (inputs, weights, gammas, betas)]
+        *some, probabilities, given, key, rates, places, program, outputs, batch, _, _ = arguments
+        detached = [[t if t is None else t.detach() for t in part] for part in some]
         given = statistics if given is None else given
-        needs = [t is not None and t.requires_grad for some in (inputs, weights, gammas, betas) for t in some] + [True]
-        tail = *detached, probabilities.detach(), given, program, outputs, batch, needs
+        needs = [t is not None and t.requires_grad for part in some for t in part] + [True]
+        tail = *detached, probabilities.detach(), given, key, rates, places, program, outputs, batch, needs
     results = torch.library.opcheck(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail))
     assert set(results.values()) == {"SUCCESS"}
 
@@ -166,7 +172,7 @@ def test_fused_cell_compiles_without_graph_breaks():
     tensors = case.leaves()
 
     def function(*tensors):
-        return cell(*case.arguments(tensors, case.statistics()))
+        return case.call(cell, tensors, case.statistics())
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     mine, right = (torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (compiled, function))
@@ -200,7 +206,7 @@ def test_fused_cell_without_gradients_keeps_nothing_and_computes_the_same():
         case = Case((9, 5, 6, 6), 2, training=training)
         y, *_ = case.run(cell)
         with torch.no_grad():
-            other = cell(*case.arguments(case.leaves(), case.statistics()))
+            other = case.call(cell, case.leaves(), case.statistics())
         assert torch.equal(y, other.cpu())
 
 
@@ -210,23 +216,28 @@ def test_fused_cell_keeps_its_values_inputs_and_result_only(device):
     layout = torch.channels_last if device == "cpu" else torch.contiguous_format
     in_layout = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
-        cell(*case.arguments(in_layout, case.statistics()))
+        case.call(cell, in_layout, case.statistics())
     values = len(case.operations) * 2 * 4 * 5 * 6
-    others = sum(t.numel() for t in tensors) + 3 * len(case.norms) * 4 + 2 * 4 * 5 * 6  # weights, statistics, the mask
+    others = sum(t.numel() for t in tensors) + 3 * len(case.norms) * 4 + 1 + 4  # weights, statistics, key and rates
     # On CUDA also what the pointwise convolutions of four steps read, and both outputs one by one.
     more = 0 if device == "cpu" else (4 + 4 + 7 + 4 + 2 * 4) * 2 * 5 * 6
     assert sum(kept.values()) <= values + others + more
 
 
-def test_a_product_with_a_rate_is_inverted_dropout(device):
-    x, drawn, rate = (t.to(device) for t in (torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.tensor(0.4)))
-    x.requires_grad_()
-    function = cell_ref if device == "cpu" else cell
-    y = function([x], [Step(0, "product", (drawn, rate)), Sum([1])], [2], torch.full((1,), 0.5, device=device))
-    factor = torch.where(drawn < rate, 0, 1 / (1 - rate))
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.allclose(y, 0.5 * x * factor) and torch.allclose(gradient, 0.5 * factor)
-    assert 0 < (factor == 0).sum() < factor.numel()
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 16, 8, 8), (2, 4, 1, 1), (1, 20, 6, 6)])
+@pytest.mark.parametrize("function", [cell, cell_ref])
+def test_dropout_multiplies_terms_by_masks_of_their_places(device, shape, function):
+    x, p, g = (torch.randn(size, device=device, dtype=torch.float64) for size in (shape, 5, shape))
+    x.requires_grad_(), p.requires_grad_()
+    key, rates = kernels.dropout_key(device), torch.tensor([0.5, 0.0, 1.0], device=device)
+    masks = kernels.dropout_masks_ref(key, rates, [1, 3, 4], shape).double()
+    y = function([x], [Sum([0]), Sum([0, 0, 1, 1])], [2], p, dropout=Dropout(key, rates, [1, 3, 4]))
+    of_x, of_p = torch.autograd.grad(y, (x, p), g)
+    factor = p[1] * masks[0] + p[2] + p[0] * (p[3] * masks[1] + p[4] * masks[2])
+    assert torch.allclose(y, factor * x) and torch.allclose(of_x, factor * g)
+    parts = torch.stack([p[3] + 0 * x, masks[0], 1 + 0 * x, p[0] * masks[1], p[0] * masks[2]])
+    assert torch.allclose(of_p, (parts * x * g).sum((1, 2, 3, 4)))
+    assert 0 < (masks[0] == 0).sum() < x.numel() and (masks[1] == 1).all() and (masks[2] == 0).all()
 
 
 def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
@@ -250,7 +261,7 @@ def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
 def test_second_derivative_of_the_fused_cell_is_refused():
     case = Case()
     tensors = case.leaves()
-    y = cell(*case.arguments(tensors, case.statistics()))
+    y = case.call(cell, tensors, case.statistics())
     (gradient,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         gradient.sum().backward()
@@ -284,8 +295,6 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Step(0, "separable", (torch.rand(4, 1, 7, 7), POINTWISE[1])), Sum([1])], [2], ONE, None, "not larger than"),
     ([X], [Step(0, "max", stride=0), Sum([1])], [2], ONE, None, "stride, padding and dilation of operation 0 are 0"),
     ([X], [Step(0, "max", stride=2**32), Sum([1])], [2], ONE, None, "expected at least 1, 0 and 1, and at most 256"),
-    ([X], [Step(0, "product", (X[:1], None)), Sum([1])], [2], ONE, None, "weights.0. does not fit; expected a Float"),
-    ([X], [Step(0, "product", (X, ONE)), Sum([1])], [2], ONE, None, "weights.1. does not fit; expected none, or, on"),
     ([X], [Step(0, "reduce", POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is None; expected a Float"),
     ([X], [Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [3], ONE, [None, NORM, None, None],
      "operation 1 reads value 1, which has a norm; expected that of a separable convolution only"),
@@ -299,18 +308,38 @@ def test_fused_cell_names_what_does_not_fit(inputs, operations, outputs, probabi
         cell(inputs, operations, outputs, probabilities, norms, training=True)
 
 
+KEY = torch.ones(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("dropout, message", [
+    (Dropout(KEY.int(), ONE, [0]), "key of the dropout is a Int .1. on cpu; expected a Long .1. on cpu"),
+    (Dropout(torch.cat([KEY, KEY]), ONE, [0]), "key of the dropout is a Long .2. on cpu; expected a Long .1. on cpu"),
+    (Dropout(None, ONE, [0]), "key of the dropout is None; expected a Long .1. on cpu"),
+    (Dropout(KEY, ONE.double(), [0]), "rates of the dropout is a Double .1. on cpu; expected a Float .1. on cpu"),
+    (Dropout(KEY, ONE, [0, 2]), "rates of the dropout is a Float .1. on cpu; expected a Float .2. on cpu"),
+    (Dropout(KEY, torch.ones(2), [2, 2]),
+     "terms.1. of the dropout is 2; expected places of probabilities, 0 to 2, in ascending order"),
+    (Dropout(KEY, ONE, [3]), "terms.0. of the dropout is 3; expected places of probabilities, 0 to 2"),
+    (Dropout(KEY, ONE, [-1]), "terms.0. of the dropout is -1; expected places of probabilities, 0 to 2"),
+    (Dropout(KEY, ONE, [1]),
+     "the term with probability 1 has dropout and is what a step computes; expected dropout of inputs and sums only"),
+])
+def test_fused_cell_names_what_does_not_fit_of_the_dropout(dropout, message):
+    with pytest.raises(RuntimeError, match=message):
+        cell([X], [Step(0, "max"), Sum([0, 1, 0])], [2], torch.ones(3), dropout=dropout)
+
+
 def of_size(kernel):
     return torch.rand(4, 1, kernel, kernel), POINTWISE[1]
 
 
 @pytest.mark.parametrize("operations, norms, known", [
-    ([Step(0, "separable", of_size(5), 2, 4, 2), Step(0, "product", (X, ONE)), Sum([1, 2])], [], True),
+    ([Step(0, "separable", of_size(5), 2, 4, 2), Step(0, "max", stride=2), Sum([1, 2])], [], True),
     ([Step(0, "separable", of_size(3), padding=1), Step(1, "separable", POINTWISE), Sum([2])], [None, NORM], True),
     ([Step(0, "separable", of_size(7), padding=3), Sum([1])], [], False),
     ([Step(0, "separable", of_size(3), padding=3), Sum([1])], [], False),
     ([Step(0, "separable", of_size(3), stride=3), Sum([1])], [], False),
     ([Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [], False),
-    ([Step(0, "product", (X, None)), Sum([1])], [None, NORM], False),
     ([Sum([0] * 65)], [], False), ([Sum([0] * 40), Sum([0] * 30)], [], False),
 ])
 def test_cells_that_are_fused_on_cuda_are_known(operations, norms, known):

@@ -41,7 +41,7 @@ def test_no_warnings(compiled):
 def vectorised(kernels, name, dtype):
     mangled, V = VECTORS[dtype]
     found = {kernel: ptx for kernel, ptx in kernels.items() if re.search(rf"\d{name}I.*ELi{V}E{mangled}E", kernel)}
-    assert len(found) == (LAYOUTS - 1 if name == "statistics_kernel" else LAYOUTS), sorted(kernels)
+    assert len(found) == (LAYOUTS - 1 if name == "mixed_statistics_kernel" else LAYOUTS), sorted(kernels)
     return found.items()
 
 
@@ -54,7 +54,7 @@ def test_results_are_stored_by_16_bytes(kernels, name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["statistics_kernel", "forward_kernel", "backward_sums_kernel", "backward_inputs_kernel"]
+    "name", ["mixed_statistics_kernel", "forward_kernel", "backward_sums_kernel", "backward_inputs_kernel"]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "half"])  # no other operand is so short
 def test_elements_are_not_loaded_one_by_one(kernels, name, dtype):

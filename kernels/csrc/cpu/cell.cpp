@@ -57,15 +57,15 @@ template <class A>
 class Cell {
   using V = typename Simd<A>::vec;
   const PdartsCell& cell;
-  const int64_t C, wide;             // channels, and padded to vectors
-  const int64_t inputs, count;       // of the values
-  int64_t images, units;             // images of a unit
-  std::vector<int> user;             // of a value that an operation other than a sum computes: the one that uses it
-  std::vector<int> place;            // of a term: of its probability
-  std::vector<MaskRate> dropout;     // of the terms of all sums
-  const MaskKeys keys;               // of their masks
+  const int64_t C, wide;          // channels, and padded to vectors
+  const int64_t inputs, count;    // of the values
+  int64_t images, units;          // images of a unit
+  std::vector<int> user;          // of a value that an operation other than a sum computes: the one that uses it
+  std::vector<int> place;         // of a term: of its probability
+  std::vector<MaskRate> dropout;  // of the terms of all sums
+  const MaskKeys keys;            // of their masks
   std::vector<std::unique_ptr<Separable<A>>> calls;  // of the operations of a phase
-  std::vector<double> sums;          // of the units in a phase, see below
+  std::vector<double> sums;                          // of the units in a phase, see below
 
  public:
   explicit Cell(const PdartsCell& cell)
@@ -116,9 +116,26 @@ class Cell {
       bool reduce = op.kind == Operation::kReduce;
       if (!reduce && op.kind != Operation::kSeparable) return;
       const A* normed = intermediate(op.source) ? statistics(op.source, 0) : nullptr;
-      PdartsSeparable s{cell.N,    from.H,     from.W,     from.C,  C,          op.kernel, op.stride, op.dilation,
-                        op.padding, cell.type, from.pixel, from.x,  normed,     count * C, from.gamma, from.beta,
-                        op.weight, reduce ? op.weight : op.pointwise, reduce ? op.pointwise : nullptr};
+      PdartsSeparable s{
+          cell.N,
+          from.H,
+          from.W,
+          from.C,
+          C,
+          op.kernel,
+          op.stride,
+          op.dilation,
+          op.padding,
+          cell.type,
+          from.pixel,
+          from.x,
+          normed,
+          count * C,
+          from.gamma,
+          from.beta,
+          op.weight,
+          reduce ? op.weight : op.pointwise,
+          reduce ? op.pointwise : nullptr};
       calls[i] = std::make_unique<Separable<A>>(s, forward, !forward);
     });
     for (int64_t v = 0; v < count; v++) {
@@ -157,9 +174,9 @@ class Cell {
   // Forward. sums [units][operations of the phase][2][C]: of x - pivot and of its square.
   // -------------------------------------------------------------------------------------------------------------------
 
-  std::vector<A> pivots;         // [units][operations of the phase][wide]
-  std::vector<int64_t> offset;   // of the values that are not kept: where they lie in the memory of a thread
-  int64_t not_kept = 0;          // elements of that
+  std::vector<A> pivots;        // [units][operations of the phase][wide]
+  std::vector<int64_t> offset;  // of the values that are not kept: where they lie in the memory of a thread
+  int64_t not_kept = 0;         // elements of that
 
  public:
   void forward(bool given) {
@@ -216,7 +233,8 @@ class Cell {
     sums.assign(units * size * 2 * C, 0.0), pivots.assign(units * size * wide, A(0));
     for_units<A>(cell.N, images, [&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
       for (int64_t j = 0; j < size; j++) {
-        forward_operation(work, some[j], n, number, &sums[(unit * size + j) * 2 * C], &pivots[(unit * size + j) * wide]);
+        forward_operation(
+            work, some[j], n, number, &sums[(unit * size + j) * 2 * C], &pivots[(unit * size + j) * wide]);
       }
     });
     parallel(size, [&](int64_t j) {
@@ -335,13 +353,13 @@ class Cell {
   // -------------------------------------------------------------------------------------------------------------------
 
   struct Gradient {
-    bool needed = false;            // that of the value itself
-    bool wanted = false;            // g
-    const A* from = nullptr;        // g, as far as it comes from outside of the cell
-    A* to = nullptr;                // where it is added up; as the value lies
-    int64_t phase = 0;              // when it is complete
-    int64_t first = -1;             // the operation that is the first to add to it
-    std::vector<A> a, b, c, mean;   // [wide]
+    bool needed = false;           // that of the value itself
+    bool wanted = false;           // g
+    const A* from = nullptr;       // g, as far as it comes from outside of the cell
+    A* to = nullptr;               // where it is added up; as the value lies
+    int64_t phase = 0;             // when it is complete
+    int64_t first = -1;            // the operation that is the first to add to it
+    std::vector<A> a, b, c, mean;  // [wide]
   };
 
   struct Terms {  // of a sum, or the one value that another operation reads
@@ -351,16 +369,17 @@ class Cell {
   };
 
   const PdartsCellGradients* to = nullptr;
-  std::vector<Gradient> gradient;            // of the values
-  std::vector<int64_t> phase;                // of the operations, -1 if nothing depends on it
-  std::vector<Terms> terms;                  // of the operations
-  std::vector<std::vector<A>> weight_sums;   // of the operations: of each unit
-  std::vector<Buffer<A>> memory;             // of what `to` points to
+  std::vector<Gradient> gradient;           // of the values
+  std::vector<int64_t> phase;               // of the operations, -1 if nothing depends on it
+  std::vector<Terms> terms;                 // of the operations
+  std::vector<std::vector<A>> weight_sums;  // of the operations: of each unit
+  std::vector<Buffer<A>> memory;            // of what `to` points to
 
  public:
   void backward(const std::vector<const void*>& g, const PdartsCellGradients& gradients) {
     to = &gradients;
-    gradient.resize(count), phase.assign(operations(), -1), terms.resize(operations()), weight_sums.resize(operations());
+    gradient.resize(count), phase.assign(operations(), -1), terms.resize(operations()),
+        weight_sums.resize(operations());
     find_needed();
     find_phases(g);
     for (int64_t p = 0; p <= last_phase(); p++) backward_phase(p);

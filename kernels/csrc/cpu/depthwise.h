@@ -109,7 +109,7 @@ struct Map {
   int64_t channels;     // of a pixel, padded to vectors
   int64_t left, pitch;  // zeros before a row, and elements from a row to the next
   int64_t rows;
-  A* data = nullptr;    // [elements()]
+  A* data = nullptr;  // [elements()]
 
   // For pixels of `channels` elements; what several correlations read at once has room for all of them.
   Map(int64_t channels, const std::vector<Correlation>& all) : channels(channels), left(0), pitch(0), rows(0) {
@@ -214,8 +214,8 @@ INLINE void correlate(const Correlation& c, const Map<A>& in, int64_t row, const
   }
 }
 
-// Adds to sums [block][row][column][channel of the block] the gradient of the weight of a forward correlation, from that
-// of its results.
+// Adds to sums [block][row][column][channel of the block] the gradient of the weight of a forward correlation, from
+// that of its results.
 template <class A, int K, int S, int D>
 void correlate_weight(const Correlation& c, const Map<A>& in, const Map<A>& gradient, A* sums) {
   using V = typename Simd<A>::vec;

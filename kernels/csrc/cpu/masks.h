@@ -66,11 +66,10 @@ class Masks {
 
  public:
   // Of `pixel`, which is the first of its counter or the only one asked for, and of the channels from `channel` on.
-  INLINE Masks(
-      const MaskKeys& keys, int64_t pixel, int64_t channel, int64_t image, int64_t term, uint32_t threshold) {
+  INLINE Masks(const MaskKeys& keys, int64_t pixel, int64_t channel, int64_t image, int64_t term, uint32_t threshold) {
     last = Signed{} + (I(threshold) - 1);
     Wide even[4], odd[4];
-    auto draw = [&](int64_t first, Wide (&to)[4]) ALWAYS {
+    auto draw = [&](int64_t first, Wide(&to)[4]) ALWAYS {
       Wide channels;
       for (int64_t i = 0; i < kVector / 8; i++) channels[i] = first + i * (kFloat ? 2 : 1);
       uint64_t group = pixel / kMaskPixels, n = image, t = term;

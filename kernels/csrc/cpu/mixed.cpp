@@ -198,10 +198,8 @@ struct Values {
   Values(const PdartsMixed& m, int64_t k)
       : probabilities(static_cast<const A*>(m.probabilities) + k * (m.per_image ? m.N : 1)),
         mean(m.statistics ? static_cast<const A*>(m.statistics) + k * m.C : nullptr),
-        invstd(mean ? mean + m.K * m.C : nullptr),
-        gamma(static_cast<const A*>(m.gamma[k])),
-        beta(static_cast<const A*>(m.beta[k])),
-        image(m.per_image != 0) {}
+        invstd(mean ? mean + m.K * m.C : nullptr), gamma(static_cast<const A*>(m.gamma[k])),
+        beta(static_cast<const A*>(m.beta[k])), image(m.per_image != 0) {}
 
   A probability(int64_t n) const { return probabilities[n * image]; }
   A scale(int64_t c) const { return (invstd ? invstd[c] : A(1)) * (gamma ? gamma[c] : A(1)); }
@@ -467,14 +465,17 @@ void backward_inputs_unit(
       int64_t e = k * l.entries + entry;
       if (m.batch >> k & 1) {
         const A* x = read(m.type, m.x[k], offset, n, buffer);
-        map<CL, A>(rows, length, [&](int64_t i, auto a, auto b, auto c, auto mean) ALWAYS {
-          using V = decltype(a);
-          result.put(out + i, a * load<V>(gradient + i) + (b * (load<V>(x + i) - mean) + c));
-        }, as + e, bs + e, cs + e, means + e);
+        map<CL, A>(
+            rows, length,
+            [&](int64_t i, auto a, auto b, auto c, auto mean) ALWAYS {
+              using V = decltype(a);
+              result.put(out + i, a * load<V>(gradient + i) + (b * (load<V>(x + i) - mean) + c));
+            },
+            as + e, bs + e, cs + e, means + e);
       } else {
-        map<CL, A>(rows, length, [&](int64_t i, auto a) ALWAYS {
-          result.put(out + i, a * load<decltype(a)>(gradient + i));
-        }, as + e);
+        map<CL, A>(
+            rows, length, [&](int64_t i, auto a) ALWAYS { result.put(out + i, a * load<decltype(a)>(gradient + i)); },
+            as + e);
       }
       result.finish(grad_x[k], offset, n);
     }
@@ -520,8 +521,8 @@ struct Backward {
   const PdartsMixedGradients& gradients;
   uint64_t needed;  // the candidates whose sum of g * (x_k - mean_k) is needed
   Layout l;
-  int64_t part, images;  // sums of a unit; images that have probabilities of their own, or 1
-  double* sums;          // [2][K][C]: of p_kn * g * (x_k - mean_k), and of p_kn * g
+  int64_t part, images;             // sums of a unit; images that have probabilities of their own, or 1
+  double* sums;                     // [2][K][C]: of p_kn * g * (x_k - mean_k), and of p_kn * g
   double *probabilities, *partial;  // gradients [groups][K][images], and the units' sums [groups][units][part]
 
   Backward(
@@ -607,17 +608,21 @@ void mixed_forward_cpu(const PdartsMixed* call, void* y, void* scratch, void*) {
       pass(l, m, group, unit, y);
     };
     if (!m.batch) return one_pass(l, apply);
-    two_passes(l, [&](int64_t group, int64_t unit) {
-      for (int k = 0; k < m.K; k++) {
-        if (!(m.batch >> k & 1)) continue;
-        auto pass = l.channels_last ? statistics_unit<true, A> : statistics_unit<false, A>;
-        pass(l, m, k, group, unit, at(group, unit, k));
-      }
-    }, [&](int64_t group) {
-      for (int k = 0; k < m.K; k++) {
-        if (m.batch >> k & 1) statistics_group<A>(l, m, k, group, at(group, 0, k), m.K * part);
-      }
-    }, apply);
+    two_passes(
+        l,
+        [&](int64_t group, int64_t unit) {
+          for (int k = 0; k < m.K; k++) {
+            if (!(m.batch >> k & 1)) continue;
+            auto pass = l.channels_last ? statistics_unit<true, A> : statistics_unit<false, A>;
+            pass(l, m, k, group, unit, at(group, unit, k));
+          }
+        },
+        [&](int64_t group) {
+          for (int k = 0; k < m.K; k++) {
+            if (m.batch >> k & 1) statistics_group<A>(l, m, k, group, at(group, 0, k), m.K * part);
+          }
+        },
+        apply);
   });
 }
 

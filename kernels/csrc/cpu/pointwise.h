@@ -11,7 +11,10 @@ namespace pdarts {
 
 // Rows whose sums, of NV vectors each, are in registers at a time: all divide kRowsAtOnce.
 template <int NV>
-constexpr int kRegisterRows = kVector == 64 ? (NV <= 3 ? 8 : 4) : NV == 1 ? 8 : NV <= 3 ? 4 : 2;
+constexpr int kRegisterRows = kVector == 64 ? (NV <= 3 ? 8 : 4)
+                              : NV == 1     ? 8
+                              : NV <= 3     ? 4
+                                            : 2;
 
 // f(NV): the vectors of a row of n elements that are handled together, a constant that divides their number.
 template <class A, class F>
@@ -38,8 +41,7 @@ INLINE void for_register_rows(int64_t n, F f) {
 
 // y [rows][J] = a [rows][K] * b [K][padded J]; stride, distance: from a row of a, of y, to the next.
 template <class A>
-void multiply(
-    const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, int64_t J, A* y, int64_t distance) {
+void multiply(const A* a, int64_t rows, int64_t K, int64_t stride, const A* b, int64_t J, A* y, int64_t distance) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
   int64_t columns = padded<A>(J);
@@ -68,8 +70,7 @@ void multiply(
 
 // sum [out][padded in] += g^T x; g: [rows][out], with rows `distance` apart; x: [rows][padded in]
 template <class A>
-void multiply_transposed(
-    const A* g, int64_t distance, const A* x, int64_t rows, int64_t out, int64_t in, A* sum) {
+void multiply_transposed(const A* g, int64_t distance, const A* x, int64_t rows, int64_t out, int64_t in, A* sum) {
   using V = typename Simd<A>::vec;
   constexpr int64_t W = Simd<A>::W;
   int64_t stride = padded<A>(in);
@@ -84,7 +85,8 @@ void multiply_transposed(
         for (int64_t r = 0; r < rows; r++) {
           V values[NV];
           unroll<NV>([&](auto i) ALWAYS { values[i] = load<V>(x + r * stride + j + i * W); });
-          unroll<R * NV>([&](auto i) ALWAYS { total[i / NV][i % NV] += g[r * distance + o + i / NV] * values[i % NV]; });
+          unroll<R * NV>([&](auto i)
+                             ALWAYS { total[i / NV][i % NV] += g[r * distance + o + i / NV] * values[i % NV]; });
         }
         unroll<R * NV>([&](auto i) ALWAYS { store(to + i / NV * stride + i % NV * W, total[i / NV][i % NV]); });
       }

@@ -63,8 +63,7 @@ void pool_forward(const PdartsPool& p, const A* x, A* y) {
 // Added to grad_x: the gradients of some windows that follow each other in a row and lie within the image, for a vector
 // of channels. x and grad_x: where the first window begins. What two windows share stays in registers.
 template <int S, class A, class N>
-INLINE void pass_to_largest(
-    const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x, int64_t windows, N n) {
+INLINE void pass_to_largest(const PdartsPool& p, const A* x, const A* y, const A* g, A* grad_x, int64_t windows, N n) {
   using V = typename Simd<A>::vec;
   int64_t line = p.W * p.pixel;
   V v[3][3], sum[3][3];
@@ -123,9 +122,8 @@ void max_pool_backward(const PdartsPool& p, const A* x, const A* y, const A* g, 
     at_border(0);
     for_vectors<A>(inside > 1 ? C : 0, [&](int64_t i, auto n) ALWAYS {
       int64_t at = rows.first * line + (s - 1) * p.pixel + i;
-      auto run = [&](auto stride) ALWAYS {
-        pass_to_largest<stride>(p, x + at, y + C + i, g + C + i, grad_x + at, inside - 1, n);
-      };
+      auto run = [&](auto stride)
+                     ALWAYS { pass_to_largest<stride>(p, x + at, y + C + i, g + C + i, grad_x + at, inside - 1, n); };
       s == 1 ? run(std::integral_constant<int, 1>()) : run(std::integral_constant<int, 2>());
     });
     for (int64_t column = inside; column < OW; column++) at_border(column);

@@ -26,10 +26,7 @@ struct Output {
 
 template <class A>
 Separable<A>::Separable(const PdartsSeparable& s, bool forward, bool backward)
-    : s(s),
-      OW(out_size(s, s.W)),
-      pixels(out_size(s, s.H) * OW),
-      row(padded<A>(s.C)),
+    : s(s), OW(out_size(s, s.W)), pixels(out_size(s, s.H) * OW), row(padded<A>(s.C)),
       depthwise_size(s.kernel * s.kernel * ceil_div(s.C, kBlock<A>) * kBlock<A>) {
   auto at = [](const void* p) { return static_cast<const A*>(p); };
   int64_t wide = s.C + kBlock<A>, first = s.second ? s.out / 2 : s.out;

@@ -46,10 +46,10 @@ void for_units(int64_t N, int64_t images, F f) {
 // What all units of a call share: sizes, and the weights as the inner loops want them.
 template <class A>
 struct Separable {
-  struct Half {  // of a factorized reduction, or all of the pointwise convolution
-    int64_t first, out;         // channels of y
-    A *weight, *transposed;     // [C][padded out] and [out][row]
-    int64_t sums;               // where those of its weight begin, [out][row], in a unit's
+  struct Half {              // of a factorized reduction, or all of the pointwise convolution
+    int64_t first, out;      // channels of y
+    A *weight, *transposed;  // [C][padded out] and [out][row]
+    int64_t sums;            // where those of its weight begin, [out][row], in a unit's
   };
 
   PdartsSeparable s;

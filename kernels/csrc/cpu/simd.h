@@ -127,8 +127,8 @@ INLINE void store_n(A* p, typename Simd<A>::vec v, N n) {
 // f(0), f(1), ..., f(n - 1) with constants: arrays indexed by them stay in registers.
 template <int n, class F>
 INLINE void unroll(F f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) ALWAYS { (f(std::integral_constant<int, i>()), ...); }
-  (std::make_integer_sequence<int, n>());
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      ALWAYS { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, n>());
 }
 
 // f(0.0f) or f(0.0): the type that is accumulated in.

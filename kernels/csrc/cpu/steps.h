@@ -13,7 +13,8 @@
 //     y[n,oh,ow,o] = sum_c pointwise[o,c] * z[n,oh,ow,c]
 //
 // What lies outside of f(x) counts as 0. Without a kernel z is f(x). With `second` it is a factorized reduction: the
-// first out/2 channels are a pointwise convolution of every second pixel, the others of those one row and one column on.
+// first out/2 channels are a pointwise convolution of every second pixel, the others of those one row and one column
+// on.
 struct PdartsSeparable {
   int64_t N, H, W, C, out;
   int32_t kernel;  // or 0

@@ -32,11 +32,16 @@ void with_float(int type, F f) {
 template <class F>
 __device__ __forceinline__ void with_taps(int kernel, int dilation, F f) {
   switch (kernel * 2 + dilation) {
-    case 7: return f(Int<3>(), Int<1>());
-    case 8: return f(Int<3>(), Int<2>());
-    case 11: return f(Int<5>(), Int<1>());
-    case 12: return f(Int<5>(), Int<2>());
-    default: return f(Int<1>(), Int<1>());
+    case 7:
+      return f(Int<3>(), Int<1>());
+    case 8:
+      return f(Int<3>(), Int<2>());
+    case 11:
+      return f(Int<5>(), Int<1>());
+    case 12:
+      return f(Int<5>(), Int<2>());
+    default:
+      return f(Int<1>(), Int<1>());
   }
 }
 
@@ -116,7 +121,7 @@ __device__ __forceinline__ void write_moments(
 // Grid [blocks, convolutions]. Reads x, for each O of the results, and writes y, and z if it is kept: the least for one
 // of them, if O is enough; what several of them read of x is served by the cache.
 template <int S, int O, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
+__global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kernel(
     const __grid_constant__ PdartsConvolutions all, const Tiles t, int together, int elements, bool vectors) {
   constexpr int R = kResults / O, V = 16 / sizeof(T);
   const PdartsConvolution& d = all.at[blockIdx.y];
@@ -165,9 +170,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
       with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
         T w[quotient_up(K.value * K.value, V) * V];
         load_packs(weight + i * kTaps, w);
-        for_taps<K.value, S, D.value, R>(
-            elements_of<S>(from, t.pitch),
-            [&](int r, int row, int column, T v) { z[r] += w[row * K.value + column] * v; });
+        for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, T v) {
+          z[r] += w[row * K.value + column] * v;
+        });
       });
       if (d.z && !first) {
         T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
@@ -204,7 +209,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) convolution_kernel(
 
 // Grid [blocks, pools]. Reads x and writes y once, the least, where the cache serves what windows have in common.
 template <int S, class T>
-__global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ PdartsCellPools all, const Tiles t) {
+__global__ void __launch_bounds__(kThreads)
+    cell_pool_kernel(const __grid_constant__ PdartsCellPools all, const Tiles t) {
   const PdartsCellPool& d = all.at[blockIdx.y];
   Place at(t, kRows);
   int64_t n = at.group * t.images + at.image, plane = n * all.C + at.c;
@@ -242,19 +248,21 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ 
 
 // Grid [columns of C, values]. Reads the moments twice, from the cache, and adds up in double.
 template <class T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(
+__global__ void __launch_bounds__(kThreads) cell_statistics_kernel(
     const __grid_constant__ PdartsStatistics all, const Tiles t, int splits, int each, int H, int W) {
   const PdartsMoments& d = all.at[blockIdx.y];
   int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   const double* moments = static_cast<const double*>(d.moments) + c;
   if (c >= d.C) splits = 0;
-  double mean = sum_of_column(splits, [&](int s) {
-    return t.count(s, each, H, W) * moments[s * 2 * d.C];
-  }) / all.elements;
-  double variance = sum_of_column(splits, [&](int s) {
-    double distance = moments[s * 2 * d.C] - mean;
-    return moments[(s * 2 + 1) * d.C] + t.count(s, each, H, W) * distance * distance;
-  }) / all.elements;
+  double mean =
+      sum_of_column(splits, [&](int s) { return t.count(s, each, H, W) * moments[s * 2 * d.C]; }) / all.elements;
+  double variance = sum_of_column(
+                        splits,
+                        [&](int s) {
+                          double distance = moments[s * 2 * d.C] - mean;
+                          return moments[(s * 2 + 1) * d.C] + t.count(s, each, H, W) * distance * distance;
+                        }) /
+                    all.elements;
   if (threadIdx.x >= kColumns || c >= d.C) return;
   T* to = static_cast<T*>(d.to) + c;
   to[0] = mean, to[all.row] = 1 / sqrt(variance + all.eps);
@@ -263,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(
 
 // Grid [blocks]. Copies an element for each thread: there are few.
 template <class T>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ PdartsRows all) {
+__global__ void __launch_bounds__(kThreads) cell_rows_kernel(const __grid_constant__ PdartsRows all) {
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, size = all.count * all.C;
   if (i >= 2 * size) return;
   int64_t row = i % size / all.C, part = i / size;
@@ -324,7 +332,7 @@ __device__ __forceinline__ void store(void* to, int64_t i, int count, const Pack
 // channels. Reads g and y for each I channels and writes grad_z once: the least for one of them, if I is enough.
 template <int I, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
+    cell_between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
   constexpr int P = kResults / I, some = 16;
   alignas(16) __shared__ T pointwise[some * I];
   __shared__ Coefficients<T> coefficients[some];
@@ -383,8 +391,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 // shared memory, a warp takes some of them, and a lane has (B/8) x (B/4) of the sums. Reads g, y and z once for each B
 // channels of the other side: the least, if B is enough.
 template <int B, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) pointwise_kernel(
-    const __grid_constant__ PdartsConvolutions all, int splits, bool vectors) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    cell_pointwise_kernel(const __grid_constant__ PdartsConvolutions all, int splits, bool vectors) {
   constexpr int V = 16 / sizeof(T), Q = 512 / sizeof(T), pitch = Q + V, M = B / 8, N = B / 4;
   alignas(16) __shared__ T shared[2 * B * pitch];
   __shared__ Coefficients<T> coefficients[B];
@@ -487,7 +495,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) pointwise_kernel(
 // registers, and pass if x is not rectified. Reads grad_z of each once, x once or twice, and writes the gradient: the
 // least. `before` elements of grad_z before the first are in a tile.
 template <int S, class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
+__global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
     const __grid_constant__ PdartsConvolutions all, const __grid_constant__ PdartsTargets targets, const Tiles t,
     int before, bool vectors) {
   constexpr int R = kRows / S;
@@ -564,21 +572,21 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) input_kernel(
 // Grid [blocks, convolutions]. See weight_gradients.
 template <int S, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    weight_kernel(const __grid_constant__ PdartsConvolutions all, const Tiles t, bool vectors) {
+    cell_weight_kernel(const __grid_constant__ PdartsConvolutions all, const Tiles t, bool vectors) {
   const PdartsConvolution& d = all.at[blockIdx.y];
   extern __shared__ double memory[];
   Place at(t, kRows);
   if (at.c >= d.C) return;
   with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
     weight_gradients<K.value, S, D.value, T>(
-        reinterpret_cast<T*>(memory), t, at, norm_of<T>(d.norm, at.c), d.x, d.grad_z, d.C, all.H, all.W, all.OH,
-        all.OW, d.padding, vectors, static_cast<T*>(d.of_weight));
+        reinterpret_cast<T*>(memory), t, at, norm_of<T>(d.norm, at.c), d.x, d.grad_z, d.C, all.H, all.W, all.OH, all.OW,
+        d.padding, vectors, static_cast<T*>(d.of_weight));
   });
 }
 
 // Grid [columns of C, norms]. Reads the sums once and adds up in double.
 template <class T>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ PdartsNormGradients all) {
+__global__ void __launch_bounds__(kThreads) cell_norm_kernel(const __grid_constant__ PdartsNormGradients all) {
   const PdartsNormGradient& d = all.at[blockIdx.y];
   int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   const T* sums = static_cast<const T*>(d.sums) + c;
@@ -596,32 +604,42 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 // Grid [columns of n, sums].
 template <class T>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ PdartsSums all) {
+__global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_constant__ PdartsSums all) {
   const PdartsSum& d = all.at[blockIdx.y];
   add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
 }
 
-// Grid [blocks, images, targets]. Reads each x and factor and writes the sum once, the least.
-template <class T>
-__global__ void __launch_bounds__(kThreads) terms_kernel(const __grid_constant__ PdartsTerms all) {
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+// Grid [blocks, images, targets]. A thread has V elements of a channel. Reads each x and writes the sum once, the
+// least.
+template <int V, class T>
+__global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_constant__ PdartsTerms all) {
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, size = all.C * all.HW, c = i / all.HW;
   const PdartsTermsTarget& target = all.targets[blockIdx.z];
-  if (i >= all.size) return;
+  if (i >= size) return;
   for (int64_t n = blockIdx.y; n < all.N; n += gridDim.y) {
-    T sum = 0;
+    Pack<T, V> sum = {};
 #pragma unroll 4
     for (int k = target.first; k < target.last; k++) {
       const PdartsTerm& d = all.at[k];
+      Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
       T p = d.p ? static_cast<const T*>(d.p)[d.per_image ? n : 0] : T(1);
-      if (d.factor) {
-        T factor = static_cast<const T*>(d.factor)[n * all.size + i];
-        T rate = d.rate ? *static_cast<const T*>(d.rate) : T(0);
-        p *= !d.rate ? factor : factor >= rate ? 1 / (1 - rate) : T(0);
+      if (d.rate) {
+        Pack<T, V> mask = mask_of<V, T>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+#pragma unroll
+        for (int v = 0; v < V; v++) x.v[v] *= mask.v[v];
       }
-      sum += p * static_cast<const T*>(d.x)[n * all.size + i];
+#pragma unroll
+      for (int v = 0; v < V; v++) sum.v[v] += p * x.v[v];
     }
-    static_cast<T*>(target.to)[n * all.size + i] = sum;
+    store<V, T>(target.to, n * size + i, -1, sum);
   }
+}
+
+// Grid [blocks]. Draws a counter for each element: single masks are rare, and small in evaluations.
+__global__ void __launch_bounds__(kThreads) cell_mask_kernel(const PdartsMask d) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, plane = i / d.HW, n = plane / d.C;
+  if (i >= d.elements) return;
+  d.to[i] = mask_of<1, float>(d.key, *d.rate, d.term, n, plane - n * d.C, i - plane * d.HW).v[0];
 }
 
 // Grid [blocks]. Of every window the gradients of all pools are added up in shared memory, and which of its elements
@@ -629,7 +647,7 @@ __global__ void __launch_bounds__(kThreads) terms_kernel(const __grid_constant__
 // the cache serves what windows have in common, and writes the gradient: the least.
 template <int S, class T>
 __global__ void __launch_bounds__(kThreads)
-    pool_input_kernel(const __grid_constant__ PdartsPoolGradients all, const Tiles t) {
+    cell_pool_input_kernel(const __grid_constant__ PdartsPoolGradients all, const Tiles t) {
   extern __shared__ double memory[];
   int size = t.images * t.image;
   T *of_largest = reinterpret_cast<T*>(memory), *of_mean = of_largest + size;
@@ -663,7 +681,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
   T* to = static_cast<T*>(all.to) + ((n + at.image) * all.C + at.c) * all.H * all.W +
-      static_cast<int64_t>(at.row) * all.W + at.column;
+          static_cast<int64_t>(at.row) * all.W + at.column;
 #pragma unroll 1
   for (int r = 0; r < min(kRows, all.H - at.row); r++) {
     T sum = 0;
@@ -795,15 +813,25 @@ bool pixels_aligned(const PdartsConvolutions& all, int V) {
   return fits;
 }
 
+// Whether elements of a channel can be loaded and stored V at a time.
+bool rows_aligned(const PdartsTerms& all, int V) {
+  bool fits = all.HW % V == 0;
+  for (int i = 0; i < all.count; i++) {
+    const PdartsTermsTarget& target = all.targets[i];
+    fits = fits && reinterpret_cast<uintptr_t>(target.to) % 16 == 0;
+    for (int k = target.first; k < target.last; k++) fits = fits && reinterpret_cast<uintptr_t>(all.at[k].x) % 16 == 0;
+  }
+  return fits;
+}
+
 int splits_of(const Tiles& t) { return static_cast<int>(t.rows * t.columns * t.step); }
 
 template <class T>
-void launch_statistics(
-    const PdartsStatistics& to, const Tiles& t, int each, int H, int W, cudaStream_t stream) {
+void launch_statistics(const PdartsStatistics& to, const Tiles& t, int each, int H, int W, cudaStream_t stream) {
   int64_t C = 0;
   for (int i = 0; i < to.count; i++) C = std::max(C, to.at[i].C);
   dim3 grid(static_cast<unsigned>(quotient_up(C, kColumns)), to.count);
-  statistics_kernel<T><<<grid, kThreads, 0, stream>>>(to, t, splits_of(t), each, H, W);
+  cell_statistics_kernel<T><<<grid, kThreads, 0, stream>>>(to, t, splits_of(t), each, H, W);
 }
 
 }  // namespace
@@ -841,15 +869,15 @@ int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all) {
 void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
   const PdartsConvolutions& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_convolutions(all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements,
-                             int together) {
-    using T = decltype(type);
-    constexpr int S = stride.value, O = results.value;
-    bool vectors = true;
-    for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
-    dim3 grid(t.blocks(), all.count);
-    convolution_kernel<S, O, T><<<grid, kThreads, bytes, stream>>>(all, t, together, elements, vectors);
-  });
+  with_convolutions(
+      all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements, int together) {
+        using T = decltype(type);
+        constexpr int S = stride.value, O = results.value;
+        bool vectors = true;
+        for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
+        dim3 grid(t.blocks(), all.count);
+        cell_convolution_kernel<S, O, T><<<grid, kThreads, bytes, stream>>>(all, t, together, elements, vectors);
+      });
 }
 
 void cell_convolution_statistics_cuda(const PdartsConvolutions* all, const PdartsStatistics* to, void* stream) {
@@ -868,15 +896,14 @@ void cell_pools_cuda(const PdartsCellPools* call, void* stream_) {
       using T = decltype(type);
       constexpr int S = stride.value;
       dim3 grid(t.blocks(), all.count);
-      pool_kernel<S, T><<<grid, kThreads, 0, stream>>>(all, t);
+      cell_pool_kernel<S, T><<<grid, kThreads, 0, stream>>>(all, t);
     });
   });
 }
 
 void cell_pool_statistics_cuda(const PdartsCellPools* all, const PdartsStatistics* to, void* stream) {
   with_float(all->type, [&](auto type) {
-    launch_statistics<decltype(type)>(
-        *to, tiles_of(*all), kRows, all->OH, all->OW, static_cast<cudaStream_t>(stream));
+    launch_statistics<decltype(type)>(*to, tiles_of(*all), kRows, all->OH, all->OW, static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -890,7 +917,7 @@ void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) 
       constexpr int I = channels.value, P = kResults / I;
       int64_t threads = all.N * quotient_up(int64_t(all.OH) * all.OW, P);
       dim3 grid(static_cast<unsigned>(quotient_up(threads, kThreads)), all.count, quotient(C, I));
-      between_kernel<I, T><<<grid, kThreads, 0, stream>>>(all, pixels_aligned<T>(all, P));
+      cell_between_kernel<I, T><<<grid, kThreads, 0, stream>>>(all, pixels_aligned<T>(all, P));
     });
   });
 }
@@ -903,7 +930,7 @@ void cell_pointwise_gradients_cuda(const PdartsConvolutions* call, void* stream_
     using T = decltype(type);
     constexpr int B = side.value;
     dim3 grid(splits * pointwise_blocks(all, B), all.count);
-    pointwise_kernel<B, T><<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(T)));
+    cell_pointwise_kernel<B, T><<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(T)));
   });
 }
 
@@ -916,7 +943,7 @@ void cell_input_gradients_cuda(const PdartsConvolutions* call, const PdartsTarge
     bool vectors = true;
     for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.grad_z, all.OW); });
     dim3 grid(t.blocks(), targets->count);
-    input_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, *targets, t, before, vectors);
+    cell_input_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, *targets, t, before, vectors);
   });
 }
 
@@ -929,7 +956,7 @@ void cell_weight_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
     bool vectors = true;
     for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
     dim3 grid(t.blocks(), all.count);
-    weight_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, t, vectors);
+    cell_weight_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, t, vectors);
   });
 }
 
@@ -937,7 +964,7 @@ void cell_norm_gradients_cuda(const PdartsNormGradients* norms, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   with_float(norms->type, [&](auto type) {
     dim3 grid(static_cast<unsigned>(quotient_up(norms->C, kColumns)), norms->count);
-    norm_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*norms);
+    cell_norm_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*norms);
   });
 }
 
@@ -947,17 +974,30 @@ void cell_sums_cuda(const PdartsSums* sums, void* stream_) {
   for (int i = 0; i < sums->count; i++) n = std::max(n, sums->at[i].n);
   with_float(sums->type, [&](auto type) {
     dim3 grid(static_cast<unsigned>(quotient_up(n, kColumns)), sums->count);
-    sums_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*sums);
+    cell_sums_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*sums);
   });
 }
 
 void cell_terms_cuda(const PdartsTerms* terms, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   with_float(terms->type, [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = 16 / sizeof(T);
     unsigned images = static_cast<unsigned>(std::min<int64_t>(terms->N, 65535));
-    dim3 grid(static_cast<unsigned>(quotient_up(terms->size, kThreads)), images, terms->count);
-    terms_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*terms);
+    auto grid = [&](int each) {
+      return dim3(static_cast<unsigned>(quotient_up(terms->C * terms->HW, kThreads * each)), images, terms->count);
+    };
+    if (rows_aligned(*terms, V)) {
+      cell_terms_kernel<V, T><<<grid(V), kThreads, 0, stream>>>(*terms);
+    } else {
+      cell_terms_kernel<1, T><<<grid(1), kThreads, 0, stream>>>(*terms);
+    }
   });
+}
+
+void dropout_mask_cuda(const PdartsMask* mask, void* stream) {
+  unsigned blocks = static_cast<unsigned>(quotient_up(mask->elements, kThreads));
+  cell_mask_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*mask);
 }
 
 void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
@@ -968,7 +1008,7 @@ void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
       using T = decltype(type);
       constexpr int S = stride.value, element = 2 * sizeof(T) + 1;
       Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
-      pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
+      cell_pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
     });
   });
 }
@@ -977,6 +1017,6 @@ void cell_rows_cuda(const PdartsRows* rows, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   with_float(rows->type, [&](auto type) {
     unsigned blocks = static_cast<unsigned>(quotient_up(2 * rows->count * rows->C, kThreads));
-    rows_kernel<decltype(type)><<<blocks, kThreads, 0, stream>>>(*rows);
+    cell_rows_kernel<decltype(type)><<<blocks, kThreads, 0, stream>>>(*rows);
   });
 }

@@ -19,9 +19,9 @@ struct PdartsNorm {
 struct PdartsIncoming {
   const void *g, *y;
   PdartsNorm norm;
-  const void* p;           // one, or one for each image; nullptr: 1
+  const void* p;  // one, or one for each image; nullptr: 1
   int32_t per_image;
-  const void *b, *c;       // [C], or nullptr, both: 0
+  const void *b, *c;  // [C], or nullptr, both: 0
 };
 
 // y = pointwise(z), z = depthwise(f(x)), f(x) = max(norm(x), 0)
@@ -30,15 +30,15 @@ struct PdartsConvolution {
   int32_t kernel, dilation, padding;  // kernel 1: z is every stride-th pixel of f(x), from -padding on
   const void* x;
   PdartsNorm norm;
-  const void* weight;                 // [C,kernel,kernel], or nullptr: 1
-  const void* pointwise;              // [out,C]
-  void* z;                            // [N,C,OH,OW]; nullptr: not kept, or, backward, f(x) itself
-  void* y;                            // where its first channel begins in [N,channels,OH,OW]
-  void* moments;                      // [splits,2,out] doubles for its statistics, or nullptr
-  PdartsIncoming incoming;            // of y
-  void* grad_z;                       // [N,C,OH,OW]
-  void* of_weight;                    // [splits,C,kernel,kernel], or nullptr
-  void* of_pointwise;                 // [splits,out,C], or nullptr
+  const void* weight;       // [C,kernel,kernel], or nullptr: 1
+  const void* pointwise;    // [out,C]
+  void* z;                  // [N,C,OH,OW]; nullptr: not kept, or, backward, f(x) itself
+  void* y;                  // where its first channel begins in [N,channels,OH,OW]
+  void* moments;            // [splits,2,out] doubles for its statistics, or nullptr
+  PdartsIncoming incoming;  // of y
+  void* grad_z;             // [N,C,OH,OW]
+  void* of_weight;          // [splits,C,kernel,kernel], or nullptr
+  void* of_pointwise;       // [splits,out,C], or nullptr
 };
 
 // Convolutions of one stride from H x W to OH x OW.
@@ -110,21 +110,22 @@ struct PdartsSums {
   PdartsSum at[kPdartsTogether];
 };
 
-// to [N,size] = sum_k p_k * x_k * factor_k over the terms of each target
+// to [N,C,HW] = sum_k p_k * mask_k * x_k over the terms of each target
 struct PdartsTerm {
-  const void* x;       // [N,size]
-  const void* p;       // see PdartsIncoming
+  const void* x;  // [N,C,HW]
+  const void* p;  // see PdartsIncoming
   int32_t per_image;
-  const void* factor;  // [N,size], nullptr: 1
-  const void* rate;    // one: the factor is 1 / (1 - rate) where what is given is not below that, else 0; or nullptr
+  int32_t term;       // whose mask it is
+  const float* rate;  // of its dropout (philox.h), or nullptr: none
 };
 struct PdartsTermsTarget {
   int32_t first, last;  // terms from `first` on, before `last`
   void* to;
 };
 struct PdartsTerms {
-  int64_t N, size;
+  int64_t N, C, HW;
   int32_t type, count;  // of targets
+  const void* key;      // of the masks, 64 bits
   PdartsTermsTarget targets[kPdartsTogether];
   PdartsTerm at[kPdartsTogether];
 };
@@ -141,6 +142,14 @@ struct PdartsPoolGradients {
   const void* x;
   void* to;
   PdartsPoolGradient at[kPdartsTogether];
+};
+
+// to [elements] = the mask of a term [N,C,HW]
+struct PdartsMask {
+  const void* key;  // 64 bits
+  const float* rate;
+  int64_t term, C, HW, elements;
+  float* to;
 };
 
 // Rows [count] of [2,rows,C], to [2,count,C].
@@ -177,3 +186,4 @@ extern "C" void cell_sums_cuda(const PdartsSums* sums, void* stream);
 extern "C" void cell_terms_cuda(const PdartsTerms* terms, void* stream);
 extern "C" void cell_pool_gradients_cuda(const PdartsPoolGradients* pools, void* stream);
 extern "C" void cell_rows_cuda(const PdartsRows* rows, void* stream);
+extern "C" void dropout_mask_cuda(const PdartsMask* mask, void* stream);

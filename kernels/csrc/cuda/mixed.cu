@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 2;          // rows of a thread whose results are computed together
-constexpr int kLoads = 4;         // loads that a thread has in flight for each of them
+constexpr int kRows = 2;   // rows of a thread whose results are computed together
+constexpr int kLoads = 4;  // loads that a thread has in flight for each of them
 constexpr int64_t kMaxSplits = 65535;
 
 enum Layout { kPlain, kPlanes, kPixels };  // no statistics: all elements alike; [N,C,HW]; [N,HW,C]
@@ -75,7 +75,9 @@ struct Division {
 // The most threads that lie side by side on channels. In [N,C,HW] a warp then reads at least two rows of a channel: 32
 // bytes, the least that is read from memory at once.
 template <Layout L>
-constexpr int kLanes = L == kPixels ? 32 : L == kPlanes ? 16 : 1;
+constexpr int kLanes = L == kPixels   ? 32
+                       : L == kPlanes ? 16
+                                      : 1;
 
 // For a launch that does this `others` times over, and whose threads take `each` rows (0: any number) where they are
 // enough to fill the GPU. In [N,C,HW] channels share a block if it has threads for all their rows.
@@ -176,7 +178,30 @@ struct Rows {
     for (int l = 0; l < V; l++) all.v[l] *= gamma.v[l];
     return all;
   }
+
+  // Where the row at `at` begins.
+  struct Element {
+    uint32_t image, channel, pixel;
+  };
+  __device__ __forceinline__ Element element_at(int64_t at) const {
+    bool last = L == kPixels || (L == kPlain && V == 1 && m.channels_last);
+    uint64_t inner = last ? m.C : m.HW, outer = last ? m.HW : m.C, i = at, rest = i / inner, image = rest / outer;
+    uint32_t a = i - rest * inner, b = rest - image * outer;
+    return {static_cast<uint32_t>(image), last ? a : b, last ? b : a};
+  }
+
+  // What dropout multiplies the row of candidate k by that begins there, all of it in one channel.
+  __device__ __forceinline__ Pack<A, V> mask(int k, const Element& e) const {
+    float rate = m.rates[__popcll(m.dropped & ((uint64_t(1) << k) - 1))];
+    return mask_of<V, A>(m.key, rate, m.first_term + k, e.image, e.channel, e.pixel);
+  }
 };
+
+// Whether candidate k has dropout; never in kernels without Drops.
+template <bool Drops>
+__device__ __forceinline__ bool drops(const PdartsMixed& m, int k) {
+  return Drops && m.dropped >> k & 1;
+}
 
 // Sums J values of each of S channels over the threads of a block with the same x. A warp adds up in registers;
 // total(shared, J * x * S, (j * x + x of the thread) * S + s) is then the block's sum.
@@ -214,7 +239,7 @@ __host__ __device__ int columns(int64_t n) { return n < kColumns ? 1 : kColumns;
 // distances from it. Reads each candidate in `batch` once, the least, and writes 16 bytes for a channel of a split. The
 // elements are added up less the mean of the block's first rows, which keeps the squares small.
 template <Layout L, int V, class T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Division d, double* moments) {
+__global__ void __launch_bounds__(kThreads) mixed_statistics_kernel(PdartsMixed m, Division d, double* moments) {
   using A = Accumulated<T>;
   constexpr int S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
   __shared__ A firsts[kWarps * S * kLanes<L>], shared[kWarps * 2 * S * kLanes<L>];
@@ -263,7 +288,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(PdartsMixed m, Div
 // Grid [K, columns of C]. statistics: mean, invstd and unbiased variance of the candidates in `batch`; 0, 1 and 0 of
 // the others. Reads the moments twice, from the cache, and adds up in double.
 template <class A>
-__global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Division d, const double* moments) {
+__global__ void __launch_bounds__(kThreads)
+    mixed_statistics_finish_kernel(PdartsMixed m, Division d, const double* moments) {
   __shared__ double means[kWarps * kColumns], squares[kWarps * kColumns];
   int x = columns(m.C), k = blockIdx.y, i = threadIdx.x % x;
   int64_t c = static_cast<int64_t>(blockIdx.x) * x + i, step = 2 * m.K * m.C;
@@ -289,10 +315,10 @@ __global__ void __launch_bounds__(kThreads) statistics_finish(PdartsMixed m, Div
 }
 
 // Grid [splits, 1, channels]. y = sum_k p_k * (gamma_k * invstd_k * (x_k - mean_k) + beta_k), added up in float or
-// double. Reads each candidate once and writes y, the least. Splits go backwards: what the statistics read last may
-// still be cached.
-template <Layout L, int V, class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Division d, void* y) {
+// double; candidates with dropout, p_k * mask_k * x_k, at the end: until then they are 0. Reads each candidate once and
+// writes y, the least. Splits go backwards: what the statistics read last may still be cached.
+template <bool Drops, Layout L, int V, class T>
+__global__ void __launch_bounds__(kThreads) mixed_forward_kernel(PdartsMixed m, Division d, void* y) {
   using A = Accumulated<T>;
   Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
@@ -304,7 +330,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Divisi
       for (int j = 0; j < kLoads; j++) {
 #pragma unroll
         for (int u = 0; u < kRows; u++) {
-          if (k0 + j < m.K && at[u] >= 0) x[j][u] = load<V, T>(m.x[k0 + j], at[u]);
+          if (k0 + j < m.K && at[u] >= 0 && !drops<Drops>(m, k0 + j)) x[j][u] = load<V, T>(m.x[k0 + j], at[u]);
         }
       }
 #pragma unroll
@@ -326,6 +352,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PdartsMixed m, Divisi
 #pragma unroll
           for (int u = 0; u < kRows; u++) sum[u][l] += p * beta.v[l];
         }
+      }
+    }
+#pragma unroll 1
+    for (int k = 0; Drops && k < m.K; k++) {
+      if (!drops<Drops>(m, k)) continue;
+      A p = rows.probabilities[static_cast<int64_t>(k) * d.images];
+#pragma unroll
+      for (int u = 0; u < kRows; u++) {
+        if (at[u] < 0) continue;
+        Pack<T, V> x = load<V, T>(m.x[k], at[u]);
+        Pack<A, V> mask = rows.mask(k, rows.element_at(at[u]));
+#pragma unroll
+        for (int l = 0; l < V; l++) sum[u][l] += p * mask.v[l] * element<A>(x, l);
       }
     }
 #pragma unroll
@@ -351,30 +390,31 @@ template <Layout L, int V>
 constexpr int kTogether = L == kPixels && V > 1 ? 4 : 8;
 
 // Grid [splits, groups of candidates, channels]. For the candidates in `needed`, in float or double:
-//     partial [splits][K+1][C]      sum of g * (x_k - mean_k), and in the last row sum of g; not in a plain tensor
+//     partial [splits][K+1][C]      sum of g * (x_k - mean_k), with dropout of g * mask_k * x_k, and in the last row
+//                                   sum of g; not in a plain tensor
 //     weighted [K][splits][blocks]  what a block adds to the gradient of p_k; nullptr if it is not asked for
 // Reads each of them once, the least, and g once for a group; the groups of a split follow each other, so that the
 // cache serves all but the first.
-template <Layout L, int V, class T>
-__global__ void __launch_bounds__(kThreads) backward_sums_kernel(
-    PdartsMixed m, Division d, const void* g, uint64_t needed, Accumulated<T>* partial,
-    Accumulated<T>* weighted) {
+template <bool Drops, Layout L, int V, class T>
+__global__ void __launch_bounds__(kThreads) mixed_backward_sums_kernel(
+    PdartsMixed m, Division d, const void* g, uint64_t needed, Accumulated<T>* partial, Accumulated<T>* weighted) {
   using A = Accumulated<T>;
   constexpr int J = kTogether<L, V>, S = L == kPixels ? V : 1;  // element i of a row is of channel c + i % S
   __shared__ A shared[kWarps * (J + 1) * S * kLanes<L>];
   int k0 = blockIdx.y * J;
   needed >>= k0;
+  uint64_t masked = Drops ? needed & m.dropped >> k0 : 0, others = needed & ~masked;
   Rows<L, V, A> rows(m, d, blockIdx.z);
   A sum[J + 1][S] = {};
   for (int64_t at[1]; rows.next(at);) {
     Pack<T, V> gradient = load<V, T>(g, at[0]), x[J];
 #pragma unroll
     for (int j = 0; j < J; j++) {
-      if (needed >> j & 1) x[j] = load<V, T>(m.x[k0 + j], at[0]);
+      if (others >> j & 1) x[j] = load<V, T>(m.x[k0 + j], at[0]);
     }
 #pragma unroll
     for (int j = 0; j < J; j++) {
-      if (!(needed >> j & 1)) continue;
+      if (!(others >> j & 1)) continue;
       Pack<A, V> mean = rows.mean(k0 + j);
 #pragma unroll
       for (int i = 0; i < V; i++) {
@@ -383,6 +423,19 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
     }
 #pragma unroll
     for (int i = 0; i < V; i++) sum[J][i % S] += element<A>(gradient, i);
+    if (!masked) continue;
+    auto first = rows.element_at(at[0]);
+#pragma unroll 1
+    for (int j = 0; j < J; j++) {
+      if (!(masked >> j & 1)) continue;
+      Pack<T, V> x = load<V, T>(m.x[k0 + j], at[0]);
+      Pack<A, V> mask = rows.mask(k0 + j, first);
+      A all = 0;
+#pragma unroll
+      for (int i = 0; i < V; i++) all += element<A>(gradient, i) * mask.v[i] * element<A>(x, i);
+#pragma unroll
+      for (int i = 0; i < J; i++) sum[i][0] += i == j ? all : A(0);  // an index would put the sums into memory
+    }
   }
   gather(sum, shared, d.x);
   int channels = d.x * S, entries = (J + 1) * channels;
@@ -411,7 +464,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(
 // and c in grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c. Reads a candidate's partial sums once and
 // those of g K times, from the cache, and adds up in double.
 template <class A>
-__global__ void __launch_bounds__(kThreads) channels_kernel(
+__global__ void __launch_bounds__(kThreads) mixed_channels_kernel(
     PdartsMixed m, Division d, uint64_t needed, const A* partial, A* coefficients, PdartsMixedGradients gradients) {
   __shared__ double shared[kWarps * 2 * kColumns];
   int x = columns(m.C), k = blockIdx.y, i = threadIdx.x % x;
@@ -441,7 +494,7 @@ __global__ void __launch_bounds__(kThreads) channels_kernel(
 // double.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    probabilities_kernel(int K, Division d, const A* weighted, A* grad_probabilities) {
+    mixed_probabilities_kernel(int K, Division d, const A* weighted, A* grad_probabilities) {
   __shared__ double shared[kWarps * kColumns];
   int x = columns(d.images);
   int64_t i = static_cast<int64_t>(blockIdx.x) * x + threadIdx.x % x, n = static_cast<int64_t>(K) * d.images;
@@ -454,12 +507,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid [splits, 1, channels]. grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c where it is asked for,
-// in float or double. Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go
-// backwards, as in forward.
-template <Layout L, int V, class T>
-__global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
-    PdartsMixed m, Division d, const void* g, const Accumulated<T>* coefficients,
-    PdartsMixedGradients gradients) {
+// in float or double, times the mask with dropout. Reads g and the candidates in `batch` once and writes the gradients,
+// the least. Splits go backwards, as in forward.
+template <bool Drops, Layout L, int V, class T>
+__global__ void __launch_bounds__(kThreads) mixed_backward_inputs_kernel(
+    PdartsMixed m, Division d, const void* g, const Accumulated<T>* coefficients, PdartsMixedGradients gradients) {
   using A = Accumulated<T>;
   Rows<L, V, A> rows(m, d, gridDim.z - 1 - blockIdx.z);
   for (int64_t at[kRows]; rows.next(at);) {
@@ -492,6 +544,15 @@ __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
           for (int l = 0; l < V; l++) value[u][l] += b.v[l] * (element<A>(x[u], l) - mean.v[l]) + c.v[l];
         }
       }
+      if (drops<Drops>(m, k)) {
+#pragma unroll
+        for (int u = 0; u < kRows; u++) {
+          if (at[u] < 0) continue;
+          Pack<A, V> mask = rows.mask(k, rows.element_at(at[u]));
+#pragma unroll
+          for (int l = 0; l < V; l++) value[u][l] *= mask.v[l];
+        }
+      }
 #pragma unroll
       for (int u = 0; u < kRows; u++) {
         if (at[u] >= 0) store<V, T>(gradients.x[k], at[u], value[u]);
@@ -503,6 +564,9 @@ __global__ void __launch_bounds__(kThreads) backward_inputs_kernel(
 // ---------------------------------------------------------------------------------------------------------------------
 // Launching
 // ---------------------------------------------------------------------------------------------------------------------
+
+// The parameters of a launch are no more than older toolkits take.
+static_assert(sizeof(PdartsMixed) + sizeof(Division) + 2 * sizeof(void*) + sizeof(PdartsMixedGradients) <= 4096);
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -533,13 +597,24 @@ struct Plan {
     void* backward = weighted + splits * m.K * sums.blocks;
     bytes = static_cast<char*>(std::max(forward, backward)) - static_cast<char*>(scratch);
   }
+
+  // f(whether candidates have dropout): rows then are of one channel.
+  template <class F>
+  static void with_dropout(const PdartsMixed& m, F f) {
+    if constexpr (L != kPixels || V == 1) {
+      if (m.dropped) return f(std::true_type());
+    }
+    f(std::false_type());
+  }
 };
 
-// f(plan): with vectors of 16 bytes if all that is read and written allows it, else with single elements.
+// f(plan): with vectors of 16 bytes if all that is read and written allows it, else with single elements. With dropout
+// those of a vector are of one channel.
 template <class T, class F>
 void with_layout(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
   constexpr int V = 16 / sizeof(T);
   all_aligned = all_aligned && aligned(scratch) && aligned(m.statistics);
+  if (m.dropped) all_aligned = all_aligned && !m.channels_last && m.HW % V == 0;
   for (int k = 0; k < m.K; k++) {
     all_aligned = all_aligned && aligned(m.x[k]) && aligned(m.gamma[k]) && aligned(m.beta[k]);
   }
@@ -595,16 +670,17 @@ void mixed_forward_cuda(const PdartsMixed* call, void* y, void* scratch, void* s
       if (m.batch && m.C) {
         if (any) {
           divided(plan.statistics, m.K, [&](dim3 grid, const Division& d) {
-            statistics_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, plan.moments);
+            mixed_statistics_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, plan.moments);
           });
         }
         dim3 grid(blocks_of(m.C, columns(m.C)), m.K);
-        statistics_finish<A><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
+        mixed_statistics_finish_kernel<A><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
       }
     }
     if (!any || !y) return;
     divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
-      forward_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, y);
+      P::with_dropout(
+          m, [&](auto drops) { mixed_forward_kernel<drops.value, L, V, T><<<grid, kThreads, 0, stream>>>(m, d, y); });
     });
   });
 }
@@ -636,21 +712,27 @@ void mixed_backward_cuda(
       int groups = 1;
       while (groups * P::together < m.K && needed >> groups * P::together) groups++;
       divided(plan.sums, groups, [&](dim3 grid, const Division& d) {
-        backward_sums_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, g, needed, plan.partial, weighted);
+        P::with_dropout(m, [&](auto drops) {
+          mixed_backward_sums_kernel<drops.value, L, V, T>
+              <<<grid, kThreads, 0, stream>>>(m, d, g, needed, plan.partial, weighted);
+        });
       });
     }
     if (m.C && m.batch | gammas | betas) {
       dim3 grid(blocks_of(m.C, columns(m.C)), m.K);
-      channels_kernel<A>
+      mixed_channels_kernel<A>
           <<<grid, kThreads, 0, stream>>>(m, plan.sums, needed, plan.partial, plan.coefficients, gradients);
     }
     if (inputs && any) {
       divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
-        backward_inputs_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, g, plan.coefficients, gradients);
+        P::with_dropout(m, [&](auto drops) {
+          mixed_backward_inputs_kernel<drops.value, L, V, T>
+              <<<grid, kThreads, 0, stream>>>(m, d, g, plan.coefficients, gradients);
+        });
       });
     }
     if (int64_t images = plan.sums.images; gradients.probabilities && images) {
-      probabilities_kernel<A><<<blocks_of(m.K * images, columns(images)), kThreads, 0, stream>>>(
+      mixed_probabilities_kernel<A><<<blocks_of(m.K * images, columns(images)), kThreads, 0, stream>>>(
           m.K, plan.sums, plan.weighted, static_cast<A*>(gradients.probabilities));
     }
   });

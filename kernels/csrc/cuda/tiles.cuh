@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 4;               // rows of a thread
-constexpr int kLoads = 2;              // loads that a thread has in flight
-constexpr int kShared = 48 << 10;      // bytes of shared memory that a block has without asking for more
+constexpr int kRows = 4;           // rows of a thread
+constexpr int kLoads = 2;          // loads that a thread has in flight
+constexpr int kShared = 48 << 10;  // bytes of shared memory that a block has without asking for more
 constexpr int64_t kMaxGrid = 1 << 30;
 
 // Elements that are loaded at once.
@@ -38,9 +38,9 @@ struct Divisor {
 // columns, of which those that leave the same remainder by a stride lie side by side, so that threads side by side read
 // from different banks.
 struct Tiles {
-  int x, y;           // a thread's number: x bits for its column, y for its rows, the rest for its image
-  int images;         // of a tile; less than the threads have room for where shared memory ends
-  int rows, columns;  // of tiles in a feature map
+  int x, y;                         // a thread's number: x bits for its column, y for its rows, the rest for its image
+  int images;                       // of a tile; less than the threads have room for where shared memory ends
+  int rows, columns;                // of tiles in a feature map
   int height, width, pitch, image;  // of a tile: pitch from row to row, image from image to image
   int64_t C, N, groups, step;       // groups of images; a block takes every step-th of them
 
@@ -139,13 +139,13 @@ struct Region {
 
   __device__ Region(const Tiles& t, int H, int W, int row, int column, int V)
       : row(row), column(column), first(max(0, row)), left(max(0, column) / V * V),
-        rows(max(0, min(H, row + t.height) - first)), packs(max(0, (min(W, column + t.width) - left + V - 1) / V)), W(W),
-        by_packs(max(1, packs)), by_rows(max(1, rows)) {}
+        rows(max(0, min(H, row + t.height) - first)), packs(max(0, (min(W, column + t.width) - left + V - 1) / V)),
+        W(W), by_packs(max(1, packs)), by_rows(max(1, rows)) {}
 };
 
-// f(k, element) of maps k = 0 ... count - 1 into as many tiles; what is outside is left as it is. from(k): a map's first
-// element in the first image of the tile; `images` of them are there, `apart` elements from one to the next. Where an
-// element goes is found once for all maps.
+// f(k, element) of maps k = 0 ... count - 1 into as many tiles; what is outside is left as it is. from(k): a map's
+// first element in the first image of the tile; `images` of them are there, `apart` elements from one to the next.
+// Where an element goes is found once for all maps.
 template <int S, int V, class T, class A, class P, class F>
 __device__ __forceinline__ void load_tiles(
     A* tiles, const Tiles& t, const Region& region, int count, int64_t images, int64_t apart, P from, F f) {
@@ -308,7 +308,7 @@ __device__ __forceinline__ void weight_gradients(
     bool works = at.image < t.images && n + at.image < t.N && at.column < OW;
     A of_z[kRows] = {};
     const T* from = static_cast<const T*>(g) + ((n + at.image) * C + at.c) * OH * OW +
-        static_cast<int64_t>(at.row) * OW + at.column;
+                    static_cast<int64_t>(at.row) * OW + at.column;
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       if (works && at.row + r < OH) of_z[r] = static_cast<A>(from[r * OW]);
@@ -340,8 +340,8 @@ __device__ __forceinline__ void weight_gradients(
   partial[(static_cast<int64_t>(at.split) * C + at.c) * K * K + threadIdx.x] = total;
 }
 
-// The sum of f(s) over the splits s, in double, for the column of a thread, of which a block has 8: 32 bytes are the least
-// that is read from memory at once. All threads of a block take part, those without a column with 0 splits.
+// The sum of f(s) over the splits s, in double, for the column of a thread, of which a block has 8: 32 bytes are the
+// least that is read from memory at once. All threads of a block take part, those without a column with 0 splits.
 constexpr int kColumns = 8;
 template <class F>
 __device__ __forceinline__ double sum_of_column(int splits, F f) {
@@ -371,9 +371,9 @@ __device__ __forceinline__ void add_up(const A* partial, int64_t n, int splits, 
 
 // S: the stride, 3 for all that are larger: then windows have nothing in common.
 template <int S>
-constexpr int kWindows = S == 1 ? 3 : S == 2 ? 2 : 1;  // rows or columns of windows that an element lies in
-
-__host__ __device__ int pooled(int n, int stride) { return (n - 1) / stride + 1; }
+constexpr int kWindows = S == 1   ? 3
+                         : S == 2 ? 2
+                                  : 1;  // rows or columns of windows that an element lies in
 
 // The first window that an element lies in.
 __device__ __forceinline__ int first_window(int i, int stride) { return max(0, i + stride - 2) / stride; }

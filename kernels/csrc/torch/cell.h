@@ -41,16 +41,17 @@ struct CellInputs {
   }
 };
 
-// Dropout: a key [1], int64, and D rates [D], float32, of the terms whose probabilities have the places `terms`.
+// Dropout: a key [1], int64, and D rates [D], float32, of the terms whose probabilities have the places `terms`, which
+// ascend: the rates of a sum lie side by side.
 struct CellDropout {
   OptionalTensor key, rates;
   std::vector<int64_t> terms;
 };
 
 struct Cell : PdartsCell {
-  std::vector<Tensor> kept;    // what it points to
+  std::vector<Tensor> kept;  // what it points to
   at::TensorOptions options;
-  at::MemoryFormat format;     // of all feature maps
+  at::MemoryFormat format;  // of all feature maps
   std::vector<int64_t> outputs;
 
   Cell(
@@ -77,17 +78,18 @@ struct Cell : PdartsCell {
     N = first.size(0);
     size_t at = 0, count = in.weights.size() / 2, probability = 0;
     for (size_t i = 0; i < count; i++) at = add_operation(in, i, program, at, batch, &probability);
-    TORCH_CHECK(at == program.size(), "program has ", program.size(), " numbers; expected ", at, " for ", count,
-                " operations");
+    TORCH_CHECK(
+        at == program.size(), "program has ", program.size(), " numbers; expected ", at, " for ", count, " operations");
     for (size_t i = 0; i < values.size(); i++) {
       bool is_input = i < in.inputs.size(), sum = !is_input && operations[i - in.inputs.size()].kind == Kind::kSum;
       PdartsValue& v = values[i];
       v.gamma = data(in.gammas[i]), v.beta = data(in.betas[i]), v.batch = batch[i];
       TORCH_CHECK(
-          !(is_input || sum) || !(v.gamma || v.beta || v.batch), "value ", i, " has a norm; expected none, since it is ",
-          is_input ? "an input" : "a sum");
+          !(is_input || sum) || !(v.gamma || v.beta || v.batch), "value ", i,
+          " has a norm; expected none, since it is ", is_input ? "an input" : "a sum");
       TORCH_CHECK(
-          !v.batch || N * v.H * v.W != 1, "value ", i, " has shape [1,", C, ",1,1]; expected more than one value per "
+          !v.batch || N * v.H * v.W != 1, "value ", i, " has shape [1,", C,
+          ",1,1]; expected more than one value per "
           "channel to normalise by batch statistics");
       int64_t uses = 0;
       for (const PdartsOperation& op : operations) {
@@ -103,8 +105,8 @@ struct Cell : PdartsCell {
       bool sum = computed && operations[v - in.inputs.size()].kind == Kind::kSum;
       bool step = computed && outputs.size() == 1 && !(values[v].gamma || values[v].beta || values[v].batch);
       TORCH_CHECK(
-          (sum || step) && std::count(outputs.begin(), outputs.end(), v) == 1 && same_size(v, outputs[0]), "outputs[", j,
-          "] is ", v, "; expected sums of one size, each once, or one step without a norm");
+          (sum || step) && std::count(outputs.begin(), outputs.end(), v) == 1 && same_size(v, outputs[0]), "outputs[",
+          j, "] is ", v, "; expected sums of one size, each once, or one step without a norm");
       values[v].pixel = C * outputs.size();
     }
     check_affine("gammas", in.gammas, C, first), check_affine("betas", in.betas, C, first);
@@ -128,10 +130,10 @@ struct Cell : PdartsCell {
     };
     key = check("key", dropout.key, at::kLong, 1), rates = check("rates", dropout.rates, at::kFloat, count);
     for (int64_t i = 0; i < count; i++) {
-      int64_t place = dropout.terms[i];
+      int64_t place = dropout.terms[i], least = i ? dropout.terms[i - 1] + 1 : 0;
       TORCH_CHECK(
-          place >= 0 && place < places && rate_of[place] < 0, "terms[", i, "] of the dropout is ", place,
-          "; expected places of probabilities, 0 to ", places - 1, ", each once");
+          place >= least && place < places, "terms[", i, "] of the dropout is ", place,
+          "; expected places of probabilities, 0 to ", places - 1, ", in ascending order");
       rate_of[place] = i;
     }
     for (const PdartsOperation& op : operations) {
@@ -139,7 +141,8 @@ struct Cell : PdartsCell {
         int64_t v = op.terms[k], computed = v - inputs();
         TORCH_CHECK(
             rate_of[op.first + k] < 0 || computed < 0 || operations[computed].kind == Kind::kSum,
-            "the term with probability ", op.first + k, " has dropout and is what a step computes; expected dropout of "
+            "the term with probability ", op.first + k,
+            " has dropout and is what a step computes; expected dropout of "
             "inputs and sums only");
       }
     }
@@ -170,8 +173,7 @@ struct Cell : PdartsCell {
       op.terms.resize(next()), op.first = *probability;
       for (int32_t& term : op.terms) {
         term = next_value();
-        TORCH_CHECK(
-            same_size(term, op.terms[0]), "the terms of operation ", i, " differ in size; expected one size");
+        TORCH_CHECK(same_size(term, op.terms[0]), "the terms of operation ", i, " differ in size; expected one size");
       }
       TORCH_CHECK(!op.terms.empty(), "operation ", i, " is a sum of 0 terms; expected 1 or more");
       *probability += op.terms.size();
@@ -181,8 +183,10 @@ struct Cell : PdartsCell {
     op.source = next_value(), op.stride = next(), op.padding = next(), op.dilation = next();
     const PdartsValue& from = values[op.source];
     TORCH_CHECK(
-        op.kind == Kind::kSeparable || !(in.gammas[op.source].defined() || in.betas[op.source].defined() || batch[op.source]),
-        "operation ", i, " reads value ", op.source, ", which has a norm; expected that of a separable convolution only");
+        op.kind == Kind::kSeparable ||
+            !(in.gammas[op.source].defined() || in.betas[op.source].defined() || batch[op.source]),
+        "operation ", i, " reads value ", op.source,
+        ", which has a norm; expected that of a separable convolution only");
     TORCH_CHECK(
         std::min({op.stride, op.padding + 1, op.dilation}) >= 1 &&
             std::max({op.stride, op.padding, op.dilation}) <= kLargest,
@@ -195,7 +199,8 @@ struct Cell : PdartsCell {
       for (size_t d = 0; fits && d < 4; d++) fits = expected[d] < 0 || t.size(d) == expected[d];
       TORCH_CHECK(
           fits, "weights[", 2 * i + which, "] is ",
-          t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None", "; expected a ", first_type(), " ", at::IntArrayRef(expected), ", -1: any, on ", options.device());
+          t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None", "; expected a ", first_type(), " ",
+          at::IntArrayRef(expected), ", -1: any, on ", options.device());
       kept.push_back(t.contiguous());
       return kept.back().const_data_ptr();
     };
@@ -206,8 +211,9 @@ struct Cell : PdartsCell {
         int64_t room = 2 * op.padding - op.dilation * (op.kernel - 1) - 1;
         TORCH_CHECK(
             weight.size(3) == op.kernel && op.kernel >= 1 && op.kernel <= kLargest && H + room >= 0 && W + room >= 0,
-            "weights[", 2 * i, "] has shape ", weight.sizes(), "; expected a square kernel that is not larger than value ",
-            op.source, " of shape [", N, ",", from.C, ",", H, ",", W, "]");
+            "weights[", 2 * i, "] has shape ", weight.sizes(),
+            "; expected a square kernel that is not larger than value ", op.source, " of shape [", N, ",", from.C, ",",
+            H, ",", W, "]");
         H = (H + room) / op.stride + 1, W = (W + room) / op.stride + 1;
       }
     } else if (op.kind == Kind::kReduce) {
@@ -245,9 +251,7 @@ struct Cell : PdartsCell {
     for (size_t j = 0; j < outputs.size(); j++) values[outputs[j]].x = channel(y, j * C);
   }
   // Where its channels from c on lie.
-  static void* channel(const Tensor& t, int64_t c) {
-    return static_cast<char*>(t.data_ptr()) + c * t.element_size();
-  }
+  static void* channel(const Tensor& t, int64_t c) { return static_cast<char*>(t.data_ptr()) + c * t.element_size(); }
 };
 
 using Results = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
@@ -256,8 +260,9 @@ using Results = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 // those in `batch` are computed.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
-    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key,
+    const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch,
+    double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t size = in.gammas.size();
   Cell c(in, program, outputs, flags_of("batch", batch, size), {key, rates, dropped.vec()});
@@ -295,8 +300,8 @@ std::vector<Tensor> cell_backward(
     TORCH_CHECK(
         t.sizes() == at::IntArrayRef({c.N, channels, c.values[v].H, c.values[v].W}) &&
             t.scalar_type() == c.options.dtype(),
-        name, " is a ", t.scalar_type(), " ", t.sizes(), "; expected a ", c.first_type(), " [", c.N, ",", channels,
-        ",", c.values[v].H, ",", c.values[v].W, "]");
+        name, " is a ", t.scalar_type(), " ", t.sizes(), "; expected a ", c.first_type(), " [", c.N, ",", channels, ",",
+        c.values[v].H, ",", c.values[v].W, "]");
     c.kept.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
     return c.kept.back();
   };
@@ -351,8 +356,8 @@ struct CellOp {
     CellInputs in = CellInputs::of(flat, inputs, operations);
     auto [y, computed, values] = below_autograd([&] {
       return op.call(
-          in.inputs, given(in.weights), given(in.gammas), given(in.betas), in.probabilities, statistics,
-          dropout.key, dropout.rates, dropout.terms, program, outputs, batch, eps, differentiated);
+          in.inputs, given(in.weights), given(in.gammas), given(in.betas), in.probabilities, statistics, dropout.key,
+          dropout.rates, dropout.terms, program, outputs, batch, eps, differentiated);
     });
     variable_list results{y, computed};
     results.insert(results.end(), values.begin(), values.end());
@@ -383,13 +388,21 @@ struct CellOp {
 
 Results cell_autograd(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
-    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key,
+    const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch,
+    double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   std::vector<Tensor> flat = in.flat();
   CellOp op{
-      inputs.size(), in.weights.size() / 2, statistics, {key, rates, dropped.vec()}, program.vec(), outputs.vec(), batch,
-      eps, keep || differentiated(defined(flat))};
+      inputs.size(),
+      in.weights.size() / 2,
+      statistics,
+      {key, rates, dropped.vec()},
+      program.vec(),
+      outputs.vec(),
+      batch,
+      eps,
+      keep || differentiated(defined(flat))};
   variable_list results = run(op, flat);
   std::vector<Tensor> values(results.begin() + 2, results.end());
   if (!keep) values.clear();
@@ -404,11 +417,13 @@ std::vector<Tensor> cell_backward_autograd(
   static auto op = operator_of<decltype(cell_backward)>("pdarts::cell_backward");
   std::vector<Tensor> all = CellInputs::of(inputs, weights, gammas, betas, probabilities).flat();
   all.push_back(grad);
-  return not_twice(below_autograd([&] {
-    return op.call(
-        grad, y, computed, inputs, weights, gammas, betas, probabilities, statistics, key, rates, dropped, program, outputs,
-        batch, needs);
-  }), all);
+  return not_twice(
+      below_autograd([&] {
+        return op.call(
+            grad, y, computed, inputs, weights, gammas, betas, probabilities, statistics, key, rates, dropped, program,
+            outputs, batch, needs);
+      }),
+      all);
 }
 
 }  // namespace

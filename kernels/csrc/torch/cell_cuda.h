@@ -2,8 +2,8 @@
 //
 // Operations are taken by levels: those of a level wait for none of each other, and those of one kind and size are a
 // launch. Backward, values are taken by levels counted from the outputs. What a pointwise convolution reads is kept.
-// What nothing of a level waits for goes to a second stream: pools and products beside convolutions, and, until the next
-// level has such launches in its turn, gradients of weights beside those of feature maps.
+// What nothing of a level waits for goes to a second stream: pools beside convolutions, and, until the next level has
+// such launches in its turn, gradients of weights beside those of feature maps.
 #pragma once
 
 #ifdef PDARTS_CUDA
@@ -21,7 +21,8 @@ namespace pdarts {
 namespace {
 namespace on_cuda {
 
-// The current stream and one beside it, which a capture of a graph takes in too. With PDARTS_CUDA_STREAMS=1 both are one.
+// The current stream and one beside it, which a capture of a graph takes in too. With PDARTS_CUDA_STREAMS=1 both are
+// one.
 struct Streams {
   c10::cuda::CUDAStream main = c10::cuda::getCurrentCUDAStream(), beside = main;
   cudaEvent_t event = nullptr;
@@ -94,10 +95,10 @@ struct CudaCell : Cell {
           "]; expected, on CUDA, an image, a channel and fewer than 2^30 pixels");
       int64_t reads = std::count(outputs.begin(), outputs.end(), v);
       for (const PdartsOperation& op : operations) {
-        reads += std::count(op.terms.begin(), op.terms.end(), v) + (op.kind == Kind::kProduct && op.source == v);
+        reads += std::count(op.terms.begin(), op.terms.end(), v);
       }
       TORCH_CHECK(
-          reads <= kPdartsTogether, "sums, products and the result read value ", v, " ", reads,
+          reads <= kPdartsTogether, "sums and the result read value ", v, " ", reads,
           " times; expected, on CUDA, at most ", kPdartsTogether);
     }
     std::map<std::vector<int64_t>, int64_t> pools;
@@ -118,19 +119,19 @@ struct CudaCell : Cell {
       bool separable = op.kind == Kind::kSeparable;
       TORCH_CHECK(
           is_state(op.source) || (separable && operation(op.source).kind == Kind::kSeparable), "operation ",
-          v - inputs(), " reads value ", op.source, "; expected, on CUDA, an input or a sum, or that of a separable "
+          v - inputs(), " reads value ", op.source,
+          "; expected, on CUDA, an input or a sum, or that of a separable "
           "convolution for another");
       bool small = (op.kernel == 3 || op.kernel == 5) && op.stride <= 2 && op.dilation <= 2;
       TORCH_CHECK(
           op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1)),
           "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
-          op.dilation, " and ", op.padding, "; expected, on CUDA, 3 or 5, 1 or 2, 1 or 2 and no more than the kernel's "
+          op.dilation, " and ", op.padding,
+          "; expected, on CUDA, 3 or 5, 1 or 2, 1 or 2 and no more than the kernel's "
           "reach");
-      TORCH_CHECK(
-          op.kind != Kind::kProduct || !(values[v].batch || values[v].gamma || values[v].beta), "value ", v,
-          ", a product, has a norm; expected none on CUDA");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
-      if (separable) add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
+      if (separable)
+        add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
       if (op.kind == Kind::kReduce) {
         TORCH_CHECK(weight.size(0), "operation ", v - inputs(), " reduces to 1 channel; expected, on CUDA, 2 or more");
         add_part(v, 0, 0, 0, 0, 2, 1, Tensor(), weight);
@@ -232,17 +233,25 @@ struct CudaCell : Cell {
     return all;
   }
 
+  // Where the rate of dropout of the term is whose probability has this place; nullptr if it has none.
+  const float* rate(int64_t place) const {
+    return rate_of[place] < 0 ? nullptr : static_cast<const float*>(rates) + rate_of[place];
+  }
+
   // The sum v as a mixed operation; its statistics are gathered where a term may have a norm.
   PdartsMixed mixed(int64_t v) {
     const PdartsOperation& op = operation(v);
     PdartsMixed m{N, C, HW(v), HW(v) == 1, type, int32_t(op.terms.size()), per_image, eps, 0};
-    m.probabilities = probability(op.first);
+    m.probabilities = probability(op.first), m.first_term = op.first, m.key = key;
     PdartsRows rows{count(), C, type, m.K, of_values.data_ptr(), nullptr, {}};
     bool any = false;
     for (int k = 0; k < m.K; k++) {
       const PdartsValue& x = values[op.terms[k]];
       m.x[k] = x.x, m.gamma[k] = x.gamma, m.beta[k] = x.beta;
       rows.at[k] = op.terms[k], any = any || !is_state(op.terms[k]);
+      const float* of_term = rate(op.first + k);
+      if (of_term && !m.dropped) m.rates = of_term;  // those of the sum follow each other
+      m.dropped |= uint64_t(of_term != nullptr) << k;
     }
     if (any) {
       alive.push_back(at::empty({2, m.K, C}, options)), m.statistics = rows.to = alive.back().data_ptr();
@@ -254,15 +263,16 @@ struct CudaCell : Cell {
   const void* probability(int64_t k) const { return from(probabilities, k * (per_image ? N : 1)); }
 
   // Sums of terms, of which those of one size are a launch.
-  std::map<int64_t, PdartsTerms> pending;  // by size
-  std::map<int64_t, int32_t> pending_terms;
+  using Size = std::pair<int64_t, int64_t>;
+  std::map<Size, PdartsTerms> pending;
+  std::map<Size, int32_t> pending_terms;
 
   void add_target(int64_t v, const Tensor& to, const std::vector<PdartsTerm>& terms) {
-    int64_t size = values[v].C * HW(v);
+    Size size{values[v].C, HW(v)};
     if (pending.count(size) && pending_terms[size] + terms.size() > size_t(kPdartsTogether)) finish_targets();
     PdartsTerms& all = pending[size];
     int32_t& next = pending_terms[size];
-    all.N = N, all.size = size, all.type = type;
+    all.N = N, all.C = size.first, all.HW = size.second, all.type = type, all.key = key;
     std::copy(terms.begin(), terms.end(), all.at + next);
     all.targets[all.count++] = {next, int32_t(next + terms.size()), to.data_ptr()};
     next += terms.size();
@@ -271,11 +281,6 @@ struct CudaCell : Cell {
   void finish_targets() {
     for (auto& [_, all] : pending) cell_terms_cuda(&all, stream());
     pending.clear(), pending_terms.clear();
-  }
-
-  PdartsTerm product_of(int64_t v, const void* x) const {
-    const PdartsOperation& op = operation(v);
-    return {x, nullptr, 0, op.weight, op.pointwise};
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ struct CudaCell : Cell {
         if (keep && keeps_between(part)) part.z = empty_between(part);
         point(part), convolutions.push_back(&part);
       }
-      launch_beside([&] { pool_and_multiply(level, now); });
+      launch_beside([&] { pool_level(level, now); });
       grouped(convolutions, [&](auto& group, PdartsConvolutions all) { convolve(group, all); });
       both.join();
       for (int64_t v = inputs(); v < count(); v++) {
@@ -314,14 +319,12 @@ struct CudaCell : Cell {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // Pools and products of a level.
-  void pool_and_multiply(const std::vector<int>& level, int now) {
+  // The pools of a level.
+  void pool_level(const std::vector<int>& level, int now) {
     std::map<std::vector<int64_t>, std::vector<int64_t>> pools;
     for (int64_t v = inputs(); v < count(); v++) {
+      if (level[v] != now || !is_pool(v) || same[v] != v) continue;
       const PdartsOperation& op = operation(v);
-      if (level[v] != now) continue;
-      if (op.kind == Kind::kProduct) add_target(v, tensors[v], {product_of(v, values[op.source].x)});
-      if (!is_pool(v) || same[v] != v) continue;
       const PdartsValue& x = values[op.source];
       std::vector<int64_t>& group = pools[{x.C, x.H, x.W, op.stride}];
       group.push_back(v);
@@ -330,7 +333,6 @@ struct CudaCell : Cell {
     for (auto& [_, group] : pools) {
       if (!group.empty()) pool(group);
     }
-    finish_targets();
   }
 
   PdartsStatistics statistics_of(int64_t v) const {
@@ -391,10 +393,10 @@ struct CudaCell : Cell {
     Tensor probabilities;
   };
 
-  std::vector<bool> wanted;               // values whose gradient something depends on
-  std::vector<Tensor> gradients;          // of inputs and sums, and of what convolutions read of another's result
-  std::vector<PdartsIncoming> incoming;   // of what steps compute, but for the norm, see incoming_of
-  std::vector<PdartsSum> sums;            // to be added up in the end
+  std::vector<bool> wanted;              // values whose gradient something depends on
+  std::vector<Tensor> gradients;         // of inputs and sums, and of what convolutions read of another's result
+  std::vector<PdartsIncoming> incoming;  // of what steps compute, but for the norm, see incoming_of
+  std::vector<PdartsSum> sums;           // to be added up in the end
 
   void backward(const Tensor& grad, Gradients& to) {
     Streams both;
@@ -425,6 +427,7 @@ struct CudaCell : Cell {
     }
     for (Part& part : parts) point(part);
     std::copy(to.inputs.begin(), to.inputs.end(), gradients.begin());
+    if (!is_state(outputs[0])) incoming[outputs[0]] = {grad.data_ptr(), values[outputs[0]].x};  // the one step
     for (int now = 0; now <= last; now++) {
       std::vector<int64_t> states;
       for (int64_t v = 0; v < count(); v++) {
@@ -441,9 +444,8 @@ struct CudaCell : Cell {
       }
       grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_pointwise(group, to); });
       both.join(), held.clear();
-      launch_beside([&] {
-        grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_weights(group, to); });
-      });
+      launch_beside(
+          [&] { grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_weights(group, to); }); });
       grouped(convolutions, [&](auto& group, PdartsConvolutions) { differentiate_chained(group, to); });
       for (Part* part : convolutions) hold(*part);
       alive.clear();
@@ -476,11 +478,10 @@ struct CudaCell : Cell {
         const PdartsOperation& op = operation(user);
         if (!wanted[user]) continue;
         for (size_t k = 0; k < op.terms.size(); k++) {
-          if (op.terms[k] == v) terms.push_back({gradients[user].data_ptr(), probability(op.first + k), per_image});
+          int32_t place = op.first + k;
+          if (op.terms[k] != v) continue;
+          terms.push_back({gradients[user].data_ptr(), probability(place), per_image, place, rate(place)});
         }
-        if (op.kind != Kind::kProduct) continue;
-        const PdartsIncoming& of = incoming[user];
-        terms.push_back(product_of(user, of.g)), terms.back().p = of.p, terms.back().per_image = of.per_image;
       }
       if (!terms.empty()) add_target(v, gradients[v], terms), there[v] = true;
       for (Part& part : parts) {
@@ -544,8 +545,13 @@ struct CudaCell : Cell {
       if (is_state(term)) continue;
       bool batch = values[term].batch;
       incoming[term] = {
-          gradients[v].data_ptr(), values[term].x, {}, probability(op.first + k), per_image,
-          batch ? from(scratch, k * C) : nullptr, batch ? from(scratch, (m.K + k) * C) : nullptr};
+          gradients[v].data_ptr(),
+          values[term].x,
+          {},
+          probability(op.first + k),
+          per_image,
+          batch ? from(scratch, k * C) : nullptr,
+          batch ? from(scratch, (m.K + k) * C) : nullptr};
     }
   }
 
@@ -575,9 +581,9 @@ struct CudaCell : Cell {
       if (!with_kernel(*part, to) && !wanted[operation(part->value).source]) continue;
       part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
     }
-    with(group, [](Part* part) { return part->d.grad_z; }, [&](auto&, PdartsConvolutions these) {
-      cell_between_gradients_cuda(&these, stream());
-    });
+    with(
+        group, [](Part* part) { return part->d.grad_z; },
+        [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(&these, stream()); });
   }
 
   void differentiate_weights(const std::vector<Part*>& group, const Gradients& to) {
@@ -587,18 +593,22 @@ struct CudaCell : Cell {
       return partial;
     };
     auto of_pointwise = [&](Part* part) { return to.weights[2 * (part->value - inputs()) + part->which]; };
-    with(group, [&](Part* part) { return of_pointwise(part).defined(); }, [&](auto& some, PdartsConvolutions these) {
-      int64_t splits = cell_pointwise_splits_cuda(&these);
-      for (size_t j = 0; j < some.size(); j++) these.at[j].of_pointwise = add_up(of_pointwise(some[j]), splits);
-      cell_pointwise_gradients_cuda(&these, stream());
-    });
-    with(group, [&](Part* part) { return with_kernel(*part, to); }, [&](auto& some, PdartsConvolutions these) {
-      int64_t splits = cell_weight_splits_cuda(&these);
-      for (size_t j = 0; j < some.size(); j++) {
-        these.at[j].of_weight = add_up(to.weights[2 * (some[j]->value - inputs())], splits);
-      }
-      cell_weight_gradients_cuda(&these, stream());
-    });
+    with(
+        group, [&](Part* part) { return of_pointwise(part).defined(); },
+        [&](auto& some, PdartsConvolutions these) {
+          int64_t splits = cell_pointwise_splits_cuda(&these);
+          for (size_t j = 0; j < some.size(); j++) these.at[j].of_pointwise = add_up(of_pointwise(some[j]), splits);
+          cell_pointwise_gradients_cuda(&these, stream());
+        });
+    with(
+        group, [&](Part* part) { return with_kernel(*part, to); },
+        [&](auto& some, PdartsConvolutions these) {
+          int64_t splits = cell_weight_splits_cuda(&these);
+          for (size_t j = 0; j < some.size(); j++) {
+            these.at[j].of_weight = add_up(to.weights[2 * (some[j]->value - inputs())], splits);
+          }
+          cell_weight_gradients_cuda(&these, stream());
+        });
   }
 
   // What convolutions read of another's result, and its norm.
@@ -622,8 +632,8 @@ struct CudaCell : Cell {
         target.sums = memory(norms.splits * 2 * C * size, alive);
         Tensor both = batch ? at::empty({2, C}, options) : Tensor();
         lasting.push_back(both), in.b = from(both, 0), in.c = from(both, C);
-        norms.at[norms.count++] = {
-            target.sums, norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0), from(to.betas[v], 0)};
+        norms.at[norms.count++] = {target.sums,         norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0),
+                                   from(to.betas[v], 0)};
       }
       cell_input_gradients_cuda(&these, &targets, stream());
       if (norms.count) cell_norm_gradients_cuda(&norms, stream());
@@ -642,8 +652,9 @@ struct CudaCell : Cell {
 // one, and after the values what convolutions with a kernel or a stride leave for the pointwise ones.
 Results cell(
     at::TensorList inputs, const OptionalTensors& weights, const OptionalTensors& gammas, const OptionalTensors& betas,
-    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key, const OptionalTensor& rates,
-    at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch, double eps, bool keep) {
+    const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key,
+    const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch,
+    double eps, bool keep) {
   CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
   int64_t count = in.gammas.size();
   CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});

@@ -40,11 +40,16 @@ using torch::autograd::variable_list;
 
 inline int type_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return kFloat32;
-    case at::kDouble: return kFloat64;
-    case at::kBFloat16: return kBFloat16;
-    case at::kHalf: return kFloat16;
-    default: TORCH_CHECK(false, name, " is ", t.scalar_type(), "; expected float32, float64, bfloat16 or float16");
+    case at::kFloat:
+      return kFloat32;
+    case at::kDouble:
+      return kFloat64;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
+    default:
+      TORCH_CHECK(false, name, " is ", t.scalar_type(), "; expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -129,11 +134,12 @@ inline variable_list defined(const std::vector<Tensor>& tensors) {
 inline bool differentiated(at::TensorList tensors) {
   for (const Tensor& t : tensors) {
     TORCH_CHECK(
-        !t._fw_grad(0).defined(), "a fused operation has no forward-mode derivative; expected the version in plain "
+        !t._fw_grad(0).defined(),
+        "a fused operation has no forward-mode derivative; expected the version in plain "
         "torch, of the same name and with _ref at its end");
   }
   return at::GradMode::is_enabled() &&
-      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
+         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
 // An operator of `inputs`, which are undefined where it was given None. Op holds its other arguments and has
@@ -148,8 +154,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
     Held(const Op& op) : op(op) {}
   };
 
-  static variable_list forward(
-      AutogradContext* ctx, at::TensorList, const Op& op, const std::vector<Tensor>& inputs) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList, const Op& op, const std::vector<Tensor>& inputs) {
     auto held = c10::make_intrusive<Held>(op);
     variable_list results = op.forward(inputs);
     std::vector<Tensor> kept = op.keep(inputs, results);
@@ -193,7 +198,8 @@ struct NotTwice : torch::autograd::Function<NotTwice> {
   static variable_list forward(AutogradContext*, const variable_list& gradients, at::TensorList) { return gradients; }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(
-        false, "a fused operation was differentiated twice; expected once: use the version in plain torch, of the same "
+        false,
+        "a fused operation was differentiated twice; expected once: use the version in plain torch, of the same "
         "name and with _ref at its end, where second derivatives are needed");
   }
 };

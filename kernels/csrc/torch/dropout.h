@@ -45,8 +45,14 @@ Tensor dropout_masks(const Tensor& key, const Tensor& rates, at::IntArrayRef ter
   if (key.is_cuda()) {
     c10::cuda::CUDAGuard guard(key.device());
     for (size_t i = 0; i < terms.size() && each; i++) {
-      PdartsMask mask{key.const_data_ptr(), dense.const_data_ptr<float>() + i, terms[i], size[1],
-                      size[2] * size[3], each, masks.data_ptr<float>() + i * each};
+      PdartsMask mask{
+          key.const_data_ptr(),
+          dense.const_data_ptr<float>() + i,
+          terms[i],
+          size[1],
+          size[2] * size[3],
+          each,
+          masks.data_ptr<float>() + i * each};
       dropout_mask_cuda(&mask, c10::cuda::getCurrentCUDAStream());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -268,9 +268,9 @@ std::vector<Tensor> mixed_backward_autograd(
   std::vector<Tensor> inputs = tensors_of("outputs", outputs, K);
   inputs.push_back(grad), inputs.push_back(probabilities);
   for (const Tensor& t : tensors_of("gammas", gammas, K)) inputs.push_back(t);
-  return not_twice(below_autograd([&] {
-    return op.call(grad, outputs, probabilities, gammas, betas, statistics, batch, needs);
-  }), inputs);
+  return not_twice(
+      below_autograd([&] { return op.call(grad, outputs, probabilities, gammas, betas, statistics, batch, needs); }),
+      inputs);
 }
 
 }  // namespace
