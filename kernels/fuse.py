@@ -17,8 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Dropout, Norm, Step, Sum, cell, cell_program, dropout_key, dropout_masks, fused, known_on_cuda
-from . import pool, run_cell, serves_cells
+from .ops import cell, dropout_key, dropout_masks, pool, run_cell
+from .program import Dropout, Norm, Step, Sum, cell_program, known_on_cuda
+from .runtime import fused, supports
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -36,22 +37,15 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return layouts[name]
 
 
-def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
-    """`network`, changed in place, and unchanged where the kernels do not serve its device (see `kernels.use`).
-
-    recompute: where torch's own convolutions serve, compute again in the backward pass what lies between ReLU and the
-    pointwise convolution, instead of keeping it; None: on the CPU only, since a GPU has the memory and not the time.
-    On CUDA cells are not computed as a whole then.
-    """
+def fuse(network: nn.Module) -> nn.Module:
+    """`network`, changed in place, and unchanged where the kernels do not support its device (see `kernels.use`)."""
     device = next(network.parameters()).device
     if fused(device):
         memory_format(device)  # refuses a wrong PDARTS_LAYOUT now
-        recompute = device.type == "cpu" if recompute is None else recompute
         for module in reversed(list(network.modules())):  # what a module holds before the module itself
             replacement = next((new for recognises, new in _RULES if recognises(module)), None)
             if replacement:
                 module.__class__ = _subclass(replacement, type(module))
-                module.recompute = recompute
                 if isinstance(module, _Whole):
                     module.norms = [m for m in module.modules() if _is_norm(m)]
                     module.layers = [m for m in module.modules() if m._parameters or m._buffers]
@@ -284,7 +278,7 @@ def _settings(norm):
     return (norm.training, norm.momentum, norm.eps) if wide else None
 
 
-def _sum(operations, probabilities, recompute):
+def _sum(operations, probabilities):
     """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
     program, inputs = _Program(), []
 
@@ -301,7 +295,7 @@ def _sum(operations, probabilities, recompute):
             terms.append(op.add_to(program, value(x)) if program.accepts(op.norms) else value(op.plain(x)))
     program.finish(len(inputs), program.sum(terms))
     program.count()
-    return cell(inputs, program.operations, program.outputs, probabilities, program.norms, *program.settings, recompute)
+    return cell(inputs, program.operations, program.outputs, probabilities, program.norms, *program.settings)
 
 
 def _ones(x, *size):
@@ -314,7 +308,7 @@ class _Fused:
     norms = ()
 
     def forward(self, x):
-        return _sum([(self, x)], _ones(x, 1), self.recompute)
+        return _sum([(self, x)], _ones(x, 1))
 
     def plain(self, x):
         return super().forward(x)
@@ -363,7 +357,7 @@ class _FusedFactorizedReduce(_Fused):
 
 class _FusedMixedOp:
     def forward(self, x, probabilities):
-        return _sum([(op, x) for op in self.ops], probabilities[self.skip_none :], self.recompute)
+        return _sum([(op, x) for op in self.ops], probabilities[self.skip_none :])
 
 
 class _FusedSearchCell:
@@ -374,7 +368,7 @@ class _FusedSearchCell:
             incoming = list(zip(states, edges))  # states first: zip takes no edge too many
             operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
             of_node = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
-            states.append(_sum(operations, of_node, self.recompute))
+            states.append(_sum(operations, of_node))
         return torch.cat(states[2:], dim=1)
 
 
@@ -384,7 +378,7 @@ class _FusedEvaluationCell:
         states, weights = [self.preprocess0(s0), self.preprocess1(s1)], self.weights(s1)
         for i in range(0, len(self.sources), 2):
             incoming = [(op, states[source]) for op, source in zip(self._ops[i : i + 2], self.sources[i : i + 2])]
-            states.append(_sum(incoming, weights[i : i + 2], self.recompute))
+            states.append(_sum(incoming, weights[i : i + 2]))
         return torch.cat([states[j] for j in self.concat], dim=1)
 
     def weights(self, x):
@@ -411,7 +405,7 @@ class _Whole:
 
     def served(self, s0):
         """Whether it can be computed as a whole; else single operations serve."""
-        served = serves_cells(s0) and (s0.is_cpu or self.on_cuda and not self.recompute)
+        served = supports("cell", s0) and (s0.is_cpu or self.on_cuda)
         return served and _Program().accepts(self.norms)
 
     def compute(self, s0, s1, probabilities, dropout=None):
