@@ -63,13 +63,7 @@ def _add_options(parser, presets):
         "--kernels",
         metavar="MODE",
         help="the fused kernels: on, off, auto (if they can be built) or, on CUDA, those of some operations, such as "
-        '"mixed pool:float32:NCHW" (default: PDARTS_KERNELS, else auto, and PDARTS_CUDA_OPERATIONS)',
-    )
-    parser.add_argument(
-        "--recompute",
-        action=argparse.BooleanOptionalAction,
-        help="with torch's own convolutions: compute again in the backward pass what is cheap, instead of keeping it, "
-        "which saves memory and costs time (default: on the CPU only)",
+        '"mixed cell" (default: PDARTS_KERNELS, else auto, and PDARTS_CUDA_OPERATIONS)',
     )
     parser.add_argument(
         "--graphs",
@@ -165,7 +159,7 @@ def _say(*text):
 
 
 def _ways(args):
-    names = "device", "kernels", "resume", "recompute"
+    names = "device", "kernels", "resume"
     return {"graphs": args.graphs == "auto", "show": True} | {name: getattr(args, name) for name in names}
 
 

@@ -45,7 +45,6 @@ def evaluate(
     show: bool = False,
     kernels: str | None = None,
     graphs: bool = True,
-    recompute: bool | None = None,
 ) -> EvaluateResult:
     """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
 
@@ -71,7 +70,7 @@ def evaluate(
             # The kernels take the norms as they are.
             tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
         else:
-            tested = network = _train(genotype, config, run, graphs, recompute, show)
+            tested = network = _train(genotype, config, run, graphs, show)
         errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]
         return EvaluateResult(network.eval(), *cost, *errors)
 
@@ -95,7 +94,7 @@ def fold(network: Network) -> Network:
     return network
 
 
-def _train(genotype, config, run, graphs, recompute, show):
+def _train(genotype, config, run, graphs, show):
     data = run.shared(run.images.evaluate_data(config))
     training = pdarts.Evaluation(
         genotype,
@@ -104,7 +103,7 @@ def _train(genotype, config, run, graphs, recompute, show):
         run.device,
         average=average,
         rank=processes()[0],
-        **ways_to_compute(run.device, run.fused, graphs, recompute),
+        **ways_to_compute(run.device, run.fused, graphs),
     )
     state = run.begin(training)
     run.folder.write("genotype.json", genotype._asdict())

@@ -35,7 +35,6 @@ def search(
     graphs: bool = True,
     resume=None,
     show: bool = False,
-    recompute: bool | None = None,
     space: SearchSpace = SPACE,
 ) -> SearchResult:
     """Search progressively: stage after stage a deeper network with fewer candidates, then the cell.
@@ -43,7 +42,7 @@ def search(
     images: Images or Loaders, by default the data set of `config.dataset` and `config.images`. out: a new or empty
     folder for the results, or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps
     on a GPU, see `CapturedStep`. resume: instead of `out`, the folder of a run that ended early. show: print progress.
-    recompute: see kernels.fuse. space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
+    space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
     SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
     """
     run = Run("search", config, images, out, device, kernels, resume, space=dataclasses.asdict(space))
@@ -61,7 +60,7 @@ def search(
             average=average,
             rank=processes()[0],
             architect=SecondOrder if config.unrolled else Architect,
-            **ways_to_compute(run.device, run.fused, graphs and not config.unrolled, recompute),
+            **ways_to_compute(run.device, run.fused, graphs and not config.unrolled),
         )
         state = run.begin(searching)
         progress, meters = Progress(work, show), None

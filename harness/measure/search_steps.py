@@ -61,14 +61,14 @@ class OurStep:
     """A stage (from 1) as a search trains it, at the initial rate of its skip dropout: `run` makes a step of the
     weights, of the alphas, or of both. number: of the search that the candidates are from."""
 
-    def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None, number=1):
+    def __init__(self, stage, config, images, labels, fused=True, graph=False, number=1):
         device, self.images, self.labels = images.device, images, labels
         if fused:
             pick_kernels("on", device)
 
         def prepare(network):
             network = network.to(images.dtype)
-            return kernels.fuse(network, recompute) if fused else network
+            return kernels.fuse(network) if fused else network
 
         def wrap(step):
             if not graph:

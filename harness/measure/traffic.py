@@ -1,11 +1,10 @@
 """Counts launches of kernels and bytes of a step on CUDA: `python -m harness.measure traffic`. No GPU is needed.
 
 A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
-and pooling and gradients of a state that are added one after the other, "ours" with the kernels for all of that, one
-operation at a time, and "cells" with whole cells; bytes of feature maps are scaled to --batch, and "kept" is what the
-forward pass leaves for the backward pass. An operation counts as one launch that reads its inputs and writes its
-results once, views as none, and what is known better as `KNOWN` has it; `Launches` follows what is in
-kernels/cell_cuda_operators.h. A kernel of torch's that reads an input several times, as that of the weights of a
+and pooling and the fused mixed operation, "cells" with whole cells; bytes of feature maps are scaled to --batch, and
+"saved" is what the forward pass leaves for the backward pass. An operation counts as one launch that reads its inputs
+and writes its results once, views as none, and what is known better as `KNOWN` has it; `Launches` follows
+kernels/csrc/torch/cell_cuda.h. A kernel of torch's that reads an input several times, as that of the weights of a
 depthwise convolution does for every tap, counts as one that reads it once: it is the least that is compared.
 """
 
@@ -16,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from unittest import mock
 
 import torch
@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from kernels.program import KINDS
 import pdarts
 from harness.measure.search_steps import OurStep, batches
 
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
-SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool"), "cells": ("mixed", "separable", "pool", "cell")}
+SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations that are fused
 RATE = 0.3  # of the skip dropout; a cell draws it within its kernels, which costs neither launches nor feature maps
 
 
@@ -52,25 +53,6 @@ def mixed_backward(call, size):
 def between(x, y, pointwise, size):
     """Bytes of what the pointwise convolution reads, which is kept."""
     return size(y) // pointwise.shape[0] * x.shape[1]
-
-
-def separable(call, size):
-    x, _, pointwise, *_, batch, _, _, _, _ = call.arguments
-    y = call.results[0]
-    return 2 + 2 * batch, (1 + batch) * size(x) + 2 * between(x, y, pointwise, size) + size(y)
-
-
-def separable_backward(call, size):
-    grad, x, _, pointwise, _, _, statistics, batch, *_, needs = call.arguments
-    of_f, z, n = needs[0] or needs[3] or needs[4], between(x, grad, pointwise, size), size(x)
-    parts = [
-        (needs[2], 1, size(grad) + z),
-        (of_f or needs[1], 1, size(grad) + z),
-        (of_f, 1, z + 2 * n),
-        (needs[1], 2, n + z),
-        (of_f and statistics is not None, 4 if batch else 3, 5 * n),
-    ]
-    return sum(p[1] for p in parts if p[0]), sum(p[2] for p in parts if p[0])
 
 
 def convolution_backward(call, size):
@@ -103,7 +85,7 @@ class Launches:
         self.operations = [("input", [], (), 1, False)] * len(inputs)
         numbers = iter(program)
         for pair in zip(weights[::2], weights[1::2]):
-            self.add(kernels.KINDS, numbers, *pair)
+            self.add(KINDS, numbers, *pair)
 
     def add(self, kinds, numbers, weight, pointwise):
         kind, source = next(numbers), next(numbers)
@@ -279,9 +261,6 @@ KNOWN = {
     "pdarts::cell_backward": cell_backward,
     "pdarts::mixed": mixed,
     "pdarts::mixed_backward": mixed_backward,
-    "pdarts::separable": separable,
-    "pdarts::separable_backward": separable_backward,
-    "pdarts::pool_backward": lambda call, size: (1, size(call.arguments[:2]) + size(call.results)),
     "pdarts::update_running": lambda call, size: (4 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
     "aten::convolution_backward": convolution_backward,
     "aten::native_batch_norm": batch_norm,
@@ -291,7 +270,6 @@ KNOWN = {
 # Bytes that are kept on CUDA, less those that are on the CPU.
 MORE_KEPT = {
     "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
-    "pdarts::separable": lambda call, size: between(call.arguments[0], call.results[0], call.arguments[2], size),
 }
 KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
 
@@ -344,24 +322,12 @@ class Traffic(TorchDispatchMode):
         return sum(kept.values()) + self.kept
 
 
-class OneByOne:
-    """Instead of `kernels._Read`."""
-
-    @staticmethod
-    def apply(x, times):
-        return (x,) * times
-
-
 @contextlib.contextmanager
 def side(operations):
     """Where the operations are computed as on CUDA, each by itself; those that are named by ours."""
     with contextlib.ExitStack() as stack:
-        patch = functools.partial(mock.patch.object, kernels)
-        stack.enter_context(patch("_on_cpu", lambda x: False))
-        stack.enter_context(patch("serves", lambda operation, x: operation in operations))
-        if "separable" not in operations:
-            stack.enter_context(patch("_Read", OneByOne))
-            stack.enter_context(patch("_torch_convolves", lambda x: False))  # a ReLU for each
+        for module in ("kernels.ops", "kernels.fuse"):
+            stack.enter_context(mock.patch.object(sys.modules[module], "supports", lambda name, x: name in operations))
         yield
 
 
@@ -372,7 +338,7 @@ def rows(stages, channels: int, batch: int, number: int = 1):
     for stage in stages:
         for name, operations in SIDES.items():
             with side(operations):
-                step = OurStep(stage, config, images, labels, recompute=False, number=number)
+                step = OurStep(stage, config, images, labels, number=number)
                 step.network.set_skip_dropout(0.0 if "cell" in operations else RATE)
                 kept = Traffic(IMAGES, batch).kept_by(step.forward)
                 for which in ("weights", "alphas"):
