@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 
 import kernels
 import pdarts
@@ -21,7 +22,6 @@ from harness.data.images import Images
 from harness.fuzz import FUZZ
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small

@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,10 @@ from harness.devices import pick_kernels
 from harness.files import reason
 from harness.measure.evaluation_steps import evaluation_sides, verify_evaluation
 from harness.measure.gpu_checks import GPU_ONLY, Wrong
-from harness.measure.operations import SHAPES, operation_rows, sets_for
+from harness.measure.operations import operation_rows
 from harness.measure.operations import verify as verify_operations
 from harness.measure.search_steps import SKIP_DROPOUT, OfficialStep, OurStep, batches, verify_step
-from harness.measure.timing import ROOT, copy_bandwidth, time_calls, time_steps
+from harness.measure.timing import ROOT, copy_bandwidth, time_steps
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import sys
 from unittest import mock
@@ -23,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels.program import KINDS
 import pdarts
 from harness.measure.search_steps import OurStep, batches
+from kernels.program import KINDS
 
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200

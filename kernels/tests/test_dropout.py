@@ -12,20 +12,8 @@ import torch
 import kernels
 from kernels import Dropout, Sum
 
-pytestmark = pytest.mark.usefixtures("_served")
+pytestmark = pytest.mark.usefixtures("fused")
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-
-
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def device(request):
-    return request.param
-
-
-@pytest.fixture
-def _served():
-    before = kernels.use("on")
-    yield
-    kernels.use(before)
 
 
 def key_of(number, device="cpu"):
@@ -212,12 +200,12 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     genotype = pdarts.Genotype([("sep_conv_3x3", 0), ("skip_connect", 1)], [2], [("max_pool_3x3", 0)] * 2, [2])
     torch.manual_seed(0)
     network = kernels.fuse(pdarts.Network(genotype, 2, 3, 3).double())
-    network.set_drop_path(0.3)
     cell, x = network.cells[0].eval(), torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    cell._ops.train(False)
     weights = []
     for training in (False, True):
-        cell.drop_paths.train(training)
-        weights.append(cell.weights(x.repeat(2000, 1, 1, 1)))
+        cell.training = training
+        weights.append(cell.weights(cell._ops, x.repeat(2000, 1, 1, 1), torch.tensor(0.3)))
     assert torch.equal(weights[0], torch.ones(2, dtype=torch.float64))
     dropped_images, identity = weights[1]
     assert torch.equal(identity, torch.ones_like(identity))  # identities are never dropped

@@ -1,12 +1,12 @@
-"""What nvcc makes of the CUDA sources, above all of mixed_op.cu: no GPU is needed."""
+"""What nvcc makes of the CUDA sources, above all of mixed.cu: no GPU is needed."""
 
 import os
-import pathlib
 import re
 import shutil
 
 import pytest
-from kernels.conftest import nvcc
+
+from kernels.tests.conftest import FOLDER, nvcc
 
 LAYOUTS, PLANES = 3, "LayoutE1E"  # where a row is of one channel, whose values are single ones
 IN_FLIGHT = 4  # candidates whose elements a thread loads at once, and with them their probabilities
@@ -41,7 +41,7 @@ def test_no_warnings(compiled):
 def vectorised(kernels, name, dtype):
     mangled, V = VECTORS[dtype]
     found = {kernel: ptx for kernel, ptx in kernels.items() if re.search(rf"\d{name}I.*ELi{V}E{mangled}E", kernel)}
-    assert len(found) == (LAYOUTS - 1 if name == "mixed_statistics_kernel" else LAYOUTS), sorted(kernels)
+    assert len(found) == (LAYOUTS - 1 if name == "statistics_kernel" else LAYOUTS), sorted(kernels)
     return found.items()
 
 
@@ -54,7 +54,7 @@ def test_results_are_stored_by_16_bytes(kernels, name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed_statistics_kernel", "forward_kernel", "backward_sums_kernel", "backward_inputs_kernel"]
+    "name", ["statistics_kernel", "forward_kernel", "backward_sums_kernel", "backward_inputs_kernel"]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "half"])  # no other operand is so short
 def test_elements_are_not_loaded_one_by_one(kernels, name, dtype):
@@ -83,8 +83,7 @@ def test_no_kernel_spills_registers(nvcc_beside_the_others):
 
 
 @pytest.mark.skipif("PDARTS_SLOW" not in os.environ, reason="takes a minute and a half: set PDARTS_SLOW=1")
-@pytest.mark.parametrize("source", ["cell.cu", "depthwise.cu", "depthwise_last.cu"])
-def test_no_kernel_of_the_other_sources_spills_registers(source, tmp_path):
-    report = nvcc("-cubin", "-Xptxas", "-v", pathlib.Path(__file__).with_name(source), "-o", tmp_path / "cubin")
+def test_no_kernel_of_the_cell_spills_registers(tmp_path):
+    report = nvcc("-cubin", "-Xptxas", "-v", FOLDER.parent / "csrc/cuda/cell.cu", "-o", tmp_path / "cubin")
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills and set(spills) == {("0", "0")} and "warning" not in report, report
