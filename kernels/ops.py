@@ -209,7 +209,7 @@ def _one_by_one(inputs, operations, outputs, probabilities, norms, training, mom
                 sums.append(mixed_norm_sum(terms, p, means, vars, *settings, *affine))
                 place += len(part)
             y = sum(sums[1:], sums[0])
-        elif op.source in rectified:
+        elif op.kind in ("separable", "reduce") and op.source in rectified:
             x = rectified[op.source].pop()
             reduce = op.kind == "reduce"
             y = _reduced(x, *op.weights) if reduce else _convolved(x, *op.weights, op.stride, op.padding, op.dilation)
