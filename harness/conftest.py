@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 
 import kernels
 import pdarts
@@ -22,6 +21,7 @@ from harness.data.images import Images
 from harness.fuzz import FUZZ
 from harness.search import search
 from harness.settings import SearchSettings
+from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small

@@ -68,7 +68,7 @@ def evaluate(
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
             # The kernels take the norms as they are.
-            tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
+            tested = ways_to_compute(run.device, run.fused, False).get("prepare", fold)(copy.deepcopy(network))
         else:
             tested = network = _train(genotype, config, run, graphs, show)
         errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]

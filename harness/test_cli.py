@@ -355,7 +355,8 @@ def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
     tmp_path, generated, monkeypatch, capsys, limits
 ):
     folder, seen, taken = tmp_path / "run", [], 0
-    assert stopped(monkeypatch, ["search", *FAST_SEARCH, *"--epochs 1 --alpha-start 0".split(), "--out", folder.as_posix()]) == 143
+    arguments = ["search", *FAST_SEARCH, *"--epochs 1 --alpha-start 0".split(), "--out", str(folder)]
+    assert stopped(monkeypatch, arguments) == 143
     saved = json.loads((folder / "config.json").read_text())
     result = SearchResult(GENOTYPES["PDARTS"], [], [])
     monkeypatch.setattr(cli, "search", lambda config, *_, **__: seen.append(config) or result)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import sys
 import warnings
 
 import pytest
@@ -110,6 +111,7 @@ def as_on_a_gpu(monkeypatch):
     """Drops without looking at the rate, and Adam with its count of steps in a tensor."""
     drop, adam = pdarts.inverted_dropout, torch.optim.Adam
     monkeypatch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
+    monkeypatch.setattr(sys.modules["kernels.fuse"], "_nothing_drops", lambda rates: False)
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **options: adam(*a, **options | {"capturable": True}))
     of_adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(of_adam, "_get_capturable_supported_devices", lambda *_: ["cpu"])

@@ -446,8 +446,8 @@ def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
     monkeypatch.setattr(kernels, "fused", lambda device: True)
     before, mode = kernels.use_on_cuda("mixed"), kernels.use("off")
     try:
-        assert pick_kernels("pool cell:float32:NCHW", torch.device("cuda")) and kernels.use("off") == "on"
-        assert kernels.use_on_cuda("mixed") == "pool cell:float32:NCHW"
+        assert pick_kernels("cell pool", torch.device("cuda")) and kernels.use("off") == "on"
+        assert kernels.use_on_cuda("mixed") == "cell pool"
         with pytest.raises(InputError, match="the kernels cannot be used: the operations on CUDA are .'mixt'.; expe"):
             pick_kernels("mixt", torch.device("cuda"))
         with pytest.raises(InputError, match="kernels is 'pool'; expected auto, on or off, or, on CUDA, operations"):

@@ -302,6 +302,11 @@ def _ones(x, *size):
     return torch.ones(size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
+def _nothing_drops(rates):
+    """Whether all rates are 0; a GPU would have to be waited for."""
+    return rates.is_cpu and not rates.any()
+
+
 class _Fused:
     """An operation; add_to(program, value): what it computes from a value, as steps; norms: those of the steps."""
 
@@ -388,10 +393,10 @@ class _FusedEvaluationCell:
         if not any(active):
             return ones
         never = torch.zeros((), device=x.device)
-        rates = [drop.rate.float() if draws else never for drop, draws in zip(self.drop_paths, active)]
-        if x.is_cpu and not any(rates):
+        rates = torch.stack([drop.rate.float() if draws else never for drop, draws in zip(self.drop_paths, active)])
+        if _nothing_drops(rates):
             return ones
-        masks = dropout_masks(dropout_key(x.device), torch.stack(rates), range(len(rates)), (len(x), 1, 1, 1))
+        masks = dropout_masks(dropout_key(x.device), rates, range(len(rates)), (len(x), 1, 1, 1))
         return masks.flatten(1).to(ones.dtype)
 
 
@@ -459,10 +464,11 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
         """That of the skip-connects; None where nothing is dropped."""
         operations = enumerate((op for edge in self.edges for op in edge.ops), _INPUTS)
         skips = [(term, op.rate) for term, op in operations if _is_skip_dropout(op) and op.training]
-        if not skips or (device.type == "cpu" and not any(rate for _, rate in skips)):
+        if not skips:
             return None
         terms, rates = zip(*skips)
-        return Dropout(dropout_key(device), torch.stack(rates).float(), terms)
+        rates = torch.stack(rates).float()
+        return None if _nothing_drops(rates) else Dropout(dropout_key(device), rates, terms)
 
     def add_nodes(self, program, states):
         edges = iter(self.edges)

@@ -25,7 +25,7 @@ def epoch_rows(config: pdarts.SearchConfig, device, half, fused, graphs) -> list
     x, y = images.x_train[: 2 * half], images.y_train[: 2 * half]
     data = pdarts.search_data(x, y, config, 10, images.mean, images.std)
     rows, start = [], time.perf_counter()
-    for event in pdarts.Search(config, data, device, **ways_to_compute(device, fused, graphs, None)):
+    for event in pdarts.Search(config, data, device, **ways_to_compute(device, fused, graphs)):
         if not isinstance(event, pdarts.Epoch):
             continue
         if device.type == "cuda":

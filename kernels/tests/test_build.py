@@ -375,7 +375,8 @@ def test_the_library_for_cuda_is_built_and_loaded_where_torch_and_a_toolkit_serv
     code = """
     kernels.load("cuda")
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    print(*[served(f"pdarts::{name}", "CUDA") for name in ("mixed", "cell", "dropout_masks")], "CUDA_HOME" in os.environ)
+    names = "mixed", "cell", "dropout_masks"
+    print(*[served(f"pdarts::{name}", "CUDA") for name in names], "CUDA_HOME" in os.environ)
     outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
     assert torch.allclose(kernels.mixed_sum(outputs, weights), kernels.mixed_sum_ref(outputs, weights))"""
     code = "import os; os.environ.pop('CUDA_HOME', None), os.environ.pop('CUDA_PATH', None)\n" + DEVICE + code

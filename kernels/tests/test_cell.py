@@ -275,7 +275,7 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Step(0, "max"), Sum([0])], [2], ONE, None, "value 1 is used 0 times; expected 1"),
     ([X], [Step(0, "max"), Sum([1, 1])], [2], torch.ones(2), None, "value 1 is used 2 times; expected 1"),
     ([X], [Step(0, "max"), Sum([1])], [1], ONE, None, "value 1 is used 2 times; expected 1"),
-    ([X], [Step(0, "max"), Sum([0])], [2, 1], ONE, None, "outputs.1. is 1; expected sums of one size, each once, or on"),
+    ([X], [Step(0, "max"), Sum([0])], [2, 1], ONE, None, "outputs.1. is 1; expected sums of one size, each once, or"),
     ([X], [Step(0, "max")], [1, 1], ONE[:0], None, "value 1 is used 2 times; expected 1"),
     ([X], [Step(0, "max")], [1], ONE[:0], [None, NORM], "outputs.0. is 1; .* or one step without a norm"),
     ([X], [Sum([0])], [0], ONE, None, "outputs.0. is 0; expected sums of one size, each once"),

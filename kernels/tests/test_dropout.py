@@ -201,11 +201,11 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     torch.manual_seed(0)
     network = kernels.fuse(pdarts.Network(genotype, 2, 3, 3).double())
     cell, x = network.cells[0].eval(), torch.randn(2, 6, 8, 8, dtype=torch.float64)
-    cell._ops.train(False)
+    network.set_drop_path(0.3)
     weights = []
     for training in (False, True):
-        cell.training = training
-        weights.append(cell.weights(cell._ops, x.repeat(2000, 1, 1, 1), torch.tensor(0.3)))
+        cell.drop_paths.train(training)
+        weights.append(cell.weights(x.repeat(2000, 1, 1, 1)))
     assert torch.equal(weights[0], torch.ones(2, dtype=torch.float64))
     dropped_images, identity = weights[1]
     assert torch.equal(identity, torch.ones_like(identity))  # identities are never dropped

@@ -56,7 +56,8 @@ def test_results_are_stored_by_16_bytes(kernels, name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed_statistics_kernel", "mixed_forward_kernel", "mixed_backward_sums_kernel", "mixed_backward_inputs_kernel"]
+    "name",
+    ["mixed_statistics_kernel", "mixed_forward_kernel", "mixed_backward_sums_kernel", "mixed_backward_inputs_kernel"],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "half"])  # no other operand is so short
 def test_elements_are_not_loaded_one_by_one(kernels, name, dtype):
