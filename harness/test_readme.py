@@ -24,9 +24,14 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(pdarts, "SearchConfig", lambda **_: pdarts.CIFAR10.__class__(**one_stage))
     for name in SEARCH_PRESETS:
         monkeypatch.setitem(SEARCH_PRESETS, name, settings)
-    for owner, name in (pdarts, "search_data"), (pdarts, "Search"):  # on the CPU
-        whole = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, device=None, _whole=whole, **b: _whole(*a, **b))
+
+    class Search(pdarts.Search):  # on the CPU
+        def __init__(self, *arguments, device=None, **options):
+            super().__init__(*arguments, **options)
+
+    search_data = pdarts.search_data
+    monkeypatch.setattr(pdarts, "search_data", lambda *arguments, device=None: search_data(*arguments))
+    monkeypatch.setattr(pdarts, "Search", Search)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(12) % 3

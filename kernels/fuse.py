@@ -22,15 +22,17 @@ from .program import Dropout, Norm, Step, Sum, cell_program, known_on_cuda
 from .runtime import fused, supports
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
+def memory_format(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.memory_format:
     """The layout of the feature maps of a fused search network.
 
-    Channels-last on the CPU, where the fused convolutions want it; under autocast, which they leave to torch, NCHW.
+    Channels-last on the CPU, where the fused convolutions want it; in 16 bits and under autocast, where torch convolves,
+    NCHW.
     NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
     slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
     """
     layouts = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
-    fused_convolutions = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    floating = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    fused_convolutions = device.type == "cpu" and floating
     name = os.environ.get("PDARTS_LAYOUT") or ("channels-last" if fused_convolutions else "NCHW")
     if name not in layouts:
         raise ValueError(f"PDARTS_LAYOUT is {name!r}; expected {' or '.join(layouts)}")
@@ -495,7 +497,7 @@ class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
 
 
 def _in_layout(stem, inputs, output):
-    return output.contiguous(memory_format=memory_format(output.device))
+    return output.contiguous(memory_format=memory_format(output.device, output.dtype))
 
 
 _RULES = (

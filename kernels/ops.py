@@ -139,7 +139,8 @@ def _conv2d(x, weight, stride, padding, dilation, groups):
         return F.conv2d(x, weight, None, stride, padding, dilation, groups)
     # torch's weight gradient of dilated depthwise convolutions in bfloat16 is wrong on the CPU where input, weight or
     # gradient lie in channels-last (2.13.0, 2.14.1): all three are contiguous here.
-    y = F.conv2d(x.contiguous(), weight.contiguous(), None, stride, padding, dilation, groups)
+    weight = weight.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of [C,1,k,k]
+    y = F.conv2d(x.contiguous(), weight, None, stride, padding, dilation, groups)
     return _ContiguousGradient.apply(y)
 
 

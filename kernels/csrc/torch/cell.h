@@ -166,21 +166,26 @@ struct Cell : PdartsCell {
       TORCH_CHECK(v >= 0 && v < known, "operation ", i, " reads value ", v, "; expected 0 to ", known - 1);
       return v;
     };
-    PdartsOperation op{int32_t(next())};
-    TORCH_CHECK(op.kind >= 0 && op.kind <= Kind::kSum, "operation ", i, " is of kind ", op.kind, "; expected 0 to 4");
+    int64_t kind = next();
+    TORCH_CHECK(kind >= 0 && kind <= Kind::kSum, "operation ", i, " is of kind ", kind, "; expected 0 to 4");
+    PdartsOperation op{int32_t(kind)};
     const Tensor &weight = in.weights[2 * i], &pointwise = in.weights[2 * i + 1];
     if (op.kind == Kind::kSum) {
-      op.terms.resize(next()), op.first = *probability;
+      int64_t terms = next(), left = program.size() - at;
+      TORCH_CHECK(
+          terms >= 1 && terms <= left, "operation ", i, " is a sum of ", terms, " terms; expected 1 or more, and ",
+          left, " numbers are left of the program");
+      op.terms.resize(terms), op.first = *probability;
       for (int32_t& term : op.terms) {
         term = next_value();
         TORCH_CHECK(same_size(term, op.terms[0]), "the terms of operation ", i, " differ in size; expected one size");
       }
-      TORCH_CHECK(!op.terms.empty(), "operation ", i, " is a sum of 0 terms; expected 1 or more");
       *probability += op.terms.size();
       add(i, op, values[op.terms[0]].C, values[op.terms[0]].H, values[op.terms[0]].W);
       return at;
     }
-    op.source = next_value(), op.stride = next(), op.padding = next(), op.dilation = next();
+    op.source = next_value();
+    int64_t stride = next(), padding = next(), dilation = next();
     const PdartsValue& from = values[op.source];
     TORCH_CHECK(
         op.kind == Kind::kSeparable ||
@@ -188,10 +193,10 @@ struct Cell : PdartsCell {
         "operation ", i, " reads value ", op.source,
         ", which has a norm; expected that of a separable convolution only");
     TORCH_CHECK(
-        std::min({op.stride, op.padding + 1, op.dilation}) >= 1 &&
-            std::max({op.stride, op.padding, op.dilation}) <= kLargest,
-        "stride, padding and dilation of operation ", i, " are ", op.stride, ", ", op.padding, " and ", op.dilation,
+        std::min({stride, padding + 1, dilation}) >= 1 && std::max({stride, padding, dilation}) <= kLargest,
+        "stride, padding and dilation of operation ", i, " are ", stride, ", ", padding, " and ", dilation,
         "; expected at least 1, 0 and 1, and at most ", kLargest);
+    op.stride = stride, op.padding = padding, op.dilation = dilation;
     int64_t out = from.C, H = from.H, W = from.W;
     auto check_weight = [&](size_t which, std::vector<int64_t> expected) {
       const Tensor& t = in.weights[2 * i + which];
