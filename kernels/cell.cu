@@ -601,7 +601,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
 }
 
-// Grid [blocks, images, targets]. A thread has V elements of a channel. Reads each x and writes the sum once, the least.
+// Grid [blocks, images, targets]. A thread takes V elements of a channel. Reads each x and writes the sum once, the
+// least.
 template <int V, class T>
 __global__ void __launch_bounds__(kThreads) terms_kernel(const __grid_constant__ PdartsTerms all) {
   int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, size = all.C * all.HW, c = i / all.HW;

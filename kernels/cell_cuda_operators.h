@@ -2,8 +2,8 @@
 //
 // Operations are taken by levels: those of a level wait for none of each other, and those of one kind and size are a
 // launch. Backward, values are taken by levels counted from the outputs. What a pointwise convolution reads is kept.
-// What nothing of a level waits for goes to a second stream: pools beside convolutions, and, until the next level has such
-// launches in its turn, gradients of weights beside those of feature maps.
+// What nothing of a level waits for goes to a second stream: pools beside convolutions, and, until the next level has
+// such launches in its turn, gradients of weights beside those of feature maps.
 #pragma once
 
 #ifdef PDARTS_CUDA

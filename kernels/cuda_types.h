@@ -43,8 +43,7 @@ __device__ __forceinline__ Pack<A, V> mask_of(
   pdarts::MaskRate of(rate);
   pdarts::PhiloxWords words = {};
   if (of.threshold) {
-    words = pdarts::philox(
-        pixel / pdarts::kMaskPixels, channel, image, term, *static_cast<const uint64_t*>(key));
+    words = pdarts::philox(pixel / pdarts::kMaskPixels, channel, image, term, *static_cast<const uint64_t*>(key));
   }
   uint32_t first = pixel & (pdarts::kMaskPixels - V);
   Pack<A, V> mask;
