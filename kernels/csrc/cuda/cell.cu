@@ -609,7 +609,7 @@ __global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_consta
   add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
 }
 
-// Grid [blocks, images, targets]. A thread has V elements of a channel. Reads each x and writes the sum once, the
+// Grid [blocks, images, targets]. A thread takes V elements of a channel. Reads each x and writes the sum once, the
 // least.
 template <int V, class T>
 __global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_constant__ PdartsTerms all) {

@@ -565,8 +565,8 @@ __global__ void __launch_bounds__(kThreads) mixed_backward_inputs_kernel(
 // Launching
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The parameters of a launch are no more than older toolkits take.
-static_assert(sizeof(PdartsMixed) + sizeof(Division) + 2 * sizeof(void*) + sizeof(PdartsMixedGradients) <= 4096);
+// Parameters are no more than older toolkits take: those of channels_kernel are the most.
+static_assert(sizeof(PdartsMixed) + sizeof(Division) + sizeof(PdartsMixedGradients) + 3 * sizeof(void*) <= 4096);
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
