@@ -24,7 +24,7 @@ from harness.fuzz import FUZZ
 from harness.images import Images
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.conftest import ENVIRONMENT, beside, pytest_collection_modifyitems, run_beside  # noqa: F401
+from kernels.tests.conftest import ENVIRONMENT, beside, pytest_collection_modifyitems, run_beside  # noqa: F401
 
 torch.set_num_threads(1)  # the feature maps are small
 # Freed memory goes back to the system: after a test that is refused 20 GB this process would be too large to fork.

@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from kernels.conftest import ENVIRONMENT, beside
 from torch.utils import cpp_extension
 
 import kernels
 from kernels import build
+from kernels.tests.conftest import ENVIRONMENT, beside
 
 FOLDER = pathlib.Path(kernels.__file__).parent
 CXX = shutil.which(cpp_extension.get_cxx_compiler())
@@ -54,10 +54,10 @@ WRITE = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built > "$2"; shift; done'
 def toolkit(home, said, release=f"{MAJOR}.0", status=2):
     """A folder with a header and an nvcc, which notes its calls, says something and ends with `status`.
 
-    Of the sources it only minds mixed_op.cu: which others it is called for depends on the machine.
+    Of the sources it only minds mixed.cu: which others it is called for depends on the machine.
     """
     version = f'[ "$*" = --version ] && echo "Cuda compilation tools, release {release}" && exit'
-    others = f'case "$*" in *.cu*) case "$*" in *mixed_op.cu*) ;; *) {WRITE}; exit 0;; esac;; esac'
+    others = f'case "$*" in *.cu*) case "$*" in *mixed.cu*) ;; *) {WRITE}; exit 0;; esac;; esac'
     script(home / "bin/nvcc", f'{version}\n{others}\necho "$*" >> {home}/calls\n{WRITE}\necho "{said}"; exit {status}')
     (home / "include").mkdir(exist_ok=True)
     (home / "include/cuda_runtime_api.h").touch()
@@ -70,9 +70,7 @@ def calls(home):
 
 def pretending_compiler(folder):
     """A C++ compiler that only pretends where the code is for CUDA too."""
-    return script(
-        folder / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed_op.cuda.o*) {WRITE};; *) exec {CXX} "$@";; esac'
-    )
+    return script(folder / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed.cuda.o*) {WRITE};; *) exec {CXX} "$@";; esac')
 
 
 @pytest.fixture
@@ -123,14 +121,6 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning_or_an_error_is_
     assert printed.splitlines() == [f'["plain torch instead of the fused kernels: {why}"]', why]
 
 
-def test_unknown_mode_of_the_kernels_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "_mode", "perhaps")  # from PDARTS_KERNELS
-    with pytest.raises(ValueError, match="PDARTS_KERNELS is 'perhaps'; expected one of"):
-        kernels.fused()
-    with pytest.raises(ValueError, match="the mode of the kernels is 'maybe'; expected one of"):
-        kernels.use("maybe")
-
-
 @beside
 def test_where_cuda_does_not_compile_the_cpu_is_served_with_one_warning(folder):
     for first in "cpu", "cuda":
@@ -138,7 +128,7 @@ def test_where_cuda_does_not_compile_the_cpu_is_served_with_one_warning(folder):
 
 
 def where_cuda_does_not_compile(folder, first):
-    home = toolkit(folder / "toolkit", "mixed_op.cu(7): error: made to fail")
+    home = toolkit(folder / "toolkit", "mixed.cu(7): error: made to fail")
     cxx, cache = pretending_compiler(folder), folder / "cache" / "pdarts_kernels"
     cache.mkdir(parents=True)
     code = f"""
@@ -161,7 +151,7 @@ def where_cuda_does_not_compile(folder, first):
     (failed,) = cache.glob("*.failed")
     assert served == f"{first == 'cpu'} True False"
     assert error == (
-        f"the fused kernels could not be built: mixed_op.cu(7): error: made to fail; delete {failed}, which holds all "
+        f"the fused kernels could not be built: mixed.cu(7): error: made to fail; delete {failed}, which holds all "
         "of the output, to try again"
     )
     assert warning == f"plain torch instead of the fused kernels on CUDA: {error}"
@@ -169,7 +159,7 @@ def where_cuda_does_not_compile(folder, first):
 
 
 def test_a_failure_is_kept_until_it_is_deleted_or_a_compiler_changes(device, tmp_path, cache):
-    home = toolkit(tmp_path / "toolkit", "mixed_op.cu(7): error: made to fail")
+    home = toolkit(tmp_path / "toolkit", "mixed.cu(7): error: made to fail")
     before = os.environ.copy(), cpp_extension.CUDA_HOME
     for made in 1, 1, 2, 3:
         if made == 2:
@@ -290,8 +280,8 @@ def test_without_fcntl_the_folder_is_imported(monkeypatch, tmp_path):
 @beside
 def test_another_version_of_the_folder_is_refused_in_the_same_process(folder):
     for name in "same", "changed":
-        shutil.copytree(FOLDER, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with open(folder / "changed/mixed_op.h", "a") as file:
+        shutil.copytree(FOLDER, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tests"))
+    with open(folder / "changed/csrc/mixed.h", "a") as file:
         file.write("// another version\n")
     code = f"""if True:
         import sys, warnings, torch, kernels
@@ -383,7 +373,8 @@ def test_the_library_for_cuda_is_built_and_loaded_where_torch_and_a_toolkit_serv
     code = """
     kernels.load("cuda")
     served = torch._C._dispatch_has_kernel_for_dispatch_key
-    print(*[served(f"pdarts::{name}", "CUDA") for name in ("mixed", "separable", "pool")], "CUDA_HOME" in os.environ)
+    names = "mixed", "cell", "dropout_masks"
+    print(*[served(f"pdarts::{name}", "CUDA") for name in names], "CUDA_HOME" in os.environ)
     outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
     assert torch.allclose(kernels.mixed_sum(outputs, weights), kernels.mixed_sum_ref(outputs, weights))"""
     code = "import os; os.environ.pop('CUDA_HOME', None), os.environ.pop('CUDA_PATH', None)\n" + DEVICE + code

@@ -7,20 +7,12 @@ import torch
 
 import kernels
 from kernels import Norm, Step, Sum, cell, cell_ref
-
-torch.set_num_threads(1)
-
-
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+from kernels.tests.helpers import FRESH, layout_of
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=CUDA)])
-def device(request, monkeypatch):
-    """Where cells are; on CUDA they are ours, whatever the table says."""
-    before, chosen = kernels.use("on"), kernels.use_on_cuda("mixed separable pool cell")
-    monkeypatch.setattr(Case, "device", request.param)
-    yield request.param
-    kernels.use(before), kernels.use_on_cuda(chosen)
+@pytest.fixture(autouse=True)
+def _cases_on_device(device, monkeypatch):
+    monkeypatch.setattr(Case, "device", device)
 
 
 class Case:
@@ -207,8 +199,7 @@ def test_fused_cell_without_gradients_keeps_nothing_and_computes_the_same():
 def test_fused_cell_keeps_its_values_inputs_and_result_only(device):
     case, kept = Case((2, 4, 5, 6)), {}
     tensors = case.leaves()
-    layout = torch.channels_last if device == "cpu" else torch.contiguous_format
-    in_layout = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors]
+    in_layout = [t.contiguous(memory_format=layout_of(device)) if t.dim() == 4 else t for t in tensors]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
         cell(*case.arguments(in_layout, case.statistics()))
     values = len(case.operations) * 2 * 4 * 5 * 6
@@ -235,14 +226,14 @@ def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
     halves = [torch.randn(2, 4, 1, 1), torch.randn(2, 4, 1, 1)]
     tensors = [t.to(device).requires_grad_() for t in (torch.randn(2, 4, 6, 6), *weights, *halves, torch.rand(4))]
     results, relus = [], []
-    for function in functools.partial(cell, recompute=False), cell_ref:
+    for function in cell, cell_ref:
         x, *w, p = tensors
         steps = [Step(0, "reduce", w[4:]), Step(0, "separable", w[:2], 2, 1), Step(0, "separable", w[2:4], 2, 4, 2)]
         with torch.autocast(device, torch.bfloat16), torch.profiler.profile() as profile:
             y = function([x], [*steps, Step(0, "max", stride=2), Sum([1, 2, 3, 4])], [5], p)
         relus.append(sum(event.key == "aten::relu" and event.count for event in profile.key_averages()))
         results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), tensors)])
-    assert relus == [1, 4]
+    assert relus == [1, 3]
     for mine, right in zip(*results, strict=True):
         assert (mine - right).norm() <= 2e-2 * right.norm()
 
@@ -272,7 +263,11 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Step(0, "mean"), Sum([1])], [2], ONE, None, "a step is of kind 'mean'; expected one of"),
     ([X], [Step(0, "max"), Sum([0])], [2], ONE, None, "value 1 is used 0 times; expected 1"),
     ([X], [Step(0, "max"), Sum([1, 1])], [2], torch.ones(2), None, "value 1 is used 2 times; expected 1"),
-    ([X], [Step(0, "max"), Sum([1])], [1], ONE, None, "outputs.0. is 1; expected sums of one size, each once"),
+    ([X], [Step(0, "max"), Sum([1])], [1], ONE, None, "value 1 is used 2 times; expected 1"),
+    ([X], [Step(0, "max"), Sum([0])], [2, 1], ONE, None, "outputs.1. is 1; expected sums of one size, each once"),
+    ([X], [Step(0, "max")], [1, 1], ONE[:0], None, "value 1 is used 2 times; expected 1"),
+    ([X], [Step(0, "max")], [1], ONE[:0], [None, NORM], "outputs.0. is 1; .* or one step without a norm"),
+    ([X], [Sum([0])], [0], ONE, None, "outputs.0. is 0; expected sums of one size, each once"),
     ([X], [Sum([0])], [1, 1], ONE, None, "outputs.0. is 1; expected sums of one size, each once"),
     ([X], [Sum([0])], [], ONE, None, "outputs has 0 entries; expected 1 or more"),
     ([X], [Sum([0])], [1], torch.ones(2), None, "probabilities has shape .2.; expected .1."),
@@ -315,4 +310,75 @@ def of_size(kernel):
 ])
 def test_cells_that_are_fused_on_cuda_are_known(operations, norms, known):
     norms = norms + [None] * (1 + len(operations) - len(norms))
-    assert kernels.known_on_cuda(operations, norms, [len(operations)]) == known
+    assert kernels.program.known_on_cuda(operations, norms, [len(operations)]) == known
+
+
+# --- A cell of one step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["separable", "pointwise", "reduce", "max", "avg"])
+@pytest.mark.parametrize("read", ["input", "sum", "step"])
+@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (3, 20, 8, 8), (1, 4, 1, 1), (0, 4, 5, 7)])
+def test_the_output_may_be_one_step(device, kind, read, shape):
+    """The step reads an input, a sum or another step, which a convolution normalises first."""
+    torch.manual_seed(0)
+    c, convolution = shape[1], kind in ("separable", "pointwise")
+    sizes = {"separable": [(c, 1, 3, 3), (c, c, 1, 1)], "pointwise": [(c, c, 1, 1)], "reduce": [(c // 2, c, 1, 1)] * 2}
+    sizes = [shape, (2,), (c, c, 1, 1), (c,), (c,), *sizes.get(kind, [])]
+    tensors = [torch.randn(size, dtype=torch.float64).to(device).requires_grad_() for size in sizes]
+    x, probabilities, before, *affine = tensors[:5]
+    weights = (None, None, *tensors[5:])[-2:]
+    first = {"input": [], "sum": [Sum([0, 0])], "step": [Step(0, "separable", (None, before))]}[read]
+    step = Step(len(first), "separable" if convolution else kind, weights, padding=int(kind == "separable"))
+    results = []
+    for function in cell, cell_ref:
+        running = [f(c, dtype=torch.float64, device=device) for f in FRESH]
+        norms = [None] * (len(first) + 2)
+        if read == "step" and convolution:
+            norms[1] = Norm(*running, *affine)
+        p = probabilities if read == "sum" else x.new_empty(0)
+        y = function([x], [*first, step], [len(first) + 1], p, norms, training=len(x) > 1)
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(device)
+        gradients = torch.autograd.grad(y, tensors, gradient, allow_unused=True)
+        results.append([y, *(g for g in gradients if g is not None and g.numel()), *running])
+    assert results[0][0].is_contiguous(memory_format=layout_of(device)) or not len(x)
+    for mine, right in zip(*results, strict=True):
+        assert mine.shape == right.shape and (mine - right).norm() <= 1e-11 * right.norm().clamp_min(1e-12)
+
+
+def step_arguments(step, x):
+    """Of the operator, for a cell of one step."""
+    program, weights = kernels.program.cell_program([step])
+    return [x], weights, [], [], x.new_empty(0), None, None, None, [], program, [1], [False, False], 0.0, True
+
+
+@pytest.mark.parametrize("kind", ["separable", "max"])
+def test_operators_of_one_step_pass_opcheck(device, kind):
+    """Of how they are compiled, other tests tell."""
+    torch.manual_seed(0)
+    x, *weights = (torch.randn(size, device=device) for size in ((2, 4, 6, 6), (4, 1, 3, 3), (4, 4, 1, 1)))
+    arguments = step_arguments(Step(0, kind, tuple(weights) if kind == "separable" else (None, None)), x)
+    y, statistics, values = torch.ops.pdarts.cell(*arguments)
+    inputs, weights, gammas, betas, probabilities, _, *middle, _, _ = arguments
+    needs = [True, *[w is not None for w in weights], *[False] * 5]
+    backward = torch.randn_like(y), y, values, inputs, weights, gammas, betas, probabilities, statistics, *middle, needs
+    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    assert set(check(torch.ops.pdarts.cell, arguments).values()) == {"SUCCESS"}
+    assert set(check(torch.ops.pdarts.cell_backward, backward).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", ["max", "separable"])
+def test_the_backward_operator_names_what_does_not_fit(device, kind):
+    x = torch.rand(2, 4, 6, 6, device=device)
+    weights = (None, torch.rand(4, 4, 1, 1, device=device)) if kind == "separable" else (None, None)
+    arguments = step_arguments(Step(0, kind, weights), x)
+    y, statistics, values = torch.ops.pdarts.cell(*arguments)
+    head, (*tail, _, _) = arguments[:5], arguments[6:]
+    for g, of, kept, message in (
+        (y[:1], y, values, "grad is a Float .1, 4, 6, 6.; expected a Float .2,4,6,6."),
+        (y, y[:, :, 1:], values, "y is a Float .2, 4, 5, 6.; expected a Float .2,4,6,6."),
+        (y.double(), y, values, "grad is a Double"),
+        (y, y, [*values, y], "values has . tensors; expected"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.pdarts.cell_backward(g, of, kept, *head, statistics, *tail, [True, *[False] * 7])

@@ -12,20 +12,8 @@ import torch
 import kernels
 from kernels import Dropout, Sum
 
-pytestmark = pytest.mark.usefixtures("_served")
+pytestmark = pytest.mark.usefixtures("fused")
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-
-
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def device(request):
-    return request.param
-
-
-@pytest.fixture
-def _served():
-    before = kernels.use("on")
-    yield
-    kernels.use(before)
 
 
 def key_of(number, device="cpu"):

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
@@ -10,26 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+from kernels.tests.helpers import ALL_CONTIGUOUS, DepthwiseConvolutions
 
 pdarts = pytest.importorskip("pdarts")
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
-
 TWO_NODES, ONE_NODE = (pdarts.SearchSpace(nodes=nodes) for nodes in (2, 1))
 ALL = pdarts.PRIMITIVES
 FEW = ("none", "skip_connect", "sep_conv_3x3")
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def device(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _served():
-    before = kernels.use("on")
-    yield
-    kernels.use(before)
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 def search_network(candidates=None, dtype=torch.float64, skip_dropout=0.0, space=TWO_NODES, channels=4):
@@ -46,8 +34,8 @@ def small_network(*names):
     return search_network((names,) * len(ONE_NODE.edges), space=ONE_NODE)
 
 
-def fused(network, **settings):
-    return kernels.fuse(copy.deepcopy(network), **settings)
+def fused(network):
+    return kernels.fuse(copy.deepcopy(network))
 
 
 def computed(network, x):
@@ -97,27 +85,26 @@ def classes(network):
     return {type(module).__name__ for module in network.modules()}
 
 
-@pytest.mark.parametrize(
-    "nodes, names, size, settings",
-    [(4, FEW, (12, 12), {}), (2, ALL, (9, 13), {})] + [(2, ALL, (8, 7), {"recompute": r}) for r in (True, False)],
-    ids=str,
-)
-def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, names, size, settings, monkeypatch):
-    if settings:  # with torch's own convolutions
-        monkeypatch.setattr(kernels, "_on_cpu", lambda x: False)
+@pytest.mark.parametrize("nodes, names, size", [(4, FEW, (12, 12)), (2, ALL, (9, 13))], ids=str)
+def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, names, size):
     space = pdarts.SearchSpace(nodes=nodes)
     network = search_network((names,) * len(space.edges), skip_dropout=0.3, space=space).to(device)
-    converted = fused(network, **settings)
+    converted = fused(network)
     assert {"FusedSearchCell", "FusedMixedOp", "FusedOperation", "FusedFactorizedReduce"} <= classes(converted)
-    if not settings:  # else the modules of the skip dropout draw their masks themselves
-        list(map(draw_alike, network.cells))
+    list(map(draw_alike, network.cells))
     assert_same(network, converted, torch.randn(6, 3, *size, dtype=torch.float64, device=device))
+
+
+def test_a_fused_search_network_whose_steps_torch_computes_is_the_same(device, steps_by_torch):
+    network = search_network(skip_dropout=0.3).to(device)
+    converted = fused(network)  # and the modules of the skip dropout draw their masks themselves
+    assert_same(network, converted, torch.randn(6, 3, 8, 7, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels-last"])
 def test_both_layouts_compute_the_same(device, layout, monkeypatch):
     monkeypatch.setenv("PDARTS_LAYOUT", layout)
-    network = search_network().to(device)
+    network = small_network(*ALL).to(device)
     converted, seen = fused(network), set()
     for cell in converted.cells:
         cell.register_forward_hook(lambda _, inputs, output: seen.add(output.is_contiguous()))
@@ -146,7 +133,7 @@ def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
 
 
 def test_fusion_keeps_the_state_dict_and_the_types_and_survives_a_copy():
-    network = search_network()
+    network = small_network(*ALL)
     converted = fused(network)
     assert list(converted.state_dict()) == list(network.state_dict())
     assert isinstance(converted.cells[0], pdarts.SearchCell)
@@ -195,7 +182,7 @@ def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
     pytest.importorskip("harness.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(pdarts.GENOTYPES[name], 36, 10, 5, auxiliary=True)
+    network = pdarts.Network(pdarts.GENOTYPES[name], 16, 10, 5, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 
@@ -216,6 +203,25 @@ def test_gradients_in_bfloat16_are_those_of_plain_torch_and_the_same_bits_again(
     errors = [[float((a - b).norm() / b.norm()) for a, b in zip(side, right)] for side in (mine, plain)]
     assert max(errors[0]) < 1.5 * max(errors[1]) < 0.6
     assert all(map(torch.equal, mine, again))
+
+
+def test_gradients_of_networks_in_bfloat16_are_those_of_plain_torch(device):
+    torch.manual_seed(0)
+    candidates = (("dil_conv_3x3", "dil_conv_5x5"),) * 2
+    network = search_network(candidates, space=ONE_NODE, channels=16).to(device)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, device=device).bfloat16()
+
+    def gradients(network):
+        loss = F.cross_entropy(network(x.to(network.classifier.weight.dtype)).float(), torch.arange(4, device=device))
+        return torch.autograd.grad(loss, list(network.parameters()))
+
+    shorter = copy.deepcopy(network).bfloat16()
+    right, plain = gradients(network), gradients(shorter)
+    with DepthwiseConvolutions() as convolutions:
+        mine = gradients(fused(shorter))
+    errors = [[float((a - b).norm() / b.norm()) for a, b in zip(side, right)] for side in (mine, plain)]
+    assert max(errors[0]) < 1.5 * max(errors[1]) < 0.6
+    assert convolutions.seen == ALL_CONTIGUOUS or device == "cuda"
 
 
 # --- What is left alone -----------------------------------------------------------------------------------------------
