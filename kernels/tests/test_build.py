@@ -70,9 +70,7 @@ def calls(home):
 
 def pretending_compiler(folder):
     """A C++ compiler that only pretends where the code is for CUDA too."""
-    return script(
-        folder / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed.cuda.o*) {WRITE};; *) exec {CXX} "$@";; esac'
-    )
+    return script(folder / "g++", f'case "$*" in *PDARTS_CUDA*|*mixed.cuda.o*) {WRITE};; *) exec {CXX} "$@";; esac')
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_a_fused_search_network_whose_steps_torch_computes_is_the_same(device, s
 @pytest.mark.parametrize("layout", ["NCHW", "channels-last"])
 def test_both_layouts_compute_the_same(device, layout, monkeypatch):
     monkeypatch.setenv("PDARTS_LAYOUT", layout)
-    network = search_network().to(device)
+    network = small_network(*ALL).to(device)
     converted, seen = fused(network), set()
     for cell in converted.cells:
         cell.register_forward_hook(lambda _, inputs, output: seen.add(output.is_contiguous()))
@@ -133,7 +133,7 @@ def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
 
 
 def test_fusion_keeps_the_state_dict_and_the_types_and_survives_a_copy():
-    network = search_network()
+    network = small_network(*ALL)
     converted = fused(network)
     assert list(converted.state_dict()) == list(network.state_dict())
     assert isinstance(converted.cells[0], pdarts.SearchCell)
@@ -182,7 +182,7 @@ def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
     cells = pytest.importorskip("harness.report.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(cells.PUBLISHED[name], 36, 10, 5, auxiliary=True)
+    network = pdarts.Network(cells.PUBLISHED[name], 16, 10, 5, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 

@@ -19,8 +19,17 @@ from kernels.tests.helpers import (
     with_threads,
 )
 
-SHAPES = [((2, 3, 5, 7), 3), ((3, 16, 8, 8), 8), ((4, 36, 9, 9), 40), ((40, 36, 8, 8), 2), ((60, 20, 1, 33), 2),
-          ((2, 20, 1, 33), 1), ((3, 2, 150, 150), 2), ((2, 2100, 2, 3), 2), ((5, 70, 1, 1), 3)]
+SHAPES = [
+    ((2, 3, 5, 7), 3),
+    ((3, 16, 8, 8), 8),
+    ((4, 36, 9, 9), 40),
+    ((40, 36, 8, 8), 2),
+    ((60, 20, 1, 33), 2),
+    ((2, 20, 1, 33), 1),
+    ((3, 2, 150, 150), 2),
+    ((2, 2100, 2, 3), 2),
+    ((5, 70, 1, 1), 3),
+]
 
 
 def leaves(device, count, shape=(2, 3, 4, 5), dtype=torch.float32, seed=0):
@@ -65,21 +74,24 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
         gradients = torch.autograd.grad(y, [p, *ys], gradient.to(dtype))
         return [y, *gradients, *(t for statistics in running for t in statistics if t is not None)]
 
-    fused, plain = ((kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else
-                    (kernels.mixed_sum, kernels.mixed_sum_ref))
+    fused, plain = (
+        (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else (kernels.mixed_sum, kernels.mixed_sum_ref)
+    )
     for i, (mine, right) in enumerate(zip(run(fused, dtype), run(plain, torch.float64), strict=True)):
         # A gradient of a probability is a sum in which much cancels.
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 
 @pytest.mark.parametrize("memory", LAYOUTS, ids=str)
-@pytest.mark.parametrize("shape, count", [((4, 36, 9, 9), 40), ((5, 70, 1, 1), 3), ((3, 2, 90, 90), 2),
-                                          ((70, 20, 1, 33), 2)])
+@pytest.mark.parametrize(
+    "shape, count", [((4, 36, 9, 9), 40), ((5, 70, 1, 1), 3), ((3, 2, 90, 90), 2), ((70, 20, 1, 33), 2)]
+)
 @pytest.mark.parametrize("affine, norm", [(False, None), (True, "training"), (True, "evaluation"), (False, "training")])
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 4e-6)])
 def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_image(
-        device, memory, shape, count, affine, norm, images, dtype, bound):
+    device, memory, shape, count, affine, norm, images, dtype, bound
+):
     torch.manual_seed(0)
     tensors = [torch.randn(count, *[shape[0]] * images), *torch.randn(count, *shape)]
     tensors += torch.randn(2 * affine * count, shape[1])
@@ -101,8 +113,9 @@ def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_imag
         gradients = torch.autograd.grad(y, [p, *ys, *values], gradient.to(dtype))
         return [y.detach(), *gradients, *(t for statistics in running for t in statistics if t is not None)]
 
-    fused, plain = ((kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else
-                    (kernels.mixed_sum, kernels.mixed_sum_ref))
+    fused, plain = (
+        (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else (kernels.mixed_sum, kernels.mixed_sum_ref)
+    )
     for i, (mine, right) in enumerate(zip(run(fused, dtype), run(plain, torch.float64), strict=True)):
         assert mine.shape == right.shape
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
@@ -118,27 +131,33 @@ def test_second_derivative_of_the_fused_sum_is_refused(device):
 IMAGE = torch.rand(1, 2, 3, 3)
 
 
-@pytest.mark.parametrize("outputs, probabilities, message", [
-    ([], torch.rand(0), "outputs has 0 tensors; expected 1 to 64"),
-    ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
-    ([IMAGE] * 2, torch.rand(3), "probabilities has shape .3.; expected .2."),
-    ([IMAGE, torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
-    ([IMAGE] * 65, torch.rand(65), "outputs has 65 tensors; expected 1 to 64"),
-    ([IMAGE.int()], torch.rand(1), "outputs.0. is Int; expected float32, float64"),
-    ([IMAGE, IMAGE.double()], torch.rand(2), "outputs.1. is Double; expected"),
-    ([IMAGE], torch.rand(1).double(), "probabilities is Double; expected float32 or Float"),
-])
+@pytest.mark.parametrize(
+    "outputs, probabilities, message",
+    [
+        ([], torch.rand(0), "outputs has 0 tensors; expected 1 to 64"),
+        ([torch.rand(2, 3, 4)], torch.rand(1), "outputs.0. has shape .2, 3, 4.; expected .N,C,H,W."),
+        ([IMAGE] * 2, torch.rand(3), "probabilities has shape .3.; expected .2."),
+        ([IMAGE, torch.rand(1, 2, 3, 4)], torch.rand(2), "outputs.1. has shape"),
+        ([IMAGE] * 65, torch.rand(65), "outputs has 65 tensors; expected 1 to 64"),
+        ([IMAGE.int()], torch.rand(1), "outputs.0. is Int; expected float32, float64"),
+        ([IMAGE, IMAGE.double()], torch.rand(2), "outputs.1. is Double; expected"),
+        ([IMAGE], torch.rand(1).double(), "probabilities is Double; expected float32 or Float"),
+    ],
+)
 def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, message):
     with pytest.raises(RuntimeError, match=message):
         kernels.mixed_sum([y.to(device) for y in outputs], probabilities.to(device))
 
 
-@pytest.mark.parametrize("means, variances, message", [
-    ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries"),
-    ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
-    ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
-    ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
-])
+@pytest.mark.parametrize(
+    "means, variances, message",
+    [
+        ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries"),
+        ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
+        ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
+        ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
+    ],
+)
 def test_fused_norm_names_what_does_not_fit(device, means, variances, message):
     running = ([t if t is None else t.to(device) for t in statistics] for statistics in (means, variances))
     with pytest.raises(RuntimeError, match=message):
@@ -189,7 +208,8 @@ def test_fused_mixed_operators_pass_opcheck(device):
         (ops.mixed, (outputs, probabilities, [], affine, statistics, [False] * 3, 0.0)),
         (ops.mixed, (outputs, torch.rand(3, 2, device=device), affine, affine, None, batch, 1e-5)),
         (ops.update_running, (*running, statistics, batch, 0.1)),
-        (ops.mixed_backward, (detached[0], detached, probabilities.detach(), affine, [], statistics, batch, needs)))
+        (ops.mixed_backward, (detached[0], detached, probabilities.detach(), affine, [], statistics, batch, needs)),
+    )
 
 
 def test_fused_mixed_operation_gives_the_same_bits_with_any_number_of_threads(device):

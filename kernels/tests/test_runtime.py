@@ -53,8 +53,11 @@ def test_operations_on_cuda_are_those_that_are_named(on_cuda, monkeypatch, opera
     assert set(supported(Map(torch.float32))) == kernels.CUDA_OPERATIONS  # without a word of the user's
     assert set(kernels.use_on_cuda(operations).split()) == kernels.CUDA_OPERATIONS
     assert supported(Map(torch.float32)) == supported(Map(torch.float64)) == expected
-    only_mixed = [name for name in expected if name == "mixed"]
-    assert supported(Map(torch.bfloat16)) == supported(Map(torch.float32, elements=0)) == only_mixed
+    assert (
+        supported(Map(torch.bfloat16))
+        == supported(Map(torch.float32, elements=0))
+        == [n for n in expected if n == "mixed"]
+    )
     monkeypatch.setattr(runtime, "_cuda_operations", None)
     monkeypatch.setenv("PDARTS_CUDA_OPERATIONS", operations)
     assert supported(Map(torch.float32)) == expected

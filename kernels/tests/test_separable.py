@@ -213,8 +213,18 @@ def test_gradients_in_bfloat16_and_channels_last_are_right(device, size, kernel,
     "x, depthwise, pointwise, message",
     [
         ((2, 4, 5), (4, 1, 3, 3), (3, 4, 1, 1), "inputs.0. is a Float .2, 4, 5. .* expected a Float .2,C,H,W."),
-        ((2, 4, 5, 5), (3, 1, 3, 3), (3, 4, 1, 1), "weights.0. is a Float .3, 1, 3, 3.; expected a Float .4, 1, -1"),
-        ((2, 4, 5, 5), (4, 1, 3, 3), (3, 5, 1, 1), "weights.1. is a Float .3, 5, 1, 1.; expected a Float .-1, 4, 1"),
+        (
+            (2, 4, 5, 5),
+            (3, 1, 3, 3),
+            (3, 4, 1, 1),
+            "weights.0. is a Float .3, 1, 3, 3.; expected a Float .4, 1, -1, -1.",
+        ),
+        (
+            (2, 4, 5, 5),
+            (4, 1, 3, 3),
+            (3, 5, 1, 1),
+            "weights.1. is a Float .3, 5, 1, 1.; expected a Float .-1, 4, 1, 1.",
+        ),
         ((2, 4, 2, 5), (4, 1, 3, 3), (3, 4, 1, 1), "expected a square kernel that is not larger than value 0"),
     ],
 )
