@@ -26,8 +26,8 @@ def memory_format(device: torch.device, dtype: torch.dtype = torch.float32) -> t
     """The layout of the feature maps of a fused search network.
 
     Channels-last on the CPU, where the fused convolutions want it; NCHW in 16 bits and under autocast, where torch's
-    convolutions run. NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
-    slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
+    convolutions run. NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in
+    channels-last to cuDNN's slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
     """
     layouts = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
     floating = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
