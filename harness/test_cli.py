@@ -1,4 +1,4 @@
-"""Tests of the command line: what it runs, what it refuses in one line, and how it says to go on."""
+"""Tests of the command line: the commands, what is refused in one line, and the command that resumes."""
 
 import dataclasses
 import json
@@ -277,7 +277,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
     assert taken > 30
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -300,8 +300,8 @@ def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pdarts.py"])
     assert stopped(monkeypatch, arguments) == 143
     error = capsys.readouterr().err
-    assert error.startswith("pdarts.py: stopped by SIGTERM; to go on: python pdarts.py ") and error.count("\n") == 1
-    command = shlex.split(error.split("to go on: ")[1])[2:]
+    assert error.startswith("pdarts.py: stopped by SIGTERM; to resume: python pdarts.py ") and error.count("\n") == 1
+    command = shlex.split(error.split("to resume: ")[1])[2:]
     assert command == [*arguments[:-2], "--resume", "a run"]
     kernels.use("auto")  # as in a new process
     assert cli.command(["search", "--resume", "a run"]) == 0  # settings, data, space and kernels are in the folder

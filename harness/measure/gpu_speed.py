@@ -1,4 +1,4 @@
-"""Parts 6 to 11 of harness/measure/gpu_report.py: how fast it is, and a whole search."""
+"""Parts 6 to 11 of harness/measure/gpu_report.py: the speed of steps and operations, and a whole search."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from harness.measure.timing import ROOT, copy_bandwidth, time_calls, time_steps
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 
-# What is fused on CUDA, None: as otherwise, and in how many streams, of sides that have less of it than the others.
+# The fused operations on CUDA (None: the same as otherwise) and the streams of sides that have less than the others.
 LESS = {
     "ours, one stream, graph": (None, "1"),
     "ours, one operation at a time, graph": ("mixed separable:float32:NCHW pool:float32:NCHW", "2"),
@@ -41,7 +41,7 @@ LESS = {
 
 
 def sides(args, device, config, batch):
-    """{name: stage -> function that builds it}; None for what needs a GPU where there is none."""
+    """Return {name: stage -> function that builds it}, or {name: None} where a GPU is needed and missing."""
 
     def ours(**ways):
         return lambda stage: functools.partial(OurStep, stage, config, *batch, number=args.search, **ways)
@@ -51,7 +51,7 @@ def sides(args, device, config, batch):
 
     on_cuda = device.type == "cuda"
     return {
-        # What is not ours first: an error in a kernel may end the use of the GPU for this process.
+        # Other sides before ours: an error in a kernel may end the use of the GPU for this process.
         **({"official": official} if args.official and config.dtype == "float32" else {}),
         "plain": ours(fused=False),
         "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
@@ -65,7 +65,7 @@ def sides(args, device, config, batch):
 
 @contextlib.contextmanager
 def with_less(name):
-    """Where a side of LESS has what it names."""
+    """Enter a block in which a side of LESS has the operations and streams that it names."""
     if name not in LESS:
         yield
         return
@@ -82,7 +82,7 @@ def with_less(name):
 
 
 def measured(args, device, make, kinds, name=""):
-    """Rows of one side, or one with the reason why there are none."""
+    """Yield the rows of one side, or one with the problem that it has."""
     try:
         with with_less(name):
             yield from time_steps({"": make}, kinds, device, args.seconds, args.rounds)
@@ -122,7 +122,7 @@ def raise_if_any(problems):
 
 
 def step_row(result):
-    """What the report holds of a row of `time_steps`."""
+    """Return a row of `time_steps` as the report shows it."""
     return {
         "step of": result.get("step"),
         "ms": milliseconds(result.get("seconds")),
@@ -149,7 +149,7 @@ def ratio_to_ours(row, rows):
 
 
 def whole_search(args, device):
-    """Projected from steps on one batch: augmentation, checkpoints and tests are not in it.
+    """Project a search from steps on one batch, without augmentation, checkpoints and tests.
 
     The skip dropout has the initial rates of the paper's search on CIFAR-10: a step takes the same time at every rate
     above 0, so that the steps stand for those of all epochs.
@@ -215,7 +215,7 @@ def mixed_operation(args, device):
 
 
 def demo(args, device):
-    """A search of the demo, each a process of its own: twice, and once stopped by SIGINT and resumed."""
+    """Run the demo's search in processes: twice, and once stopped by SIGINT and resumed."""
     options = ["--deterministic", "--device", str(device)]
     if device.type == "cpu":  # small
         sizes = {"images": 64, "epochs": 2, "warmup": 1, "batch": 16, "channels": min(args.channels, 4)}
@@ -287,7 +287,7 @@ WORTH_IT = 1.05  # times faster, to be ours
 
 
 def convolutions(args, device):
-    """Forward and backward passes of both sides; then what is faster as ours, as PDARTS_CUDA_OPERATIONS names it."""
+    """Time forward and backward passes of both sides; last, name the operations in which ours are faster."""
     pick_kernels("on", device)
     torch.manual_seed(0)
     on_cuda = device.type == "cuda"
@@ -310,13 +310,16 @@ def convolutions(args, device):
 
 
 def worth_it(name, by_size):
-    """Names of an operation where it is faster by WORTH_IT: itself, or with sizes. by_size: {(C, H, W): ratios}"""
+    """Return an operation's name, or those with the sizes in which ours is faster by WORTH_IT.
+
+    by_size: {(C, H, W): ratios}
+    """
     sizes = [size for size, ratios in by_size.items() if statistics.geometric_mean(ratios) >= WORTH_IT]
     return [name] if len(sizes) == len(by_size) else [f"{name}:{'x'.join(map(str, size))}" for size in sizes]
 
 
 def operations_of(shape, dtype, layout, device):
-    """(name, operation, {side: calls, one for each set of inputs}); the L2 cache holds but a small part of the sets."""
+    """Yield (name, operation, {side: calls, one for each set of inputs}); all sets exceed the L2 cache."""
     memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
     sets = sets_for(4 * dtype.itemsize * math.prod(shape), device)
     channels, like = shape[1], {"device": device, "dtype": dtype}
