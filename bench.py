@@ -138,7 +138,7 @@ def step(args):
         distances = verify_step(stage, config, images, labels, args.search)
         print("\nverified: relative distances of loss {:.1e} and gradients {:.1e} from plain torch".format(*distances))
         makers = search_sides(stage, config, device, args.official, args.search)
-        about = {"stage": stage, "cells": config.cells[stage - 1], "K": config.keep[stage - 1]}
+        about = {"stage": stage, "cells": config.depths[stage - 1], "K": config.keep[stage - 1]}
         about["dropout"] = rates[stage - 1]
         rows += print_steps(args, about, makers, ("weights", "alphas"), images, labels, peak)
     return rows
@@ -157,7 +157,7 @@ def evaluate(args):
     ((images, labels),) = batches(1, batch, device)
     peak, rows = matrix_peak(device, args.dtype, min(1, args.seconds)), []
     for channels, cells in args.networks:
-        config = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=args.dtype)
+        config = pdarts.EvaluateConfig(channels=channels, depth=cells, dtype=args.dtype)
         distances = verify_evaluation(config, images[:8], labels[:8], args.official)
         for side, distance in distances.items():
             print(f"\nverified: in float64 ours has a relative distance of {distance:.1e} from {side}", end="")
@@ -198,7 +198,7 @@ def search(args):
     device, batch = begin(args)
     half = batch * (20 if device.type == "cuda" else 1)  # images of each half
     rates = args.skip_dropout or pdarts.CIFAR10.skip_dropout
-    settings = {"channels": args.channels, "dtype": args.dtype, "batch": batch, "skip_dropout": rates}
+    settings = {"channels": args.channels, "dtype": args.dtype, "batch_size": batch, "skip_dropout": rates}
     print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}, {half} images in each half", sep="\n")
     rows = epoch_rows(dataclasses.replace(pdarts.CIFAR10, **settings), device, half, True, args.graphs)
     print("\nseconds per 25,000 images, and the rate of the skip dropout")

@@ -1,6 +1,10 @@
 #!/usr/bin/env python3
 """P-DARTS: Progressive Differentiable Architecture Search, in one module that reads like the paper.
 
+    python pdarts.py search                                                  # a small search on generated images
+    python pdarts.py search --preset cifar10 --data data --download          # the paper's search
+    python pdarts.py evaluate PDARTS --preset cifar10 --data data --download # the paper's evaluation of its cell
+
 Chen, Xie, Wu, Tian: "Progressive Differentiable Architecture Search: Bridging the Depth Gap between Search and
 Evaluation", ICCV 2019, arXiv 1904.12760. "The paper" below; "DARTS" is Liu et al., arXiv 1806.09055; "official" is the
 code that the paper's authors published.
@@ -9,20 +13,25 @@ A cell is a small graph whose edges apply one of 8 candidate operations. During 
 candidates, weighted by softmax(alpha); alpha is learned by gradient descent, on the half of the training images that
 the weights do not learn from. The search runs in stages with ever deeper networks (5, 11, 17 cells), and each stage
 hands on only the strongest candidates of every edge (8, 5, 3). Skip-connects, which win too easily in deep networks,
-are held back by dropout while searching and limited to M in the final normal cell.
+are held back by dropout during the search and limited to M in the final normal cell.
 
     for event in Search(CIFAR10, search_data(images, labels, CIFAR10)):
         print(event)
 
 Glossary
     N, C, H, W     images in a batch, channels, height, width
-    K              candidates of an edge in the current stage (|O| in the paper)
-    alphas         architecture parameters, [14 edges, K], one matrix for normal and one for reduction cells
+    L, depth       number of cells of a network
+    K              number of candidates of an edge in the current stage (|O| in the paper)
+    M, max_skips   largest number of skip-connects in the final normal cell
+    alphas         architecture parameters, [14 edges, K]: one matrix for normal and one for reduction cells
     probabilities  softmax(alphas), over the candidates of an edge
     candidates     for each of the 14 edges, the names of its K operations, in the order of the search space
-    genotype       the discrete cells: two (operation, input) pairs per node; inputs 0 and 1 are the outputs of the two
-                   cells before it, inputs 2, 3, ... its own nodes
+    state          a feature map of a cell: 0 and 1 are its inputs, the outputs of the two cells before; 2, 3, ... are
+                   its nodes. An edge leads from a state, its source or input, to a later node.
+    genotype       the discrete cells: two (operation, source) pairs for each node
     weights        all parameters that are not alphas
+    batch          a pair of images, float32 [N,C,H,W], and labels, int64 [N]
+    step           one update of the weights, after one of the alphas where they learn; counted from 0 in each epoch
 """
 
 from __future__ import annotations
@@ -31,84 +40,141 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class InputError(ValueError):
-    """What was given cannot be used; the message says what was wrong and what was expected."""
+    """A setting or an argument cannot be used; the message says which, its value and what was expected."""
+
 
 # --- Hyper-parameters -------------------------------------------------------------------------------------------------
 
-def setting(default, help, low=None, high=None, choices=None):
-    """A hyper-parameter: default, meaning with its source, inclusive bounds, which harness/settings.py enforces."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+def setting(default: Any, help: str, bounds: tuple[float, float] = (0, 1e30), choices: tuple[str, ...] = ()):
+    """A field of a config: its default, its meaning with the source of the default, and the values that it may have.
+
+    Numbers lie within inclusive `bounds` (far above 1e30 float32 overflows), strings are one of `choices`, if there are
+    any. A tuple holds one value for each stage.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "choices": choices})
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-    """A search. The defaults are the paper's for CIFAR-10 ("paper, search") or the official code's."""
-    cells: tuple[int, ...] = setting((5, 11, 17), "cells of each stage's network (paper, search)", 3, 1000)
-    keep: tuple[int, ...] = setting((8, 5, 3), "candidates K of an edge in each stage (paper, search)", 1, 64)
-    skip_dropout: tuple[float, ...] = setting((0.0, 0.4, 0.7), "initial skip dropout of each stage (paper)", 0, 0.99)
-    max_skips: int = setting(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", 0)
-    channels: int = setting(16, "channels C of the first cell (paper, search)", 1, 10**4)
-    stem: str = setting("cifar", "cifar: a 3x3 convolution; imagenet: three of stride 2", choices=("cifar", "imagenet"))
-    stem_stride: int = setting(1, "stride of the cifar stem; 2 or more for large images (official: 1)", 1, 8)
-    epochs: int = setting(25, "epochs of each stage (paper, search)", 1, 10**6)
-    warmup: int = setting(10, "first epochs of each stage that train weights only (paper, search)", 0)
-    batch: int = setting(96, "images per step (paper, search)", 2, 10**6)
-    lr: float = setting(0.025, "learning rate of the weights, cosine to 0 (official)", 0)
-    momentum: float = setting(0.9, "momentum of the weights (official)", 0, 1)
-    weight_decay: float = setting(3e-4, "weight decay of the weights (official)", 0)
-    alpha_lr: float = setting(6e-4, "Adam's learning rate of the alphas (paper, search)", 0)
-    alpha_weight_decay: float = setting(1e-3, "weight decay of the alphas (paper, search)", 0)
-    clip: float = setting(5.0, "largest gradient norm, of weights and of alphas (official)", 1e-9)
-    crop_padding: int = setting(4, "random crop: zeros around the image (official)", 0, 1000)
+    """The settings of a search. The defaults are the paper's for CIFAR-10 ("paper, search") or the official code's.
+
+    InputError if a value is out of bounds or two values contradict each other.
+    """
+
+    depths: tuple[int, ...] = setting((5, 11, 17), "cells of each stage's network (paper, search)", bounds=(3, 1000))
+    keep: tuple[int, ...] = setting((8, 5, 3), "candidates K of an edge in each stage (paper, search)", bounds=(1, 64))
+    skip_dropout: tuple[float, ...] = setting((0.0, 0.4, 0.7), "initial skip dropout (paper, search)", bounds=(0, 0.99))
+    max_skips: int = setting(2, "skip-connects M that the normal cell may keep (paper, sec. 3.3)", bounds=(0, 10**6))
+    channels: int = setting(16, "channels C of the first cell (paper, search)", bounds=(1, 10**4))
+    stem: str = setting("cifar", "stem of the network (paper, search)", choices=("cifar", "imagenet"))
+    stem_stride: int = setting(1, "stride of the cifar stem (official)", bounds=(1, 8))
+    epochs: int = setting(25, "epochs of each stage (paper, search)", bounds=(1, 10**6))
+    alpha_start: int = setting(10, "epoch of a stage from which alphas learn (paper, search)", bounds=(0, 10**6))
+    batch_size: int = setting(96, "images per step (paper, search)", bounds=(2, 10**6))
+    lr: float = setting(0.025, "learning rate of the weights, cosine to 0 (official)")
+    momentum: float = setting(0.9, "momentum of the weights (official)", bounds=(0, 1))
+    weight_decay: float = setting(3e-4, "weight decay of the weights (official)")
+    alpha_lr: float = setting(6e-4, "Adam's learning rate of the alphas (paper, search)")
+    alpha_weight_decay: float = setting(1e-3, "weight decay of the alphas (paper, search)")
+    clip: float = setting(5.0, "largest gradient norm, of weights and of alphas (official)", bounds=(1e-9, 1e30))
+    crop_padding: int = setting(4, "random crop: zeros around the image (official)", bounds=(0, 1000))
     flip: bool = setting(True, "random horizontal flip (official)")
     dtype: str = setting("float32", "type of the feature maps (autocast)", choices=("float32", "bfloat16"))
-    seed: int = setting(0, "seed of everything random", 0, 2**63 - 1)
+    seed: int = setting(0, "seed of all random numbers", bounds=(0, 2**63 - 1))
 
     def __post_init__(self):
-        if not len(self.cells) == len(self.keep) == len(self.skip_dropout) > 0:
-            raise InputError(f"cells {self.cells}, keep {self.keep} and skip_dropout {self.skip_dropout} differ in "
-                             "their numbers of stages; expected one value per stage in each")
-        if any(b > a for a, b in itertools.pairwise(self.keep)):
-            raise InputError(f"keep is {self.keep}; expected no stage to keep more than the one before it has")
-        if self.warmup >= self.epochs:
-            raise InputError(f"warmup is {self.warmup} of {self.epochs} epochs; expected fewer, or alphas do not learn")
+        check_settings(self)
+        if not len(self.depths) == len(self.keep) == len(self.skip_dropout) > 0:
+            raise InputError(
+                f"depths {self.depths}, keep {self.keep} and skip_dropout {self.skip_dropout} differ in their numbers "
+                "of stages; expected one value for each stage"
+            )
+        if any(later > earlier for earlier, later in itertools.pairwise(self.keep)):
+            raise InputError(f"keep is {self.keep}; expected no stage to keep more candidates than the one before it")
+        if self.alpha_start >= self.epochs:
+            raise InputError(
+                f"alpha_start is {self.alpha_start} of {self.epochs} epochs; expected less, or alphas never learn"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Training of a found cell from scratch. The defaults are for CIFAR: "paper, evaluation" or the official code's."""
-    cells: int = setting(20, "cells of the network (paper, evaluation)", 3, 1000)
-    channels: int = setting(36, "channels C of the first cell (paper, evaluation)", 1, 10**4)
-    stem: str = setting("cifar", "cifar: a 3x3 convolution; imagenet: three of stride 2", choices=("cifar", "imagenet"))
-    stem_stride: int = setting(1, "stride of the cifar stem; 2 or more for large images (official: 1)", 1, 8)
-    epochs: int = setting(600, "epochs (paper, evaluation)", 1, 10**6)
-    batch: int = setting(128, "images per step (paper, evaluation)", 2, 10**6)
-    lr: float = setting(0.025, "learning rate (paper, evaluation)", 0)
-    schedule: str = setting("cosine", "fall of learning rate (paper; ImageNet: linear)", choices=("cosine", "linear"))
-    warmup: int = setting(0, "first epochs, in which the learning rate rises (paper, ImageNet: 5)", 0)
-    momentum: float = setting(0.9, "momentum (official)", 0, 1)
-    weight_decay: float = setting(3e-4, "weight decay (paper, evaluation)", 0)
-    clip: float = setting(5.0, "largest gradient norm (official)", 1e-9)
-    label_smoothing: float = setting(0.0, "label smoothing (paper, ImageNet: 0.1)", 0, 1)
+    """The settings of an evaluation, the training of a found cell from scratch. The defaults are those for CIFAR.
+
+    They are the paper's ("paper, evaluation") or the official code's. InputError if a value is out of bounds.
+    """
+
+    depth: int = setting(20, "cells of the network (paper, evaluation)", bounds=(3, 1000))
+    channels: int = setting(36, "channels C of the first cell (paper, evaluation)", bounds=(1, 10**4))
+    stem: str = setting("cifar", "stem of the network (paper, evaluation)", choices=("cifar", "imagenet"))
+    stem_stride: int = setting(1, "stride of the cifar stem (official)", bounds=(1, 8))
+    epochs: int = setting(600, "epochs (paper, evaluation)", bounds=(1, 10**6))
+    batch_size: int = setting(128, "images per step (paper, evaluation)", bounds=(2, 10**6))
+    lr: float = setting(0.025, "learning rate (paper, evaluation)")
+    schedule: str = setting("cosine", "fall of the lr to 0 (paper, ImageNet: linear)", choices=("cosine", "linear"))
+    warmup: int = setting(0, "first epochs, in which the learning rate rises (paper, ImageNet: 5)", bounds=(0, 10**6))
+    momentum: float = setting(0.9, "momentum (official)", bounds=(0, 1))
+    weight_decay: float = setting(3e-4, "weight decay (paper, evaluation)")
+    clip: float = setting(5.0, "largest gradient norm (official)", bounds=(1e-9, 1e30))
+    label_smoothing: float = setting(0.0, "label smoothing (paper, ImageNet: 0.1)", bounds=(0, 1))
     auxiliary: bool = setting(True, "auxiliary head after the second reduction cell (paper, evaluation)")
-    auxiliary_weight: float = setting(0.4, "weight of the auxiliary loss (paper, evaluation)", 0)
-    drop_path: float = setting(0.3, "drop-path rate, reached linearly from 0 (paper, evaluation)", 0, 0.99)
-    cutout: int = setting(16, "side of the square cut out, at most half the image's side (paper, evaluation)", 0)
-    crop_padding: int = setting(4, "random crop: zeros around the image (official)", 0, 1000)
+    auxiliary_weight: float = setting(0.4, "weight of the auxiliary loss (paper, evaluation)")
+    drop_path: float = setting(0.3, "drop-path rate, reached linearly from 0 (paper, evaluation)", bounds=(0, 0.99))
+    cutout: int = setting(16, "side of the square that cutout blanks (paper, evaluation)", bounds=(0, 10**6))
+    crop_padding: int = setting(4, "random crop: zeros around the image (official)", bounds=(0, 1000))
     flip: bool = setting(True, "random horizontal flip (official)")
     dtype: str = setting("float32", "type of the feature maps (autocast)", choices=("float32", "bfloat16"))
-    seed: int = setting(0, "seed of everything random", 0, 2**63 - 1)
+    seed: int = setting(0, "seed of all random numbers", bounds=(0, 2**63 - 1))
 
-CIFAR10, CIFAR100 = SearchConfig(), SearchConfig(skip_dropout=(0.1, 0.2, 0.3))
+    def __post_init__(self):
+        check_settings(self)
+
+
+def check_settings(config: SearchConfig | EvaluateConfig):
+    """InputError unless each `setting` of the config has the type of its default and a value that it may have."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not field.metadata:
+            continue  # a custom field of a subclass
+        if isinstance(field.default, tuple) and isinstance(value, (tuple, list)):
+            for of_stage in value:
+                check_setting(field, of_stage, type(field.default[0]))
+        else:
+            check_setting(field, value, type(field.default))
+
+
+def check_setting(field: dataclasses.Field, value: Any, kind: type):
+    choices = field.metadata["choices"]
+    low, high = field.metadata["bounds"]
+    fits = type(value) is kind
+    expected = {tuple: "one value for each stage", str: "a string", bool: "True or False"}.get(kind)
+    if choices:
+        fits = fits and value in choices
+        expected = " or ".join(choices)
+    elif kind in (int, float):
+        fits = (fits or type(value) is int) and low <= value <= high  # which NaN is not
+        expected = f"{'a whole number' if kind is int else 'a number'} from {low} to {high}"
+    if not fits:
+        raise InputError(f"{field.name} is {reprlib.repr(value)}; expected {expected}")
+
+
+CIFAR10 = SearchConfig()
+CIFAR100 = SearchConfig(skip_dropout=(0.1, 0.2, 0.3))
 
 # --- Operations and the search space (paper, sec. 3.1) ----------------------------------------------------------------
+
 
 class Operation(nn.Module):
     """Layers in a row; the last is a batch norm."""
@@ -117,8 +183,9 @@ class Operation(nn.Module):
         super().__init__()
         self.op = nn.Sequential(*layers)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
 
 class FactorizedReduce(nn.Module):
     """Halves height and width (rounding up): two 1x1 convolutions of stride 2, the second shifted by one pixel."""
@@ -129,11 +196,13 @@ class FactorizedReduce(nn.Module):
         self.conv_2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
-    def forward(self, x):  # [N, C_in, H, W]
+    def forward(self, x: Tensor) -> Tensor:  # [N,C_in,H,W]
         x = F.relu(x)
-        # Deviation: at odd sizes the second sees a row and a column of zeros, where the official code fails.
-        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))  # [N, C_out, ceil(H/2), ceil(W/2)]
+        # Only at odd sizes does the stride reach the padded row and column.
+        # Deviation: there the second convolution sees zeros, where the official code fails.
+        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))  # [N,C_out,ceil(H/2),ceil(W/2)]
+
 
 class Zero(nn.Module):
     """`none`: the absence of an edge."""
@@ -142,79 +211,125 @@ class Zero(nn.Module):
         super().__init__()
         self.stride = stride
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
 
-def relu_conv_bn(in_channels, out_channels, affine):
+
+def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> Operation:
     conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     return Operation(nn.ReLU(), conv, nn.BatchNorm2d(out_channels, affine=affine))
 
-def depthwise_separable(channels, size, stride, dilation, affine):
+
+def depthwise_separable(channels: int, kernel_size: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     """The unit of sep_conv and dil_conv: ReLU, depthwise convolution, pointwise convolution, batch norm."""
-    padding = dilation * (size // 2)
-    depthwise = nn.Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False)
+    padding = dilation * (kernel_size // 2)
+    depthwise = nn.Conv2d(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
     pointwise = nn.Conv2d(channels, channels, 1, bias=False)
-    return nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels, affine=affine)
+    return [nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels, affine=affine)]
 
-def sep_conv(channels, size, stride, affine):
-    first = depthwise_separable(channels, size, stride, 1, affine)
-    return Operation(*first, *depthwise_separable(channels, size, 1, 1, affine))
 
-def dil_conv(channels, size, stride, affine):
-    return Operation(*depthwise_separable(channels, size, stride, 2, affine))
+def sep_conv(channels: int, kernel_size: int, stride: int, affine: bool) -> Operation:
+    first = depthwise_separable(channels, kernel_size, stride, 1, affine)
+    second = depthwise_separable(channels, kernel_size, 1, 1, affine)
+    return Operation(*first, *second)
 
-def skip_connect(channels, stride, affine):
+
+def dil_conv(channels: int, kernel_size: int, stride: int, affine: bool) -> Operation:
+    return Operation(*depthwise_separable(channels, kernel_size, stride, 2, affine))
+
+
+def skip_connect(channels: int, stride: int, affine: bool) -> nn.Module:
     return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
 
+
+def conv_7x1_1x7(channels: int, stride: int, affine: bool) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
+        nn.Conv2d(channels, channels, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    )
+
+
 class Primitive(NamedTuple):
-    """build: (channels C, stride, affine) -> a module [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]; affine: whether
-    its batch norms have gamma and beta. norm: the search network adds a batch norm after it. colour: in drawings."""
+    """An entry of OPERATIONS.
+
+    build: (channels C, stride, affine) -> a module that maps [N,C,H,W] to [N,C,ceil(H/stride),ceil(W/stride)]; affine:
+    whether its batch norms have gamma and beta. norm: whether the search network adds a batch norm after it.
+    """
+
     build: Callable[[int, int, bool], nn.Module]
-    colour: str
     norm: bool = False
 
+
 OPERATIONS = {
-    "none": Primitive(lambda c, stride, affine: Zero(stride), "#888888"),
-    "max_pool_3x3": Primitive(lambda c, stride, affine: nn.MaxPool2d(3, stride, 1), "#3274c4", norm=True),
+    "none": Primitive(lambda c, stride, affine: Zero(stride)),
+    "max_pool_3x3": Primitive(lambda c, stride, affine: nn.MaxPool2d(3, stride, padding=1), norm=True),
     "avg_pool_3x3": Primitive(
-        lambda c, stride, affine: nn.AvgPool2d(3, stride, 1, count_include_pad=False), "#3274c4", norm=True),
-    "skip_connect": Primitive(skip_connect, "#2a9d5c"),
-    "sep_conv_3x3": Primitive(lambda c, stride, affine: sep_conv(c, 3, stride, affine), "#d9722e"),
-    "sep_conv_5x5": Primitive(lambda c, stride, affine: sep_conv(c, 5, stride, affine), "#d9722e"),
-    "dil_conv_3x3": Primitive(lambda c, stride, affine: dil_conv(c, 3, stride, affine), "#8a56b5"),
-    "dil_conv_5x5": Primitive(lambda c, stride, affine: dil_conv(c, 5, stride, affine), "#8a56b5"),
+        lambda c, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False), norm=True
+    ),
+    "skip_connect": Primitive(skip_connect),
+    "sep_conv_3x3": Primitive(lambda c, stride, affine: sep_conv(c, 3, stride, affine)),
+    "sep_conv_5x5": Primitive(lambda c, stride, affine: sep_conv(c, 5, stride, affine)),
+    "dil_conv_3x3": Primitive(lambda c, stride, affine: dil_conv(c, 3, stride, affine)),
+    "dil_conv_5x5": Primitive(lambda c, stride, affine: dil_conv(c, 5, stride, affine)),
+    # Two that are not searched, but part of published cells of other papers:
+    "sep_conv_7x7": Primitive(lambda c, stride, affine: sep_conv(c, 7, stride, affine)),
+    "conv_7x1_1x7": Primitive(conv_7x1_1x7),
 }
-PRIMITIVES = tuple(OPERATIONS)
+PRIMITIVES = (  # the candidates of the paper
+    "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
+    "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
+)
+Candidates = tuple[tuple[str, ...], ...]  # for each edge K names, in the order of the search space
+
 
 def cell_edges(nodes: int) -> tuple[tuple[int, int], ...]:
-    """(node, input) of every edge: node i takes one from both inputs of the cell and from every earlier node."""
+    """(node from 0, source) of every edge, in the order of their numbers: a node takes one from each earlier state."""
     return tuple((node, source) for node in range(nodes) for source in range(2 + node))
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """What is searched: the candidates of an edge, names in OPERATIONS in this order, and the nodes of a cell.
-    `none`, which is never chosen, and `skip_connect`, an nn.Identity at stride 1, have a role in the method."""
+    """The candidates of an edge, names in OPERATIONS in this order, and the number of nodes in a cell.
+
+    Two candidates have a role in the method: `none`, which is never chosen, and `skip_connect`, which is an nn.Identity
+    at stride 1. InputError for a name that is not in OPERATIONS or comes twice, or if there is none, or no node.
+    """
+
     primitives: tuple[str, ...] = PRIMITIVES
     nodes: int = 4
 
     def __post_init__(self):
         if unknown := [name for name in self.primitives if name not in OPERATIONS]:
             raise InputError(f"the search space has unknown primitives {unknown}; expected some of {list(OPERATIONS)}")
+        if not 0 < len(self.primitives) == len(set(self.primitives)):
+            raise InputError(f"the search space has primitives {self.primitives}; expected one or more, each once")
+        if self.nodes < 1:
+            raise InputError(f"the search space has cells of {self.nodes} nodes; expected 1 or more")
 
     @property
-    def edges(self):
+    def edges(self) -> tuple[tuple[int, int], ...]:
         return cell_edges(self.nodes)  # 14 for 4 nodes
+
 
 SPACE = SearchSpace()
 
 # --- The mixed operation, the cell and the search network (paper, sec. 3.1) -------------------------------------------
 
-def inverted_dropout(x, rate, shape):
-    """Zeroes parts of x with probability `rate` (a tensor) and rescales the rest."""
-    if rate.is_cpu and rate == 0:  # a GPU would have to be waited for
+
+def inverted_dropout(x: Tensor, rate: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeroes parts of x with probability `rate` and divides the rest by 1 - rate.
+
+    rate: a tensor with one element. shape: of the mask, which is broadcast to that of x.
+    """
+    # At rate 0 nothing is drawn, where this costs nothing to know: a GPU would have to be waited for, and a compiled
+    # graph cannot branch on a number in a tensor.
+    if rate.is_cpu and not torch.compiler.is_compiling() and rate == 0:
         return x
-    keep = torch.rand(shape, device=x.device) >= rate
-    return x * (keep / (1 - rate)).to(x.dtype)
+    kept = torch.rand(shape, device=x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
 
 class SkipDropout(nn.Module):
     """Element-wise dropout after a skip-connect of stride 1 (paper, sec. 3.3); see SearchNetwork.set_skip_dropout."""
@@ -223,96 +338,132 @@ class SkipDropout(nn.Module):
         super().__init__()
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return inverted_dropout(x, self.rate, x.shape) if self.training else x
+
 
 class MixedOp(nn.Module):
     """An edge during the search: all its candidates at once, weighted by softmax(alpha).
-    x [N,C,H,W], probabilities [K] -> [N,C,ceil(H/stride),ceil(W/stride)]."""
+
+    x [N,C,H,W], probabilities [K] -> [N,C,ceil(H/stride),ceil(W/stride)].
+    """
 
     def __init__(self, candidates: tuple[str, ...], channels: int, stride: int):
         super().__init__()
-        # `none`, if it is the first candidate, adds exactly zero: only its place in the softmax matters.
+        # `none`, if it is the first of several candidates, adds exactly zero: only its place in the softmax matters.
         self.skip_none = int(candidates[0] == "none" and len(candidates) > 1)
         self.ops = nn.ModuleList()
         for name in candidates[self.skip_none :]:
             op = OPERATIONS[name].build(channels, stride, False)
             if OPERATIONS[name].norm:
                 op = Operation(op, nn.BatchNorm2d(channels, affine=False))
-            self.ops.append(SkipDropout() if isinstance(op, nn.Identity) else op)
+            if isinstance(op, nn.Identity):
+                op = SkipDropout()
+            self.ops.append(op)
 
-    def forward(self, x, probabilities):
+    def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         # Eq. 1
-        return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
+        return sum(probabilities[k] * op(x) for k, op in enumerate(self.ops, start=self.skip_none))
+
 
 class SearchCell(nn.Module):
-    """A cell of the search network: [N,C_0,H_0,W_0], [N,C_1,H,W] -> [N,4*C,H/stride,W/stride], stride 2 to reduce."""
+    """A cell of the search network: all candidates on all edges.
 
-    def __init__(self, candidates, channels_0, channels_1, channels, reduction, reduction_before, space=SPACE):
+    s0 [N,channels_0,H_0,W_0], s1 [N,channels_1,H,W], probabilities [14,K] -> [N,4*channels,H/stride,W/stride], where
+    stride is 2 in a reduction cell and 1 in a normal one. reduction_before: the cell before is a reduction cell, so
+    that s0 is twice as high and wide as s1.
+    """
+
+    def __init__(
+        self, candidates: Candidates, channels_0: int, channels_1: int, channels: int,
+        reduction: bool, reduction_before: bool, space: SearchSpace = SPACE,
+    ):
         super().__init__()
-        self.reduction, self.nodes = reduction, space.nodes
-        preprocess = FactorizedReduce if reduction_before else relu_conv_bn  # input 0 is twice as large as input 1 then
+        self.reduction = reduction
+        self.nodes = space.nodes
+        preprocess = FactorizedReduce if reduction_before else relu_conv_bn
         self.preprocess0 = preprocess(channels_0, channels, affine=False)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=False)
-        self.edges = nn.ModuleList(
-            MixedOp(names, channels, 2 if reduction and source < 2 else 1)
-            for names, (_, source) in zip(candidates, space.edges, strict=True))
+        self.edges = nn.ModuleList()
+        for names, (_, source) in zip(candidates, space.edges, strict=True):
+            self.edges.append(MixedOp(names, channels, stride=2 if reduction and source < 2 else 1))
 
-    def forward(self, s0, s1, probabilities):  # [14, K]
+    def forward(self, s0: Tensor, s1: Tensor, probabilities: Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self.edges, probabilities))
+        offset = 0  # the number of the first edge into the next node
         for _ in range(self.nodes):
-            states.append(self.node(list(zip(states, edges))))  # states first: zip takes no edge too many
+            node = sum(self.edges[offset + j](x, probabilities[offset + j]) for j, x in enumerate(states))
+            offset += len(states)
+            states.append(node)
         return torch.cat(states[2:], dim=1)
 
-    def node(self, incoming):
-        """The sum of the edges into a node; incoming: (state, (edge, probabilities [K])) of each."""
-        return sum(edge(x, p) for x, (edge, p) in incoming)
+
+def conv_bn(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
+
 
 class Stemmed(nn.Module):
-    """What all networks begin with. stem: "cifar", a 3x3 convolution, or "imagenet", three of stride 2."""
+    """A network with one of the two stems, whose feature maps are the inputs of the first cell."""
 
-    def add_stem(self, stem, in_channels, c, stride):
-        """c: of the first cell. Returns the channels of its inputs 0 and 1, and whether input 0 is twice as large."""
+    def add_stem(self, stem: str, in_channels: int, channels: int, stride: int) -> tuple[int, int, bool]:
+        """Returns the channels of inputs 0 and 1, and whether input 0 is twice as high and wide as input 1.
+
+        cifar: a 3x3 convolution to 3*C channels. imagenet: three convolutions of stride 2 to C channels.
+        channels: C of the first cell. stride: of the cifar stem.
+        """
         if stem == "cifar":
-            self.stem = nn.Sequential(*conv_bn(in_channels, 3 * c, stride))
-            return 3 * c, 3 * c, False
-        if stem != "imagenet" or c < 2:
-            raise InputError(f"stem is {stem!r} of {c} channels; expected 'cifar', or 'imagenet' of 2 or more")
-        self.stem0 = nn.Sequential(*conv_bn(in_channels, c // 2, 2), nn.ReLU(), *conv_bn(c // 2, c, 2))
-        self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(c, c, 2))
-        return c, c, True
+            self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stride))
+            return 3 * channels, 3 * channels, False
+        if stem != "imagenet" or channels < 2:
+            raise InputError(f"stem is {stem!r} of {channels} channels; expected 'cifar', or 'imagenet' of 2 or more")
+        half = channels // 2
+        self.stem0 = nn.Sequential(*conv_bn(in_channels, half, 2), nn.ReLU(), *conv_bn(half, channels, 2))
+        self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(channels, channels, 2))
+        return channels, channels, True
 
-    def states(self, images):
+    def first_states(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs 0 and 1 of the first cell."""
-        s0 = self.stem(images) if hasattr(self, "stem") else self.stem0(images)
-        return s0, (s0 if hasattr(self, "stem") else self.stem1(s0))
+        if hasattr(self, "stem"):
+            s0 = s1 = self.stem(images)  # [N,3*C,ceil(H/stride),ceil(W/stride)]
+        else:
+            s0 = self.stem0(images)  # [N,C,ceil(H/4),ceil(W/4)]
+            s1 = self.stem1(s0)  # [N,C,ceil(H/8),ceil(W/8)]
+        return s0, s1
+
 
 class SearchNetwork(Stemmed):
-    """The supernet of one stage: every edge holds all of its candidates.
-    channels: C of the first cell; cells: L, at least 3; reduction cells at L//3 and (2L)//3 double C, halve H and W.
-    normal, reduce: the candidates of both kinds of cell, for each edge K names in the order of the search space.
-    alphas_normal, alphas_reduce: parameters [edges, K], shared by all cells of the kind, 1e-3 * N(0,1) at first.
-    forward: [N,in_channels,H,W] -> logits [N,num_classes]."""
+    """The supernet of one stage: images [N,in_channels,H,W] -> logits [N,num_classes].
 
-    def __init__(self, channels, num_classes, cells, normal, reduce, stem="cifar", in_channels=3,
-                 stem_stride=1, space=SPACE):
+    channels: C of the first cell. depth: L, at least 3; the reduction cells L//3 and 2L//3 double the channels and
+    halve height and width. alphas_normal, alphas_reduce: parameters [14,K], shared by all cells of the kind, drawn from
+    1e-3 * N(0,1). InputError for candidates that are not those of the space in its order, as many on each edge.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, depth: int, candidates_normal: Candidates, candidates_reduce: Candidates,
+        stem: str = "cifar", in_channels: int = 3, stem_stride: int = 1, space: SearchSpace = SPACE,
+    ):
         super().__init__()
-        reductions = reduction_cells(cells)
-        for names in (*check_candidates(normal, len(space.edges)), *check_candidates(reduce, len(space.edges))):
-            if names != tuple(name for name in space.primitives if name in names):
-                raise InputError(f"candidates {names}; expected one or more of {space.primitives}, in this order")
+        reductions = reduction_cells(depth)
+        for candidates in (candidates_normal, candidates_reduce):
+            for names in check_candidates(candidates, len(space.edges)):
+                if names != tuple(name for name in space.primitives if name in names):
+                    raise InputError(f"candidates {names}; expected one or more of {space.primitives}, in this order")
         channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()
-        for i in range(cells):
+        for i in range(depth):
             reduction = i in reductions
-            channels *= 2 if reduction else 1
-            names = reduce if reduction else normal
-            self.cells.append(SearchCell(names, channels_0, channels_1, channels, reduction, reduction_before, space))
-            channels_0, channels_1, reduction_before = channels_1, space.nodes * channels, reduction
+            if reduction:
+                channels *= 2
+            candidates = candidates_reduce if reduction else candidates_normal
+            cell = SearchCell(candidates, channels_0, channels_1, channels, reduction, reduction_before, space)
+            self.cells.append(cell)
+            channels_0, channels_1 = channels_1, space.nodes * channels
+            reduction_before = reduction
         self.classifier = nn.Linear(channels_1, num_classes)
-        self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(normal), len(normal[0])))
-        self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(reduce), len(reduce[0])))
+        self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(candidates_normal), len(candidates_normal[0])))
+        self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(candidates_reduce), len(candidates_reduce[0])))
 
     def set_skip_dropout(self, rate: float):
         for module in self.modules():
@@ -325,56 +476,58 @@ class SearchNetwork(Stemmed):
     def weights(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if name not in ("alphas_normal", "alphas_reduce")]
 
-    def forward(self, images):
-        normal, reduce = self.alphas_normal.softmax(dim=1), self.alphas_reduce.softmax(dim=1)
-        s0, s1 = self.states(images)
+    def forward(self, images: Tensor) -> Tensor:
+        probabilities_normal = self.alphas_normal.softmax(dim=1)
+        probabilities_reduce = self.alphas_reduce.softmax(dim=1)
+        s0, s1 = self.first_states(images)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+            probabilities = probabilities_reduce if cell.reduction else probabilities_normal
+            s0, s1 = s1, cell(s0, s1, probabilities)
         return self.classifier(s1.mean(dim=(2, 3)))
 
-def reduction_cells(cells: int) -> tuple[int, int]:
-    """Where the two reduction cells of a network of `cells` cells stand."""
-    if cells < 3:
-        raise InputError(f"cells is {cells}; expected at least 3, two of them reduction cells")
-    return cells // 3, 2 * cells // 3
 
-def conv_bn(in_channels, out_channels, stride):
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-    return conv, nn.BatchNorm2d(out_channels)
+def reduction_cells(depth: int) -> tuple[int, int]:
+    """The positions of the two reduction cells, from 0."""
+    if depth < 3:
+        raise InputError(f"depth is {depth}; expected at least 3 cells, two of them reduction cells")
+    return depth // 3, 2 * depth // 3
 
-def check_candidates(candidates, edges: int | None = None):
-    """The candidates of every edge of a cell, as tuples."""
+
+def check_candidates(candidates: Sequence[Sequence[str]], edges: int | None = None) -> Candidates:
+    """The candidates as tuples; InputError unless all edges of a cell, by default one of any size, have as many."""
     candidates = tuple(map(tuple, candidates))
-    lengths, cells = [len(names) for names in candidates], [len(cell_edges(n)) for n in range(1, len(candidates))]
-    if len(set(lengths)) != 1 or 0 in lengths or len(candidates) not in ([edges] if edges else cells):
+    lengths = [len(names) for names in candidates]
+    numbers = [edges] if edges else [len(cell_edges(nodes)) for nodes in range(1, len(candidates))]
+    if len(set(lengths)) != 1 or 0 in lengths or len(candidates) not in numbers:
         raise InputError(f"candidates have lengths {lengths}; expected equal ones, {edges or '2, 5, 9, ...'} of them")
     return candidates
 
+
 # --- From stage to stage: search space approximation (paper, sec. 3.2) and the skip dropout (sec. 3.3) ----------------
 
-def shrink(candidates, alphas, keep: int):
+
+def shrink(candidates: Candidates, alphas: Tensor, keep: int) -> Candidates:
     """Search space approximation: the `keep` candidates of every edge with the largest softmax(alpha).
-    candidates: 14 tuples of K names; alphas: [14, K]. Returns 14 tuples of `keep` names, order kept. Of two equal
-    candidates the one that comes first is dropped. `none` competes like any other."""
+
+    candidates: 14 tuples of K names; alphas: [14,K]. Returns 14 tuples of `keep` names, in their old order. `none`
+    competes like any other candidate. InputError if `keep` or the shape of the alphas does not fit.
+    """
     candidates = check_candidates(candidates)
     if not 1 <= keep <= len(candidates[0]):
         raise InputError(f"keep is {keep}; expected 1 to {len(candidates[0])}, the candidates that there are")
     shrunk = []
     for names, p in zip(candidates, edge_probabilities(candidates, alphas)):
-        ranked = sorted(range(len(names)), key=lambda k: (p[k], k))
-        shrunk.append(tuple(names[k] for k in sorted(ranked[-keep:])))
+        # Of equally strong candidates the first is dropped first.
+        weakest_first = sorted(range(len(names)), key=lambda k: (p[k], k))
+        kept = sorted(weakest_first[-keep:])
+        shrunk.append(tuple(names[k] for k in kept))
     return tuple(shrunk)
 
-def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, warmup: int = 10) -> float:
-    """Dropout rate after skip-connects in `epoch` (from 0) of a stage: from `initial` it falls linearly in the warm-up,
-    then, from `initial` again, exponentially (official; the paper only says that it decays)."""
-    if epoch < warmup:
-        return initial * (epochs - 1 - epoch) / epochs
-    return initial * math.exp(-0.2 * (epoch - warmup))
 
-def edge_probabilities(candidates, alphas) -> list[list[float]]:
-    """softmax(alphas) as nested lists [14][K], checked against the candidates."""
-    alphas, expected = torch.as_tensor(alphas).detach(), [len(candidates), len(candidates[0])]
+def edge_probabilities(candidates: Candidates, alphas: Tensor) -> list[list[float]]:
+    """softmax(alphas) as a list of K numbers for each edge; InputError if the alphas do not fit the candidates."""
+    alphas = torch.as_tensor(alphas).detach()
+    expected = [len(candidates), len(candidates[0])]
     if list(alphas.shape) != expected:
         raise InputError(f"alphas have shape {list(alphas.shape)}; expected {expected}")
     probabilities = alphas.softmax(dim=1)
@@ -382,178 +535,277 @@ def edge_probabilities(candidates, alphas) -> list[list[float]]:
         raise InputError("alphas hold numbers that are not finite; expected finite ones (a lower alpha_lr may help)")
     return probabilities.tolist()
 
+
+def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, alpha_start: int = 10) -> float:
+    """The dropout rate after skip-connects in `epoch` (from 0) of a stage.
+
+    From `initial` it falls linearly while weights learn alone; when alphas start to learn, it starts from `initial`
+    again and falls exponentially (official; the paper only says that it decays).
+    """
+    if epoch < alpha_start:
+        return initial * (epochs - 1 - epoch) / epochs
+    return initial * math.exp(-0.2 * (epoch - alpha_start))
+
+
 # --- From alphas to the cell: derivation and architecture refinement (paper, sec. 3.3) --------------------------------
 
+
 class Genotype(NamedTuple):
-    """The discrete cells. normal, reduce: (operation, input) pairs, two for each node; *_concat: states in the output.
-    States 0 and 1 are the outputs of the two cells before it, 2 and up are the cell's own nodes."""
+    """The discrete cells. normal, reduce: (operation, source) pairs, two for each node, node by node.
+
+    normal_concat, reduce_concat: the states whose concatenation is the output of the cell.
+    """
+
     normal: list[tuple[str, int]]
     normal_concat: list[int]
     reduce: list[tuple[str, int]]
     reduce_concat: list[int]
 
-def derive(normal, reduce, alphas_normal, alphas_reduce, max_skips: int | None = 2) -> Genotype:
-    """The cells that candidates (14 tuples of K names) and alphas ([14, K]) stand for.
-    Every edge takes its strongest candidate other than `none`; every node keeps its two strongest edges. The normal
-    cell keeps at most `max_skips` (M) skip-connects; None: no limit. InputError if an edge has nothing else."""
-    normal, reduce = check_candidates(normal), check_candidates(reduce)
-    probabilities = edge_probabilities(normal, alphas_normal)
-    normal_cell = strongest(normal, probabilities)
-    while max_skips is not None and sum(name == "skip_connect" for name, *_ in normal_cell) > max_skips:
-        # Architecture refinement: without the weakest kept skip-connect, candidates *and* edges are chosen again.
-        # Another edge may come in and bring its own skip-connect, hence the loop.
-        skips = [(p, edge) for name, _, edge, p in normal_cell if name == "skip_connect" and p >= 0]
-        if not skips:
-            raise InputError(f"edges have no candidate but skip_connect; no normal cell has max_skips={max_skips}")
-        _, edge = min(skips)
-        probabilities[edge][normal[edge].index("skip_connect")] = -1.0  # below one that has rounded to 0
-        normal_cell = strongest(normal, probabilities)
-    reduce_cell = strongest(reduce, edge_probabilities(reduce, alphas_reduce))
-    pairs = [[(name, source) for name, source, *_ in cell] for cell in (normal_cell, reduce_cell)]
-    concat = [list(range(2, 2 + len(cell) // 2)) for cell in pairs]
-    return Genotype(pairs[0], concat[0], pairs[1], concat[1])
 
-def strongest(candidates, probabilities):
-    """(operation, input, edge, probability) of the two strongest edges into each node, in the order of the edges."""
-    into: dict[int, list] = {}
+class ChosenEdge(NamedTuple):
+    """An edge of a derived cell with its strongest candidate and the probability of this candidate."""
+
+    number: int  # among all edges, see cell_edges
+    source: int
+    operation: str
+    probability: float
+
+
+def derive(
+    candidates_normal: Candidates, candidates_reduce: Candidates, alphas_normal: Tensor, alphas_reduce: Tensor,
+    max_skips: int | None = 2,
+) -> Genotype:
+    """The cells that candidates (14 tuples of K names) and alphas ([14,K]) stand for.
+
+    The normal cell keeps at most `max_skips` (M) skip-connects; None: as many as it has. InputError if an edge has no
+    candidate but `none`, or if no normal cell has so few skip-connects.
+    """
+    candidates_normal = check_candidates(candidates_normal)
+    candidates_reduce = check_candidates(candidates_reduce)
+    probabilities_normal = edge_probabilities(candidates_normal, alphas_normal)
+    probabilities_reduce = edge_probabilities(candidates_reduce, alphas_reduce)
+    if max_skips is None:
+        edges_normal = strongest_edges(candidates_normal, probabilities_normal)
+    else:
+        edges_normal = refine(candidates_normal, probabilities_normal, max_skips)
+    edges_reduce = strongest_edges(candidates_reduce, probabilities_reduce)
+    return Genotype(
+        normal=[(edge.operation, edge.source) for edge in edges_normal],
+        normal_concat=list(range(2, 2 + len(edges_normal) // 2)),
+        reduce=[(edge.operation, edge.source) for edge in edges_reduce],
+        reduce_concat=list(range(2, 2 + len(edges_reduce) // 2)),
+    )
+
+
+def strongest_edges(candidates: Candidates, probabilities: list[list[float]]) -> list[ChosenEdge]:
+    """The two strongest edges into each node, in the order of their numbers.
+
+    The operation of an edge is its strongest candidate other than `none`, whose probability is the edge's strength.
+    """
     nodes = next(nodes for nodes in itertools.count(1) if len(cell_edges(nodes)) == len(candidates))
-    for edge, (node, source) in enumerate(cell_edges(nodes)):
-        names, p = candidates[edge], probabilities[edge]
+    into_node: list[list[ChosenEdge]] = [[] for _ in range(nodes)]
+    for number, (node, source) in enumerate(cell_edges(nodes)):
+        names, p = candidates[number], probabilities[number]
         allowed = [k for k, name in enumerate(names) if name != "none"]
         if not allowed:
-            raise InputError(f"edge {edge} has no candidate but none; expected an operation to choose")
-        best = max(allowed, key=lambda k: (p[k], k))  # ties: the later candidate, as in shrink
-        into.setdefault(node, []).append((names[best], source, edge, p[best]))
-    kept = []
-    for incoming in into.values():
-        two = sorted(incoming, key=lambda c: (c[3], c[2]))[-2:]  # ties: the later predecessor is kept
-        kept += sorted(two, key=lambda c: c[2])
-    return kept
+            raise InputError(f"edge {number} has no candidate but none; expected an operation to choose")
+        # Of equally strong candidates the last is chosen, as in shrink.
+        strongest = max(allowed, key=lambda k: (p[k], k))
+        into_node[node].append(ChosenEdge(number, source, names[strongest], p[strongest]))
+    chosen = []
+    for edges in into_node:
+        # Of equally strong edges those from later states are chosen.
+        weakest_first = sorted(edges, key=lambda edge: (edge.probability, edge.number))
+        chosen += sorted(weakest_first[-2:], key=lambda edge: edge.number)
+    return chosen
 
-# --- The architect: one architecture step (DARTS, sec. 2.3) -----------------------------------------------------------
+
+# The probability of a skip-connect that refinement has removed: it is below all others, even one that rounds to 0.
+REMOVED = -1.0
+
+
+def refine(candidates: Candidates, probabilities: list[list[float]], max_skips: int) -> list[ChosenEdge]:
+    """Architecture refinement: the strongest edges of a cell with at most `max_skips` (M) skip-connects.
+
+    While a cell has more, the weakest of them is removed, and candidates *and* edges are chosen again: another edge may
+    come in and bring its own skip-connect.
+    """
+    probabilities = [list(p) for p in probabilities]  # a copy
+    while True:
+        edges = strongest_edges(candidates, probabilities)
+        skips = [edge for edge in edges if edge.operation == "skip_connect"]
+        if len(skips) <= max_skips:
+            return edges
+        # An edge with no other candidate still has the skip-connect that was removed.
+        skips = [edge for edge in skips if edge.probability != REMOVED]
+        if not skips:
+            raise InputError(f"edges have no candidate but skip_connect; no normal cell has max_skips={max_skips}")
+        # Of equally weak skip-connects that of the first edge is removed.
+        weakest = min(skips, key=lambda edge: (edge.probability, edge.number))
+        k = candidates[weakest.number].index("skip_connect")
+        probabilities[weakest.number][k] = REMOVED
+
+
+# --- The architect: the update of the alphas (DARTS, sec. 2.3) --------------------------------------------------------
+
 
 def identity(x):
     return x
 
-def require_gradients(of, not_of=()):
-    """What the next backward pass computes: an architecture step needs no gradients of weights, nor the other way."""
-    for parameters, required in (of, True), (not_of, False):
-        for p in parameters:
-            p.requires_grad_(required)
 
-def clipped_step(optimizer, parameters, gradients, clip: float):
-    """One step of the optimizer along the gradients, clipped to the norm `clip`."""
-    for p, g in zip(parameters, gradients, strict=True):
-        # Fused optimizers go through p and its gradient in the order of their memory, which may be channels-last.
-        p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+def require_gradients(parameters: Iterable[nn.Parameter], not_of: Iterable[nn.Parameter] = ()):
+    """Lets the next backward pass compute gradients of `parameters` and, to save time, none of the others."""
+    for p in not_of:
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor], clip: float):
+    """Updates the parameters along the gradients, whose norm is clipped to `clip` first."""
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.stride() != p.stride():
+            # A fused optimizer goes through both in the order of their memory, which may be channels-last.
+            gradient = torch.empty_like(p).copy_(gradient)
+        p.grad = gradient
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
-def loss_and_logits(network, images, labels, dtype: str = "float32", auxiliary_weight=0.0, label_smoothing=0.0):
-    """(mean cross-entropy, logits) of a batch; feature maps have `dtype`, weights, statistics and losses float32."""
+
+def loss_and_logits(
+    network: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32",
+    auxiliary_weight: float = 0.0, label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy, a scalar, and the logits [N,num_classes] of a batch.
+
+    The feature maps have `dtype`; weights, statistics and losses stay float32.
+    """
     with torch.autocast(images.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         logits = network(images)
-        logits, auxiliary_logits = logits if isinstance(logits, tuple) else (logits, None)
+        auxiliary_logits = None
+        if isinstance(logits, tuple):  # a Network in training
+            logits, auxiliary_logits = logits
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         if auxiliary_logits is not None:
             loss = loss + auxiliary_weight * F.cross_entropy(auxiliary_logits, labels, label_smoothing=label_smoothing)
     return loss, logits
 
-class Architect:
-    """Updates the alphas of a SearchNetwork to lower the loss on images that the weights do not learn from, by Adam.
-    The betas are DARTS's. First order: the gradient at the present weights. average: gradients -> their means over
-    several processes. weight_optimizer: for architects that look a step ahead, such as DARTS's second order."""
 
-    def __init__(self, network, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3, clip=5.0, dtype="float32",
-                 average=identity, weight_optimizer=None):
-        self.network, self.clip, self.dtype, self.average = network, clip, dtype, average
-        self.weights, self.alphas, self.weight_optimizer = network.weights(), network.alphas(), weight_optimizer
+class Architect:
+    """Updates the alphas of a SearchNetwork by Adam, to lower the loss on images that the weights do not learn from.
+
+    First order: the gradient is that at the present weights. betas: Adam's (DARTS). weight_optimizer: that of the
+    weights, for architects that look one update of the weights ahead, such as DARTS's second order. average: see the
+    end of this file.
+    """
+
+    def __init__(
+        self, network: SearchNetwork, lr: float = 6e-4, betas: tuple[float, float] = (0.5, 0.999),
+        weight_decay: float = 1e-3, clip: float = 5.0, dtype: str = "float32", average: Average = identity,
+        weight_optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.network = network
+        self.weights = network.weights()
+        self.alphas = network.alphas()
+        self.clip = clip
+        self.dtype = dtype
+        self.average = average
+        self.weight_optimizer = weight_optimizer
         capturable = self.alphas[0].is_cuda  # as a CUDA graph needs it
         self.optimizer = torch.optim.Adam(self.alphas, lr, betas, weight_decay=weight_decay, capturable=capturable)
 
-    def step(self, images, labels, train_images=None, train_labels=None):
-        """One update from a batch of the validation split; returns its loss and logits before the update.
-        train_*: the batch of the train split whose step comes next, which the first order ignores."""
+    def update(
+        self, images: Tensor, labels: Tensor, train_images: Tensor | None = None, train_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Updates the alphas by a batch of the validation split; returns its loss and logits before the update.
+
+        train_images, train_labels: the batch by which the weights are updated next; the first order ignores it.
+        """
         loss, logits, gradients = self.gradients(images, labels, train_images, train_labels)
-        clipped_step(self.optimizer, self.alphas, gradients, self.clip)
+        apply_gradients(self.optimizer, self.alphas, gradients, self.clip)
         return loss.detach(), logits.detach()
 
-    def gradients(self, images, labels, train_images, train_labels):
+    def gradients(
+        self, images: Tensor, labels: Tensor, train_images: Tensor | None, train_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """The loss and the logits of the validation batch, and the gradients of the alphas."""
         require_gradients(self.alphas, not_of=self.weights)
         loss, logits = self.loss(images, labels)
         return loss, logits, self.average(torch.autograd.grad(loss, self.alphas))
 
-    def loss(self, images, labels):
-        """(loss, logits) that the alphas descend; the place to add a regulariser."""
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss that the alphas descend, and the logits; the place to add a regulariser."""
         return loss_and_logits(self.network, images, labels, self.dtype)
+
 
 # --- The search (paper, sec. 3.2) -------------------------------------------------------------------------------------
 
+
 class Step(NamedTuple):
-    """A step of the weights: mean loss and correct predictions (tensors) of `size` images; alpha_*: of the architecture
-    step before it, if there was one."""
-    loss: torch.Tensor
-    correct: torch.Tensor
-    alpha_loss: torch.Tensor | None = None
-    alpha_correct: torch.Tensor | None = None
+    """The end of a step: the mean loss and the number of correct predictions, tensors, of `size` images.
+
+    alpha_*: the same of the batch by which the alphas were updated before the weights, if they were.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    alpha_loss: Tensor | None = None
+    alpha_correct: Tensor | None = None
     size: int = 0
     alpha_size: int = 0
 
+
 class Epoch(NamedTuple):
-    """The end of an epoch (from 0) of a stage (from 0). rate: of the skip dropout, in an Evaluation of drop-path."""
+    """The end of an epoch (from 0) of a stage (from 0, which is that of an Evaluation).
+
+    lr: its learning rate. rate: that of the skip dropout, or in an Evaluation that of drop-path.
+    """
+
     stage: int
     epoch: int
     lr: float
     rate: float
 
+
 class Stage(NamedTuple):
-    """The end of a stage: candidates (14 tuples) and alphas [14, K] of both kinds of cell."""
-    normal: tuple
-    reduce: tuple
-    alphas_normal: torch.Tensor
-    alphas_reduce: torch.Tensor
+    """The end of a stage: the candidates (14 tuples of K names) and the alphas ([14,K], on the CPU) of both cells."""
+
+    candidates_normal: Candidates
+    candidates_reduce: Candidates
+    alphas_normal: Tensor
+    alphas_reduce: Tensor
 
     def genotype(self, max_skips: int | None = 2) -> Genotype:
         return derive(*self, max_skips)
+
 
 def cosine(lr: float, epoch: int, epochs: int) -> float:
     """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
     # Deviation: the official code, on a current torch, is an epoch ahead of this.
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
-def linear(lr: float, epoch: int, epochs: int) -> float:
-    """As `cosine`, but evenly; the last 5 epochs share the last step (official, ImageNet)."""
-    last, left = min(5, epochs - 1), epochs - epoch
-    return lr / (epochs - last) * (left - last if left > last else left / last)
 
-def sgd(weights, config) -> torch.optim.SGD:
-    """The weights' optimizer; its learning rate is a tensor."""
-    lr, fused = torch.tensor(config.lr, device=weights[0].device), weights[0].device.type in ("cpu", "cuda")
+def sgd(weights: list[nn.Parameter], config: SearchConfig | EvaluateConfig) -> torch.optim.SGD:
+    """The optimizer of the weights. Its learning rate is a tensor, of which a captured step sees each new value."""
+    device = weights[0].device
+    lr = torch.tensor(config.lr, device=device)
+    fused = device.type in ("cpu", "cuda")
     return torch.optim.SGD(weights, lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
-def load_optimizer(optimizer, state):
-    """What an optimizer has gathered; its settings stay, and so does the tensor that holds the learning rate."""
-    lr = optimizer.param_groups[0]["lr"]
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    optimizer.param_groups[0]["lr"] = lr  # torch has put a copy there
-
-def seed_of(*counters: int) -> int:
-    """The seed, 63 bits, of what is random in this stage, epoch, step, ...: a run goes on from these counters alone."""
-    return int.from_bytes(hashlib.sha256(repr(counters).encode()).digest()[:8], "little") >> 1
 
 class Search:
     """The progressive search as an iterable: stage after stage a deeper network with fewer candidates.
 
-    Yields a Step after each step, an Epoch after the last step of an epoch, a Stage after the last epoch of a stage.
-    Between any two, `state_dict()`, tensors in use, is all that is needed to go on: it is loaded into a Search of the
-    same arguments, before the loop. Seeds torch anew for every step, once its batch is there.
+    The iteration yields a `Step` after each step, an `Epoch` after the last step of an epoch and a `Stage` after the
+    last epoch of a stage. architect: the class that updates the alphas. prepare, average, wrap_step, rank: see the
+    end of this file. InputError if the config does not fit the space, or if there is no validation split.
+    """
 
-    prepare: network -> network, such as kernels.fuse. average: gradients, or None, -> their means over all processes;
-    rank: the number of this one. wrap_step: step -> a faster function of the same tensors (2 in the warm-up, then 4),
-    such as a captured CUDA graph: all else that changes between steps is a tensor that changes in place."""
-
-    def __init__(self, config: SearchConfig, data: Data, device="cpu", space: SearchSpace = SPACE, prepare=identity,
-                 average=identity, wrap_step=identity, rank: int = 0, architect=Architect):
+    def __init__(
+        self, config: SearchConfig, data: Data, device: torch.device | str = "cpu", space: SearchSpace = SPACE,
+        prepare: Prepare = identity, average: Average = identity, wrap_step: WrapStep = identity, rank: int = 0,
+        architect: type[Architect] = Architect,
+    ):
         if config.keep[0] != len(space.primitives):
             raise InputError(f"keep starts with {config.keep[0]}; expected {len(space.primitives)}, all primitives")
         least = 1 + len({"none", "skip_connect"} & set(space.primitives))
@@ -561,245 +813,539 @@ class Search:
             raise InputError(f"keep ends with {config.keep[-1]}; expected at least {least} in the last stage")
         if data.val is None:
             raise InputError("data.val is None; expected the validation split, from which the alphas learn")
-        self.config, self.data, self.device, self.space, self.rank = config, data, torch.device(device), space, rank
-        self.prepare, self.average, self.wrap_step, self.make_architect = prepare, average, wrap_step, architect
-        self.stages: list[Stage] = []
-        self.network, self.epoch, self.batch = None, 0, 0
+        self.config = config
+        self.data = data
+        self.device = torch.device(device)
+        self.space = space
+        self.prepare = prepare
+        self.average = average
+        self.wrap_step = wrap_step
+        self.rank = rank
+        self.architect_class = architect
+        self.stages: list[Stage] = []  # that have ended
+        self.network: SearchNetwork | None = None  # of the stage that has begun
+        self.epoch = 0  # of this stage
+        self.step = 0  # of this epoch
 
     def __iter__(self) -> Iterator[Step | Epoch | Stage]:
         config = self.config
-        while len(self.stages) < len(config.cells):
+        while len(self.stages) < len(config.depths):
             stage = len(self.stages)
             if self.network is None:
                 self.begin_stage()
             while self.epoch < config.epochs:
                 lr = cosine(config.lr, self.epoch, config.epochs)
-                rate = skip_dropout_rate(config.skip_dropout[stage], self.epoch, config.epochs, config.warmup)
-                self.optimizer.param_groups[0]["lr"].fill_(lr)
-                self.network.train().set_skip_dropout(rate)
-                for batch, alpha_batch in self.batches(seed_of(config.seed, stage, self.epoch)):
-                    torch.manual_seed(seed_of(config.seed, stage, self.epoch, self.batch, self.rank))  # of dropout
-                    results = self.step(*batch, *alpha_batch)
-                    self.batch += 1  # before the yield: whoever saves the state now goes on after this step
-                    yield Step(*results, size=len(batch[1]), alpha_size=len(alpha_batch[1]) if alpha_batch else 0)
-                self.epoch, self.batch = self.epoch + 1, 0
+                rate = skip_dropout_rate(config.skip_dropout[stage], self.epoch, config.epochs, config.alpha_start)
+                self.weight_optimizer.param_groups[0]["lr"].fill_(lr)
+                self.network.train()
+                self.network.set_skip_dropout(rate)
+                for train_batch, val_batch in self.batches(seed_of(config.seed, stage, self.epoch)):
+                    torch.manual_seed(seed_of(config.seed, stage, self.epoch, self.step, self.rank))  # of dropout
+                    results = self.run_step(*train_batch, *val_batch)
+                    self.step += 1  # before the yield: a state that is saved there resumes after this step
+                    alpha_size = len(val_batch[1]) if val_batch else 0
+                    yield Step(*results, size=len(train_batch[1]), alpha_size=alpha_size)
+                self.epoch += 1
+                self.step = 0
                 yield Epoch(stage, self.epoch - 1, lr, rate)
-            alphas = [alpha.detach().cpu() for alpha in self.network.alphas()]
-            self.stages.append(Stage(*self.candidates, *alphas))
-            self.network, self.epoch = None, 0
+            alphas_normal, alphas_reduce = (alpha.detach().cpu() for alpha in self.network.alphas())
+            self.stages.append(Stage(self.candidates_normal, self.candidates_reduce, alphas_normal, alphas_reduce))
+            self.network = None
+            self.epoch = 0
             yield self.stages[-1]
 
     def begin_stage(self):
-        """A deeper network, fewer candidates; weights, alphas and optimizers are new (paper, sec. 3.2)."""
-        config, data, stage = self.config, self.data, len(self.stages)
-        self.candidates = ((self.space.primitives,) * len(self.space.edges),) * 2
-        if self.stages:
-            normal, reduce, alphas_normal, alphas_reduce = self.stages[-1]
-            keep = config.keep[stage]
-            self.candidates = shrink(normal, alphas_normal, keep), shrink(reduce, alphas_reduce, keep)
+        """A deeper network with fewer candidates; weights, alphas and optimizers are new (paper, sec. 3.2)."""
+        config = self.config
+        stage = len(self.stages)
+        if stage == 0:
+            self.candidates_normal = (self.space.primitives,) * len(self.space.edges)
+            self.candidates_reduce = self.candidates_normal
+        else:
+            before = self.stages[-1]
+            self.candidates_normal = shrink(before.candidates_normal, before.alphas_normal, config.keep[stage])
+            self.candidates_reduce = shrink(before.candidates_reduce, before.alphas_reduce, config.keep[stage])
         torch.manual_seed(seed_of(config.seed, stage))
-        network = SearchNetwork(config.channels, data.num_classes, config.cells[stage], *self.candidates,
-                                config.stem, data.in_channels, config.stem_stride, self.space)
+        network = SearchNetwork(
+            config.channels, self.data.num_classes, config.depths[stage], self.candidates_normal,
+            self.candidates_reduce, config.stem, self.data.in_channels, config.stem_stride, self.space,
+        )
         self.network = self.prepare(network.to(self.device))
         self.weights = self.network.weights()
-        self.optimizer = sgd(self.weights, config)
-        self.architect = self.make_architect(
+        self.weight_optimizer = sgd(self.weights, config)
+        self.architect = self.architect_class(
             self.network, config.alpha_lr, weight_decay=config.alpha_weight_decay, clip=config.clip, dtype=config.dtype,
-            average=self.average, weight_optimizer=self.optimizer)
-        self.step = self.wrap_step(self.alternate)
+            average=self.average, weight_optimizer=self.weight_optimizer,
+        )
+        self.run_step = self.wrap_step(self.alternate)
 
-    def batches(self, seed: int):
-        """(train batch, validation batch) of the steps that are left of the epoch; the latter is () in the warm-up."""
-        val = itertools.repeat(()) if self.epoch < self.config.warmup else endless(self.data.val, seed, self.batch)
-        return zip(self.data.train.epoch(seed, self.batch), val)
+    def batches(self, seed: int) -> Iterator[tuple[Batch, Batch | tuple[()]]]:
+        """The train and the validation batch of each step that is left of the epoch; () while weights learn alone."""
+        if self.epoch < self.config.alpha_start:
+            val_batches = itertools.repeat(())
+        else:
+            val_batches = endless(self.data.val, seed, self.step)
+        return zip(self.data.train.epoch(seed, self.step), val_batches)
 
-    def alternate(self, images, labels, *alpha_batch):
-        """An architecture step, if there is a batch for it, and then one of the weights.
-        Returns loss and number of correct predictions of the latter, then those of the former."""
-        results = []
-        if alpha_batch:
-            loss, logits = self.architect.step(*alpha_batch, images, labels)
-            results = [loss, (logits.argmax(1) == alpha_batch[1]).sum()]
+    def alternate(
+        self, images: Tensor, labels: Tensor, val_images: Tensor | None = None, val_labels: Tensor | None = None
+    ) -> list[Tensor]:
+        """Updates the alphas by the validation batch, if there is one, and then the weights by the train batch.
+
+        Returns the loss and the number of correct predictions of the train batch, then those of the validation batch.
+        """
+        val_results = []
+        if val_images is not None:
+            val_loss, val_logits = self.architect.update(val_images, val_labels, images, labels)
+            val_results = [val_loss, (val_logits.argmax(1) == val_labels).sum()]
         require_gradients(self.weights, not_of=self.network.alphas())
         loss, logits = loss_and_logits(self.network, images, labels, self.config.dtype)
         gradients = self.average(torch.autograd.grad(loss, self.weights))
-        clipped_step(self.optimizer, self.weights, gradients, self.config.clip)
-        return [loss.detach(), (logits.argmax(1) == labels).sum(), *results]
+        apply_gradients(self.weight_optimizer, self.weights, gradients, self.config.clip)
+        return [loss.detach(), (logits.argmax(1) == labels).sum(), *val_results]
 
     def genotype(self) -> Genotype:
+        """The cells of the last stage that has ended."""
         return self.stages[-1].genotype(self.config.max_skips)
 
-    def state_dict(self) -> dict:
-        state = {"stages": [tuple(stage) for stage in self.stages], "epoch": self.epoch, "batch": self.batch}
-        if self.network is not None:
-            state |= {"network": self.network.state_dict(), "weights": self.optimizer.state_dict()["state"],
-                      "alphas": self.architect.optimizer.state_dict()["state"]}
-        return state
 
-    def load_state_dict(self, state: dict):
-        self.stages, self.network = [Stage(*stage) for stage in state["stages"]], None
-        if "network" in state:
-            self.begin_stage()
-            self.network.load_state_dict(state["network"])
-            load_optimizer(self.optimizer, state["weights"])
-            load_optimizer(self.architect.optimizer, state["alphas"])
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-def endless(loader, seed: int, start: int):
-    """The batches of one epoch of `loader` after the other, from batch `start` on."""
+def endless(loader: EpochLoader, seed: int, start: int) -> Iterator[Batch]:
+    """The batches of one epoch of the loader after the other, from batch `start` on."""
     first, start = divmod(start, len(loader))
     for number in itertools.count(first):
         yield from loader.epoch(seed_of(seed, number), start if number == first else 0)
 
+
 # --- The evaluation network (paper, sec. 4) ---------------------------------------------------------------------------
 
-class Cell(nn.Module):
-    """A cell of the evaluation network, made of the operations of a genotype."""
 
-    def __init__(self, pairs, concat, channels_0, channels_1, channels, reduction, reduction_before):
+class DropPath(nn.Module):
+    """Drop-path: drops whole samples of x [N,C,H,W] in training (paper, evaluation); see Network.set_drop_path."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return inverted_dropout(x, self.rate, (x.shape[0], 1, 1, 1)) if self.training else x
+
+
+class Cell(nn.Module):
+    """A cell of the evaluation network, made of the (operation, source) pairs of a genotype.
+
+    s0 [N,channels_0,H_0,W_0], s1 [N,channels_1,H,W] -> [N,len(concat)*channels,H/stride,W/stride], where stride is 2 in
+    a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError for a wrong pair.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[str, int]], concat: Sequence[int], channels_0: int, channels_1: int, channels: int,
+        reduction: bool, reduction_before: bool,
+    ):
         super().__init__()
         preprocess = FactorizedReduce if reduction_before else relu_conv_bn
         self.preprocess0 = preprocess(channels_0, channels, affine=True)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
-        self.concat, self.sources = concat, [source for _, source in pairs]
+        self.concat = concat
+        self.sources = [source for _, source in pairs]
+        self._ops = nn.ModuleList()  # as in the official state_dict
+        self.drop_paths = nn.ModuleList()
         for i, (name, source) in enumerate(pairs):
             if name not in OPERATIONS or not 0 <= source < 2 + i // 2:
-                raise InputError(f"pair {i} of a cell is {name!r}, {source!r}; expected one of {', '.join(OPERATIONS)} "
-                                 f"and an input from 0 to {1 + i // 2}")
-        self._ops = nn.ModuleList(
-            OPERATIONS[name].build(channels, 2 if reduction and source < 2 else 1, True) for name, source in pairs)
+                raise InputError(
+                    f"pair {i} of a cell is {name!r}, {source!r}; expected one of {', '.join(OPERATIONS)} and an input "
+                    f"from 0 to {1 + i // 2}"
+                )
+            op = OPERATIONS[name].build(channels, 2 if reduction and source < 2 else 1, True)
+            self._ops.append(op)
+            # Identities are not dropped (official).
+            self.drop_paths.append(nn.Identity() if isinstance(op, nn.Identity) else DropPath())
 
-    def forward(self, s0, s1, drop_path):  # the rate
+    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self._ops, self.sources))
-        for pair in zip(edges, edges):  # two into each node
-            states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
+        for i in range(0, len(self.sources), 2):  # two edges into each node
+            a = self.drop_paths[i](self._ops[i](states[self.sources[i]]))
+            b = self.drop_paths[i + 1](self._ops[i + 1](states[self.sources[i + 1]]))
+            states.append(a + b)
         return torch.cat([states[i] for i in self.concat], dim=1)
 
-    def node(self, incoming, drop_path):  # incoming: (operation, state) of each edge
-        return sum(self.edge(op, x, drop_path) for op, x in incoming)
-
-    def edge(self, op, x, drop_path):
-        if isinstance(op, nn.Identity) or not self.training:
-            return op(x)
-        return inverted_dropout(op(x), drop_path, (len(x), 1, 1, 1))  # whole samples
 
 class PoolTo2x2(nn.Module):
     """Average pooling to 2x2 with overlap: at 8x8 and 7x7 exactly the official heads' 5x5 windows, stride 3 and 2."""
+
     # Deviation: at other sizes the windows adapt, where the official heads fail or see a part of the map.
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         windows = [min(math.ceil(5 * size / 8), size - 1) for size in x.shape[2:]]
-        return F.avg_pool2d(x, windows, stride=[size - window for size, window in zip(x.shape[2:], windows)])
+        strides = [size - window for size, window in zip(x.shape[2:], windows)]
+        return F.avg_pool2d(x, windows, strides)
+
 
 class AuxiliaryHead(nn.Module):
     """A classifier after two thirds of the cells, in training only: [N,C,H,W], H, W >= 2 -> logits [N,num_classes]."""
 
-    def __init__(self, channels, num_classes):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
         self.features = nn.Sequential(
-            nn.ReLU(), PoolTo2x2(), nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU())
+            nn.ReLU(), PoolTo2x2(),
+            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(),
+        )
         self.classifier = nn.Linear(768, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
 
-class Network(Stemmed):
-    """The network of a genotype, with the official networks' state_dict keys and shapes. forward: [N,in_channels,H,W]
-    -> logits [N,num_classes]; in training a pair of logits and auxiliary logits (None unless `auxiliary`).
-    drop_path: the rate, a tensor, at which operations other than identities lose a sample."""
 
-    def __init__(self, genotype, channels, num_classes, cells, auxiliary=False, stem="cifar",
-                 in_channels=3, stem_stride=1):
+class Network(Stemmed):
+    """The network of a genotype, with the keys and shapes of the official networks' state_dict.
+
+    Images [N,in_channels,H,W] -> logits [N,num_classes]; in training a pair of logits and auxiliary logits, which are
+    None without the auxiliary head. channels: C of the first cell. depth: L, at least 3; the reduction cells L//3 and
+    2L//3 double the channels and halve height and width.
+    """
+
+    def __init__(
+        self, genotype: Genotype, channels: int, num_classes: int, depth: int, auxiliary: bool = False,
+        stem: str = "cifar", in_channels: int = 3, stem_stride: int = 1,
+    ):
         super().__init__()
-        reductions = reduction_cells(cells)
+        reductions = reduction_cells(depth)
         if not isinstance(genotype, Genotype):
             raise InputError(f"genotype is a {type(genotype).__name__}; expected a Genotype, as GENOTYPES['PDARTS'] is")
-        self.register_buffer("drop_path", torch.zeros(()), persistent=False)
         channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()
-        self.auxiliary_head, self.auxiliary_cell = None, reductions[1]
-        for i in range(cells):
+        self.auxiliary_head = None
+        self.auxiliary_cell = reductions[1]
+        for i in range(depth):
             reduction = i in reductions
-            channels *= 2 if reduction else 1
-            pairs, concat = genotype[2:] if reduction else genotype[:2]
+            if reduction:
+                channels *= 2
+                pairs, concat = genotype.reduce, genotype.reduce_concat
+            else:
+                pairs, concat = genotype.normal, genotype.normal_concat
             self.cells.append(Cell(pairs, concat, channels_0, channels_1, channels, reduction, reduction_before))
-            channels_0, channels_1, reduction_before = channels_1, len(concat) * channels, reduction
+            channels_0, channels_1 = channels_1, len(concat) * channels
+            reduction_before = reduction
             if auxiliary and i == self.auxiliary_cell:
                 self.auxiliary_head = AuxiliaryHead(channels_1, num_classes)
         self.classifier = nn.Linear(channels_1, num_classes)
 
-    def forward(self, images):
-        (s0, s1), auxiliary_logits = self.states(images), None
+    def set_drop_path(self, rate: float):
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.rate.fill_(rate)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        s0, s1 = self.first_states(images)
+        auxiliary_logits = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path)
+            s0, s1 = s1, cell(s0, s1)
             if i == self.auxiliary_cell and self.training and self.auxiliary_head is not None:
                 auxiliary_logits = self.auxiliary_head(s1)
         logits = self.classifier(s1.mean(dim=(2, 3)))
         return (logits, auxiliary_logits) if self.training else logits
 
+
+def parse_genotype(normal: str, reduce: str) -> Genotype:
+    """Cells as text, "operation source, operation source | ...": two pairs for each node, all nodes concatenated."""
+    pairs = []
+    for text in (normal, reduce):
+        words = [pair.split() for pair in text.replace("|", ",").split(",")]
+        pairs.append([(name, int(source)) for name, source in words])
+    concats = [list(range(2, 2 + len(cell) // 2)) for cell in pairs]
+    return Genotype(pairs[0], concats[0], pairs[1], concats[1])
+
+
 GENOTYPES = {
-    "PDARTS": Genotype(  # the published one; harness/cells.py adds those of other papers
-        [("skip_connect", 0), ("dil_conv_3x3", 1), ("skip_connect", 0), ("sep_conv_3x3", 1),
-         ("sep_conv_3x3", 1), ("sep_conv_3x3", 3), ("sep_conv_3x3", 0), ("dil_conv_5x5", 4)], [2, 3, 4, 5],
-        [("avg_pool_3x3", 0), ("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("dil_conv_5x5", 2),
-         ("max_pool_3x3", 0), ("dil_conv_3x3", 1), ("dil_conv_3x3", 1), ("dil_conv_5x5", 3)], [2, 3, 4, 5]),
+    "PDARTS": parse_genotype(
+        "skip_connect 0, dil_conv_3x3 1 | skip_connect 0, sep_conv_3x3 1 | "
+        "sep_conv_3x3 1, sep_conv_3x3 3 | sep_conv_3x3 0, dil_conv_5x5 4",
+        "avg_pool_3x3 0, sep_conv_5x5 1 | sep_conv_3x3 0, dil_conv_5x5 2 | "
+        "max_pool_3x3 0, dil_conv_3x3 1 | dil_conv_3x3 1, dil_conv_5x5 3",
+    ),
+    "DARTS_V1": parse_genotype(  # found by DARTS's first order
+        "sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | "
+        "skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2",
+        "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | "
+        "max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0",
+    ),
+    "DARTS_V2": parse_genotype(  # and by its second order
+        "sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | "
+        "sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2",
+        "max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | "
+        "max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1",
+    ),
 }
 
 # --- The evaluation (paper, sec. 4): the network of a genotype, trained from scratch ----------------------------------
 
-class Evaluation:
-    """The training as an iterable of Steps and Epochs; arguments, state_dict() and random state as in `Search`."""
 
-    def __init__(self, genotype: Genotype, config: EvaluateConfig, data: Data, device="cpu", prepare=identity,
-                 average=identity, wrap_step=identity, rank: int = 0):
-        self.config, self.data, self.average, self.rank = config, data, average, rank
+def linear(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of `epoch` (from 0), falling evenly; the last 5 epochs share the last step down (official)."""
+    last = min(5, epochs - 1)
+    left = epochs - epoch
+    down = lr / (epochs - last)
+    return down * (left - last if left > last else left / last)
+
+
+class Evaluation:
+    """The training as an iterable of a `Step` after each step and an `Epoch` after each epoch.
+
+    prepare, average, wrap_step, rank: see the end of this file.
+    """
+
+    def __init__(
+        self, genotype: Genotype, config: EvaluateConfig, data: Data, device: torch.device | str = "cpu",
+        prepare: Prepare = identity, average: Average = identity, wrap_step: WrapStep = identity, rank: int = 0,
+    ):
+        self.config = config
+        self.data = data
+        self.average = average
+        self.rank = rank
         torch.manual_seed(seed_of(config.seed))
-        network = Network(genotype, config.channels, data.num_classes, config.cells, config.auxiliary, config.stem,
-                          data.in_channels, config.stem_stride)
+        network = Network(
+            genotype, config.channels, data.num_classes, config.depth, config.auxiliary,
+            config.stem, data.in_channels, config.stem_stride,
+        )
         self.network = prepare(network.to(device))
         self.weights = list(self.network.parameters())
-        self.optimizer = sgd(self.weights, config)
-        self.step = wrap_step(self.train)
-        self.epoch, self.batch = 0, 0
+        self.weight_optimizer = sgd(self.weights, config)
+        self.run_step = wrap_step(self.train)
+        self.epoch = 0
+        self.step = 0  # of this epoch
 
     def __iter__(self) -> Iterator[Step | Epoch]:
         config = self.config
+        schedule = {"cosine": cosine, "linear": linear}[config.schedule]
         while self.epoch < config.epochs:
-            lr = {"cosine": cosine, "linear": linear}[config.schedule](config.lr, self.epoch, config.epochs)
-            lr *= min(1, (self.epoch + 1) / max(config.warmup, 1))
+            lr = schedule(config.lr, self.epoch, config.epochs) * min(1, (self.epoch + 1) / max(config.warmup, 1))
             rate = config.drop_path * self.epoch / config.epochs
-            self.optimizer.param_groups[0]["lr"].fill_(lr)
-            self.network.train().drop_path.fill_(rate)
-            for images, labels in self.data.train.epoch(seed_of(config.seed, self.epoch), self.batch):
-                torch.manual_seed(seed_of(config.seed, self.epoch, self.batch, self.rank))  # of drop-path
-                results = self.step(images, labels)
-                self.batch += 1
+            self.weight_optimizer.param_groups[0]["lr"].fill_(lr)
+            self.network.train()
+            self.network.set_drop_path(rate)
+            for images, labels in self.data.train.epoch(seed_of(config.seed, self.epoch), self.step):
+                torch.manual_seed(seed_of(config.seed, self.epoch, self.step, self.rank))  # of drop-path
+                results = self.run_step(images, labels)
+                self.step += 1  # before the yield, as in Search
                 yield Step(*results, size=len(labels))
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.epoch += 1
+            self.step = 0
             yield Epoch(0, self.epoch - 1, lr, rate)
 
-    def train(self, images, labels):
-        """A step of the weights; returns loss and number of correct predictions."""
+    def train(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Updates the weights by a batch; returns its loss and its number of correct predictions."""
         config = self.config
-        loss, logits = loss_and_logits(self.network, images, labels, config.dtype, config.auxiliary_weight,
-                                       config.label_smoothing)
+        loss, logits = loss_and_logits(
+            self.network, images, labels, config.dtype, config.auxiliary_weight, config.label_smoothing
+        )
         # Nodes that a genotype leaves out of its output have no gradients.
         gradients = self.average(torch.autograd.grad(loss, self.weights, allow_unused=True))
-        clipped_step(self.optimizer, self.weights, gradients, config.clip)
+        apply_gradients(self.weight_optimizer, self.weights, gradients, config.clip)
         return [loss.detach(), (logits.argmax(1) == labels).sum()]
 
-    def state_dict(self) -> dict:
-        return {"network": self.network.state_dict(), "weights": self.optimizer.state_dict()["state"],
-                "epoch": self.epoch, "batch": self.batch}
 
-    def load_state_dict(self, state: dict):
-        self.network.load_state_dict(state["network"])
-        load_optimizer(self.optimizer, state["weights"])
-        self.epoch, self.batch = state["epoch"], state["batch"]
+@torch.no_grad()
+def correct_predictions(
+    network: nn.Module, batches: Iterable[Batch], dtype: str = "float32", top: Sequence[int] = (1,)
+) -> tuple[int, ...]:
+    """For each k of `top` the number of images whose class is among the k largest logits, then that of all images.
 
-def run(method, *arguments, **options) -> Search | Evaluation:
+    The network computes in evaluation mode and is left in the mode in which it was.
+    """
+    counts = [0] * (len(top) + 1)
+    was_training = network.training
+    network.eval()
+    for images, labels in batches:
+        _, logits = loss_and_logits(network, images, labels, dtype)
+        for i, k in enumerate(top):
+            among_largest = logits.topk(min(k, logits.shape[1])).indices == labels[:, None]  # [N,k]
+            counts[i] += among_largest.sum()
+        counts[-1] += len(labels)
+    network.train(was_training)
+    return tuple(map(int, counts))
+
+
+# --- Data: one uint8 tensor of images, of which batches are augmented on the device -----------------------------------
+
+Batch = tuple[Tensor, Tensor]  # images, float32 [N,C,H,W], and labels, int64 [N], on the device; N >= 2
+
+
+class EpochLoader(Protocol):
+    """A source of batches, such as `Loader`. An epoch depends on its seed and not on torch's global random state."""
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+
+    def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from batch `start` on."""
+
+
+class Data(NamedTuple):
+    """The splits: from `train` the weights learn and from `val`, which an Evaluation does without, the alphas."""
+
+    train: EpochLoader
+    num_classes: int
+    in_channels: int = 3
+    val: EpochLoader | None = None
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of x/255, x uint8 [N,C,H,W]; the deviation is at least one level."""
+    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
+    return mean, std.clamp_min(1 / 255)
+
+
+def search_data(
+    x: Tensor, y: Tensor, config: SearchConfig, num_classes: int | None = None,
+    mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+) -> Data:
+    """The first half of the images trains the weights, the second the alphas: they must come shuffled.
+
+    num_classes: by default as many as the labels show. The other arguments are those of `Loader`.
+    """
+    if mean is None:
+        mean, std = statistics(x)
+    half = len(y) // 2
+    train = Loader(x[:half], y[:half], config, mean, std, device)
+    val = Loader(x[half:], y[half:], config, mean, std, device)
+    return Data(train, num_classes or int(y.max()) + 1, x.shape[1], val)
+
+
+class Loader:
+    """Batches in a new random order every epoch, each image cropped, flipped and, in an evaluation, partly cut out.
+
+    x: images, uint8 [N,C,H,W]. y: labels, int64 [N]. mean, std: those of x/255, [C]; by default they are computed.
+    device: that of the batches; by default it is that of x, which may also stay in main memory or in a mapped file.
+    InputError if x and y have another type or shape.
+    """
+
+    # Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it.
+
+    def __init__(
+        self, x: Tensor, y: Tensor, config: SearchConfig | EvaluateConfig,
+        mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
+            raise InputError(
+                f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; expected uint8 [N,C,H,W] and int64 "
+                "[N], 2 images or more"
+            )
+        if mean is None:
+            mean, std = statistics(x)
+        self.x = x
+        self.y = y
+        self.config = config
+        self.device = torch.device(device or x.device)
+        self.mean = torch.as_tensor(mean, device=self.device).view(-1, 1, 1)
+        self.std = torch.as_tensor(std, device=self.device).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.y), self.config.batch_size)
+        return whole + (rest > 1)
+
+    def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        order = torch.randperm(len(self.y), device=self.device, generator=generator).to(self.x.device)
+        for i, indices in itertools.islice(enumerate(order.split(self.config.batch_size)), start, len(self)):
+            generator.manual_seed(seed_of(seed, i))
+            images = self.augment(self.x[indices].to(self.device), generator)
+            yield images, self.y[indices].to(self.device)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return (x.float() / 255 - self.mean) / self.std
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Images uint8 [N,C,H,W] -> float32 [N,C,H,W]."""
+        n, _, h, w = x.shape
+        padding = self.config.crop_padding
+
+        def random(high):  # one integer below `high` for each image, [N,1]
+            return torch.randint(high, (n, 1), device=x.device, generator=generator)
+
+        rows = random(2 * padding + 1) + torch.arange(h, device=x.device)  # [N,H]
+        cols = random(2 * padding + 1) + torch.arange(w, device=x.device)  # [N,W]
+        if self.config.flip:
+            cols = torch.where(random(2) == 1, cols.flip(1), cols)
+        padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # [N,H+2p,W+2p,C]
+        image = torch.arange(n, device=x.device)[:, None, None]
+        x = padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # [N,C,H,W]
+        # Contiguous: with 1 or 2 channels, torch's channels-last convolutions are not reproducible on the CPU.
+        x = self.normalise(x.contiguous())
+
+        # A square around a random pixel, clipped at the borders (DeVries and Taylor, arXiv 1708.04552).
+        # Deviation: it covers at most half of the side, as it does at 32 x 32.
+        cutout = min(getattr(self.config, "cutout", 0), min(h, w) // 2)  # a SearchConfig has none
+        if cutout:
+            dy = torch.arange(h, device=x.device) - random(h) + cutout // 2  # [N,H]
+            dx = torch.arange(w, device=x.device) - random(w) + cutout // 2  # [N,W]
+            in_rows = (dy >= 0) & (dy < cutout)
+            in_cols = (dx >= 0) & (dx < cutout)
+            square = in_rows[:, :, None] & in_cols[:, None, :]  # [N,H,W]
+            x = x.masked_fill(square[:, None], 0.0)
+        return x
+
+
+# --- Not in the paper: several processes, captured steps, resuming, seeds ---------------------------------------------
+
+# Four arguments of a Search and an Evaluation do not change the method:
+# prepare     converts the network before optimizers are given its parameters, as kernels.fuse does.
+# average     returns the mean of each gradient over all processes, and None for None. The processes have equal
+#             configs, and so equal weights at first; batch norms take the statistics of their own process.
+# rank        is the number of this process, which draws dropout of its own.
+# wrap_step   returns a faster function of the same tensors (2 while weights learn alone, then 4), such as a captured
+#             CUDA graph. All else that changes between steps is a tensor, which is changed in place.
+Gradients = Sequence[Tensor | None]
+Prepare = Callable[[nn.Module], nn.Module]
+Average = Callable[[Gradients], Gradients]
+WrapStep = Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]
+
+
+def seed_of(*counters: int) -> int:
+    """The seed, 63 bits, of this stage, epoch, step, ...: no random state but these counters is needed to resume."""
+    return int.from_bytes(hashlib.sha256(repr(counters).encode()).digest()[:8], "little") >> 1
+
+
+def state_dict(training: Search | Evaluation) -> dict[str, Any]:
+    """All that `load_state_dict` needs to resume between any two events with the same bits.
+
+    Its tensors are those in use: they are saved, or cloned, before the training goes on.
+    """
+    state = {"epoch": training.epoch, "step": training.step}
+    if isinstance(training, Search):
+        state["stages"] = [tuple(stage) for stage in training.stages]
+    if training.network is not None:  # as it is between two stages
+        state["network"] = training.network.state_dict()
+        state["weight_optimizer"] = training.weight_optimizer.state_dict()["state"]
+        if isinstance(training, Search):
+            state["alpha_optimizer"] = training.architect.optimizer.state_dict()["state"]
+    return state
+
+
+def load_state_dict(training: Search | Evaluation, state: dict[str, Any]):
+    """Puts a Search or an Evaluation of the same arguments, before its iteration, where the state was taken."""
+    if isinstance(training, Search):
+        training.stages = [Stage(*stage) for stage in state["stages"]]
+        training.network = None
+        if "network" in state:
+            training.begin_stage()
+            load_optimizer(training.architect.optimizer, state["alpha_optimizer"])
+    if "network" in state:
+        training.network.load_state_dict(state["network"])
+        load_optimizer(training.weight_optimizer, state["weight_optimizer"])
+    training.epoch = state["epoch"]
+    training.step = state["step"]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
+    """Loads momenta and the like; the settings of the optimizer stay, and so does the tensor of its learning rate."""
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    optimizer.param_groups[0]["lr"] = lr  # torch has put a copy there
+
+
+def run(method: type[Search] | type[Evaluation], *arguments, **options) -> Search | Evaluation:
     """A whole `Search` or `Evaluation` of these arguments. Torch's random state is left as it was."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         training = method(*arguments, **options)
@@ -807,94 +1353,13 @@ def run(method, *arguments, **options) -> Search | Evaluation:
             pass
     return training
 
-@torch.no_grad()
-def correct_predictions(network, batches, dtype: str = "float32", top=(1,)) -> tuple[int, ...]:
-    """For each k of `top` how many images of the batches have their class among the k largest logits of the `network`
-    in evaluation mode, and last how many images there are."""
-    counts, was_training = [0] * (len(top) + 1), network.training
-    network.eval()
-    for images, labels in batches:
-        logits = loss_and_logits(network, images, labels, dtype)[1]
-        right = [logits.topk(min(k, logits.shape[1])).indices.eq(labels[:, None]).sum() for k in top]
-        counts = [a + b for a, b in zip(counts, [*right, len(labels)])]
-    network.train(was_training)
-    return tuple(map(int, counts))
-
-# --- Data: one uint8 tensor of images, of which batches are augmented on the device -----------------------------------
-
-class Data(NamedTuple):
-    """What a Search or an Evaluation learns from: `train` for the weights and, in a Search, `val` for the alphas.
-    Both are loaders: they have a length and `epoch(seed, start)`, which yields the batches of an epoch from batch
-    `start` on: images [N,in_channels,H,W] float32, labels [N] int64, on the device; N >= 2. They depend on the seed and
-    not on torch's global random state."""
-    train: Any
-    num_classes: int
-    in_channels: int = 3
-    val: Any = None
-
-def statistics(x):
-    """Mean and deviation of the channels of x/255; of a constant channel at least one level."""
-    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
-    return mean, std.clamp_min(1 / 255)
-
-def search_data(x, y, config: SearchConfig, num_classes: int | None = None, mean=None, std=None, device=None) -> Data:
-    """The first half of x trains the weights, the second the alphas: they must come shuffled. Arguments: see Loader."""
-    half, num_classes = len(y) // 2, num_classes or int(y.max()) + 1
-    mean, std = statistics(x) if mean is None else (mean, std)
-    train, val = (Loader(x[i], y[i], config, mean, std, device) for i in (slice(half), slice(half, None)))
-    return Data(train, num_classes, x.shape[1], val)
-
-class Loader:
-    """Batches in a new random order every epoch, each image cropped, flipped and, in an evaluation, partly cut out.
-    x: images, uint8 [N,C,H,W]; y: classes, int64 [N]; mean, std: of x/255, [C], by default those of x. device: of the
-    batches, by default that of x, which may stay in main memory or in a mapped file.
-    Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it."""
-
-    def __init__(self, x, y, config: SearchConfig | EvaluateConfig, mean=None, std=None, device=None):
-        if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
-            raise InputError(f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; expected uint8 "
-                             "[N,C,H,W] and int64 [N], 2 images or more")
-        mean, std = statistics(x) if mean is None else (mean, std)
-        self.x, self.y, self.config, self.device = x, y, config, torch.device(device or x.device)
-        self.mean, self.std = (torch.as_tensor(t, device=self.device).view(-1, 1, 1) for t in (mean, std))
-
-    def __len__(self):
-        batches, rest = divmod(len(self.y), self.config.batch)
-        return batches + (rest > 1)
-
-    def epoch(self, seed: int, start: int = 0):
-        generator = torch.Generator(self.device).manual_seed(seed)
-        order = torch.randperm(len(self.y), device=self.device, generator=generator).to(self.x.device)
-        for i, batch in itertools.islice(enumerate(order.split(self.config.batch)), start, len(self)):
-            generator.manual_seed(seed_of(seed, i))
-            yield self.augment(self.x[batch].to(self.device), generator), self.y[batch].to(self.device)
-
-    def normalise(self, x):
-        return (x.float() / 255 - self.mean) / self.std
-
-    def augment(self, x, generator):
-        h, w = x.shape[2:]
-        padding, cutout = self.config.crop_padding, min(getattr(self.config, "cutout", 0), min(h, w) // 2)
-
-        def random(high):  # one integer below `high` for each image
-            return torch.randint(high, (len(x), 1), device=x.device, generator=generator)
-
-        rows, cols = (random(2 * padding + 1) + torch.arange(n, device=x.device) for n in (h, w))  # [N, H], [N, W]
-        if self.config.flip:
-            cols = torch.where(random(2) == 1, cols.flip(1), cols)
-        padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # [N, H+2p, W+2p, C]
-        image = torch.arange(len(x), device=x.device)[:, None, None]
-        x = padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # [N, C, H, W]
-        # Contiguous: with 1 or 2 channels, torch's channels-last convolutions are not reproducible on the CPU.
-        x = self.normalise(x.contiguous())
-        if cutout:
-            # A square around a random pixel, clipped at the borders (DeVries and Taylor, arXiv 1708.04552).
-            # Deviation: it covers at most half of the side, as it does at 32 x 32.
-            dy, dx = (torch.arange(n, device=x.device) - random(n) + cutout // 2 for n in (h, w))  # [N, H], [N, W]
-            inside = ((dy >= 0) & (dy < cutout))[:, :, None] & ((dx >= 0) & (dx < cutout))[:, None, :]
-            x = x.masked_fill(inside[:, None], 0.0)
-        return x
 
 if __name__ == "__main__":
-    from harness.cli import main  # which imports this file again, as `pdarts`
+    try:
+        from harness.cli import main  # which imports this file again, as `pdarts`
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"pdarts.py: error: the command line needs {error.name}, which is missing; expected the folder harness "
+            "beside this file, and numpy"
+        ) from None
     raise SystemExit(main())

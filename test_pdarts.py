@@ -1,6 +1,5 @@
-"""Tests of pdarts.py: the paper's facts, the official code's decisions, and runs that go on as if never broken off."""
+"""Tests of pdarts.py: the paper's facts, the official code's decisions, and runs that resume as if never stopped."""
 
-import ast
 import base64
 import concurrent.futures
 import dataclasses
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import pdarts
-from harness.cells import count
+from harness.report.cells import count
 from pdarts import GENOTYPES, OPERATIONS, PRIMITIVES, Genotype, InputError, Loader, Network, derive, shrink
 
 torch.set_num_threads(1)  # the feature maps are small
@@ -35,10 +34,12 @@ HERE = pathlib.Path(pdarts.__file__).parent
 ALL = (PRIMITIVES,) * 14
 FEW = (("none", "skip_connect", "sep_conv_3x3"),) * 14  # small sets of candidates for fast tests
 TINY = pdarts.SearchConfig(
-    cells=(3, 3, 3), channels=2, epochs=2, warmup=1, batch=4, skip_dropout=(0.1, 0.2, 0.3), crop_padding=1)
+    depths=(3, 3, 3), channels=2, epochs=2, alpha_start=1, batch_size=4, skip_dropout=(0.1, 0.2, 0.3), crop_padding=1)
 SMALL_SPACE = pdarts.SearchSpace(("none", "avg_pool_3x3", "skip_connect", "dil_conv_3x3"), nodes=1)
-SMALL = dataclasses.replace(TINY, cells=(3, 3), keep=(4, 3), skip_dropout=(0.2, 0.3))  # a search of SMALL_SPACE
-EVALUATION = pdarts.EvaluateConfig(cells=3, channels=2, epochs=3, batch=6, cutout=4, crop_padding=1, drop_path=0.6)
+SMALL = dataclasses.replace(TINY, depths=(3, 3), keep=(4, 3), skip_dropout=(0.2, 0.3))  # a search of SMALL_SPACE
+EVALUATION = pdarts.EvaluateConfig(
+    depth=3, channels=2, epochs=3, batch_size=6, cutout=4, crop_padding=1, drop_path=0.6)
+ONE_NODE = pdarts.parse_genotype("skip_connect 0, sep_conv_3x3 1", "max_pool_3x3 0, dil_conv_3x3 1")
 TWO_NODES = Genotype([("skip_connect", 0), ("sep_conv_3x3", 1)] * 2, [2, 3],
                      [("max_pool_3x3", 0), ("dil_conv_3x3", 1)] * 2, [2, 3])
 
@@ -48,8 +49,10 @@ def arrays(n=16, size=(10, 12), channels=3):
     x = torch.randint(256, (n, channels, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return x, torch.arange(n) % 2 + 2 * (torch.arange(n) >= n // 2)
 
+
 def small_search(config=SMALL, data=None, space=SMALL_SPACE, **options):
     return pdarts.Search(config, data or pdarts.search_data(*arrays(), config), space=space, **options)
+
 
 def saved_and_loaded(state):
     buffer = io.BytesIO()
@@ -57,12 +60,14 @@ def saved_and_loaded(state):
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
 
+
 def assert_same(a, b, where=""):
     """Equal, bit for bit."""
     (of_a, form_a), (of_b, form_b) = tree_flatten_with_path(a), tree_flatten_with_path(b)
     assert form_a == form_b, where
     for (path, x), (_, y) in zip(of_a, of_b):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, where + keystr(path)
+
 
 class OwnLoader:
     """Batches of given images and labels, in order, in double precision; notes the (seed, start) of its epochs."""
@@ -78,36 +83,23 @@ class OwnLoader:
         for x, y in self.batches[start:]:
             yield x[self.part], y[self.part]
 
-# --- the file itself --------------------------------------------------------------------------------------------------
+# --- the file alone ---------------------------------------------------------------------------------------------------
 
-def test_the_module_is_small_and_imports_torch_and_the_standard_library_only():
-    source = (HERE / "pdarts.py").read_text()
-    assert source.count("\n") <= 900
-    *statements, main = ast.parse(source).body
-    assert ast.unparse(main.test) == "__name__ == '__main__'"
-
-    def imported(statements):
-        nodes = [node for statement in statements for node in ast.walk(statement)]
-        froms = {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
-        return froms | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-
-    standard = {"__future__", "dataclasses", "hashlib", "itertools", "math", "collections.abc", "typing"}
-    assert {name for name in imported(statements) if name.split(".")[0] != "torch"} <= standard
-    assert {name.split(".")[0] for name in imported([main])} <= {"harness"}
 
 ALONE = """if True:
     import pathlib, sys, torch, pdarts
     assert pathlib.Path(pdarts.__file__).parent == pathlib.Path.cwd()
     x, y = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 3
     state = torch.get_rng_state()
-    config = pdarts.SearchConfig((3,), (8,), (0.1,), channels=2, epochs=1, warmup=0, batch=8)
+    config = pdarts.SearchConfig((3,), (8,), (0.1,), channels=2, epochs=1, alpha_start=0, batch_size=8)
     genotype = pdarts.run(pdarts.Search, config, pdarts.search_data(x, y, config)).genotype()
-    config = pdarts.EvaluateConfig(cells=3, channels=2, epochs=1, batch=16)
+    config = pdarts.EvaluateConfig(depth=3, channels=2, epochs=1, batch_size=16)
     data = pdarts.Data(loader := pdarts.Loader(x, y, config), 3)
     network = pdarts.run(pdarts.Evaluation, genotype, config, data).network
     print(pdarts.correct_predictions(network, loader.epoch(0)))
     assert torch.equal(torch.get_rng_state(), state)  # the caller's
     assert not {"harness", "kernels"} & set(sys.modules)"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(tmp_path_factory):
@@ -120,6 +112,7 @@ def alone(tmp_path_factory):
         yield process
 
 # --- the official code's decisions ------------------------------------------------------------------------------------
+
 
 def golden_searches():
     """12 searches as the official functions decided them; an operation is written as its index in PRIMITIVES."""
@@ -136,12 +129,14 @@ def golden_searches():
                 for stage in search["kept"]]
         yield alphas, kept, {m: cell(text) for m, text in search["normal"].items()}, cell(search["reduce"])
 
+
 def test_stages_keep_the_candidates_that_the_official_code_keeps():
     for alphas, kept, _, _ in golden_searches():
         candidates = [ALL, ALL]
         for of_stage, right, keep in zip(alphas[:2], kept, (5, 3), strict=True):
             candidates = [shrink(c, a, keep) for c, a in zip(candidates, of_stage, strict=True)]
             assert candidates == right
+
 
 def test_derived_cells_are_those_of_the_official_code_for_every_limit_of_skips():
     for alphas, kept, normal, reduce in golden_searches():
@@ -150,23 +145,26 @@ def test_derived_cells_are_those_of_the_official_code_for_every_limit_of_skips()
             genotype = derive(*kept[1], *alphas[2], None if limit == "unrestricted" else int(limit))
             assert genotype == Genotype(expected, [2, 3, 4, 5], reduce, [2, 3, 4, 5])
 
-@pytest.mark.parametrize("stem, channels, cells, classes, bare, with_head", [
+
+@pytest.mark.parametrize("stem, channels, depth, classes, bare, with_head", [
     ("cifar", 36, 20, 10, 3433798, 3910224), ("cifar", 16, 8, 10, 292026, 727492),
     ("imagenet", 48, 14, 1000, 4944352, 6206664), ("cifar", 36, 20, 100, 3485728, None)])
 def test_networks_of_the_pdarts_cell_have_the_official_numbers_of_parameters(
-        stem, channels, cells, classes, bare, with_head):
+        stem, channels, depth, classes, bare, with_head):
     with torch.device("meta"):
-        network = Network(GENOTYPES["PDARTS"], channels, classes, cells, auxiliary=with_head is not None, stem=stem)
+        network = Network(GENOTYPES["PDARTS"], channels, classes, depth, auxiliary=with_head is not None, stem=stem)
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     assert sum(n for name, n in sizes.items() if not name.startswith("auxiliary_head.")) == bare
     assert sum(sizes.values()) == (with_head or bare)
 
-@pytest.mark.parametrize("cells, keep, weights", [(5, 8, 1275834), (11, 5, 2585146), (17, 3, 2791930)])
-def test_search_networks_have_the_official_numbers_of_parameters(cells, keep, weights):
+
+@pytest.mark.parametrize("depth, keep, weights", [(5, 8, 1275834), (11, 5, 2585146), (17, 3, 2791930)])
+def test_search_networks_have_the_official_numbers_of_parameters(depth, keep, weights):
     candidates = (PRIMITIVES[-keep:],) * 14
-    network = pdarts.SearchNetwork(16, 10, cells, candidates, candidates)
+    network = pdarts.SearchNetwork(16, 10, depth, candidates, candidates)
     assert sum(p.numel() for p in network.weights()) == weights
     assert sum(p.numel() for p in network.parameters()) == weights + 2 * 14 * keep
+
 
 def test_count_gives_the_published_cost_of_the_pdarts_cell_and_takes_any_image():
     network = Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True)
@@ -180,40 +178,100 @@ def test_count_gives_the_published_cost_of_the_pdarts_cell_and_takes_any_image()
 
 # --- the search space -------------------------------------------------------------------------------------------------
 
+
 def test_a_cell_has_14_edges_numbered_node_by_node():
     assert pdarts.SPACE.edges == tuple((node, source) for node in range(4) for source in range(node + 2))
     assert len(pdarts.SPACE.edges) == 14 and pdarts.cell_edges(2) == pdarts.SPACE.edges[:5]
 
-def test_the_paper_s_settings_are_the_defaults():
-    config, evaluation = pdarts.CIFAR10, pdarts.EvaluateConfig()
-    assert (config.cells, config.keep, config.skip_dropout) == ((5, 11, 17), (8, 5, 3), (0.0, 0.4, 0.7))
-    # max_skips, channels, stem, stem_stride, epochs, warmup, batch; lr to clip; crop_padding, flip, dtype, seed
-    others = (2, 16, "cifar", 1, 25, 10, 96, 0.025, 0.9, 3e-4, 6e-4, 1e-3, 5.0, 4, True, "float32", 0)
-    assert dataclasses.astuple(config)[3:] == others and config == pdarts.SearchConfig()
-    assert pdarts.CIFAR100 == dataclasses.replace(config, skip_dropout=(0.1, 0.2, 0.3))
-    assert dataclasses.astuple(evaluation)[:7] == (20, 36, "cifar", 1, 600, 128, 0.025)  # cells to lr
-    # schedule, warmup, momentum, weight_decay, clip, label_smoothing; auxiliary, auxiliary_weight, drop_path, cutout,
-    # crop_padding, flip, dtype, seed
-    others = ("cosine", 0, 0.9, 3e-4, 5.0, 0.0, True, 0.4, 0.3, 16, 4, True, "float32", 0)
-    assert dataclasses.astuple(evaluation)[7:] == others
 
-@pytest.mark.parametrize("cells, reductions", [(3, [1, 2]), (5, [1, 3]), (11, [3, 7]), (17, [5, 11]), (20, [6, 13])])
-def test_reduction_cells_stand_at_one_and_two_thirds(cells, reductions):
+PAPER_SEARCH = {
+    "depths": (5, 11, 17), "keep": (8, 5, 3), "skip_dropout": (0.0, 0.4, 0.7), "max_skips": 2, "channels": 16,
+    "stem": "cifar", "stem_stride": 1, "epochs": 25, "alpha_start": 10, "batch_size": 96, "lr": 0.025, "momentum": 0.9,
+    "weight_decay": 3e-4, "alpha_lr": 6e-4, "alpha_weight_decay": 1e-3, "clip": 5.0, "crop_padding": 4, "flip": True,
+    "dtype": "float32", "seed": 0}
+PAPER_EVALUATION = {
+    "depth": 20, "channels": 36, "stem": "cifar", "stem_stride": 1, "epochs": 600, "batch_size": 128, "lr": 0.025,
+    "schedule": "cosine", "warmup": 0, "momentum": 0.9, "weight_decay": 3e-4, "clip": 5.0, "label_smoothing": 0.0,
+    "auxiliary": True, "auxiliary_weight": 0.4, "drop_path": 0.3, "cutout": 16, "crop_padding": 4, "flip": True,
+    "dtype": "float32", "seed": 0}
+
+
+def test_the_paper_s_settings_are_the_defaults():
+    assert dataclasses.asdict(pdarts.SearchConfig()) == dataclasses.asdict(pdarts.CIFAR10) == PAPER_SEARCH
+    assert dataclasses.asdict(pdarts.CIFAR100) == PAPER_SEARCH | {"skip_dropout": (0.1, 0.2, 0.3)}
+    assert dataclasses.asdict(pdarts.EvaluateConfig()) == PAPER_EVALUATION
+
+
+def test_every_setting_of_the_method_says_where_it_comes_from():
+    for config in pdarts.SearchConfig, pdarts.EvaluateConfig:
+        for field in dataclasses.fields(config):
+            named = any(source in field.metadata["help"] for source in ("paper", "official"))
+            assert field.name in ("dtype", "seed") or named
+
+
+BAD_SETTINGS = [
+    ({"lr": math.nan}, "lr is nan; expected a number from 0 to 1e+30"),
+    ({"lr": math.inf}, "lr is inf; expected a number from 0 to 1e+30"),
+    ({"lr": -0.1}, "lr is -0.1; expected a number from 0"),
+    ({"lr": "0.1"}, "lr is '0.1'; expected a number from 0"),
+    ({"lr": None}, "lr is None; expected a number"),
+    ({"clip": 0.0}, "clip is 0.0; expected a number from 1e-09"),
+    ({"momentum": 1.5}, "momentum is 1.5; expected a number from 0 to 1"),
+    ({"epochs": 0}, "epochs is 0; expected a whole number from 1 to 1000000"),
+    ({"epochs": 2.0}, "epochs is 2.0; expected a whole number"),
+    ({"epochs": True}, "epochs is True; expected a whole number"),
+    ({"flip": 1}, "flip is 1; expected True or False"),
+    ({"seed": 2**63}, "seed is 9223372036854775808; expected a whole number from 0 to 9223372036854775807"),
+    ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+    ({"dtype": ["float32"]}, "dtype is ['float32']; expected float32 or bfloat16"),
+]
+BAD_SEARCH_SETTINGS = [
+    ({"depths": (5, 2, 17)}, "depths is 2; expected a whole number from 3 to 1000"),
+    ({"depths": 5}, "depths is 5; expected one value for each stage"),
+    ({"depths": (5, "11", 17)}, "depths is '11'; expected a whole number"),
+    ({"depths": (5, 11)}, "depths (5, 11), keep (8, 5, 3) and skip_dropout (0.0, 0.4, 0.7) differ in their numbers of "
+     "stages; expected one value for each stage"),
+    ({"depths": (), "keep": (), "skip_dropout": ()}, "depths (), keep () and skip_dropout () differ in their numbers"),
+    ({"keep": (8, 3, 5)}, "keep is (8, 3, 5); expected no stage to keep more candidates than the one before it"),
+    ({"skip_dropout": (0.0, 0.4, 1.0)}, "skip_dropout is 1.0; expected a number from 0 to 0.99"),
+    ({"skip_dropout": (0.0, 0.4, math.nan)}, "skip_dropout is nan; expected a number"),
+    ({"epochs": 2, "alpha_start": 2}, "alpha_start is 2 of 2 epochs; expected less, or alphas never learn"),
+]
+
+
+@pytest.mark.parametrize("config, changes, message", [
+    *((pdarts.SearchConfig, *bad) for bad in BAD_SETTINGS + BAD_SEARCH_SETTINGS),
+    *((pdarts.EvaluateConfig, *bad) for bad in BAD_SETTINGS)], ids=str)
+def test_a_setting_out_of_bounds_is_refused_by_its_name_its_value_and_its_range(config, changes, message):
+    with pytest.raises(InputError) as refused:
+        config(**changes)
+    assert str(refused.value).startswith(message)
+
+
+def test_whole_numbers_are_taken_for_rates():
+    assert pdarts.SearchConfig(lr=1, momentum=0).lr == 1 and pdarts.EvaluateConfig(drop_path=0).drop_path == 0
+
+
+@pytest.mark.parametrize("depth, reductions", [(3, [1, 2]), (5, [1, 3]), (11, [3, 7]), (17, [5, 11]), (20, [6, 13])])
+def test_reduction_cells_stand_at_one_and_two_thirds(depth, reductions):
     candidates = (SMALL_SPACE.primitives,) * len(SMALL_SPACE.edges)
-    network = pdarts.SearchNetwork(2, 10, cells, candidates, candidates, space=SMALL_SPACE)
+    network = pdarts.SearchNetwork(2, 10, depth, candidates, candidates, space=SMALL_SPACE)
     assert [i for i, cell in enumerate(network.cells) if cell.reduction] == reductions
     assert network.classifier.in_features == SMALL_SPACE.nodes * 2 * 4  # channels doubled twice
+
 
 def test_alphas_start_small_and_are_shared_by_the_cells_of_a_kind():
     network = pdarts.SearchNetwork(2, 10, 5, ALL, ALL)
     assert network.alphas_normal.shape == network.alphas_reduce.shape == (14, 8)
     assert 0 < network.alphas_normal.abs().max() < 0.01
 
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_rounds_sizes_up(name):
     for stride, (height, width) in itertools.product((1, 2), ((8, 8), (7, 9), (1, 2))):
         y = OPERATIONS[name].build(4, stride, True)(torch.randn(2, 4, height, width))
         assert y.shape == (2, 4, -(-height // stride), -(-width // stride))
+
 
 def test_factorized_reduction_covers_every_pixel_once():
     op = pdarts.FactorizedReduce(2, 2, affine=False)
@@ -228,8 +286,10 @@ def test_factorized_reduction_covers_every_pixel_once():
         assert torch.allclose(second[: len(odd), : len(odd)], odd)
         assert second.sum().item() == pytest.approx(odd.sum().item())  # nothing but zeros in the added row and column
 
+
 def test_average_pool_does_not_count_padding():
     assert torch.equal(OPERATIONS["avg_pool_3x3"].build(1, 1, True)(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
+
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_mixed_op_is_the_softmax_weighted_sum_of_its_candidates(stride):
@@ -239,6 +299,40 @@ def test_mixed_op_is_the_softmax_weighted_sum_of_its_candidates(stride):
     expected = sum(p * op(x) for p, op in zip(probabilities[1:], mixed.ops, strict=True))  # `none` adds nothing
     assert torch.allclose(mixed(x, probabilities), expected, rtol=1e-12)
     assert torch.equal(pdarts.MixedOp(("none",), 4, stride)(x, probabilities[:1]), torch.zeros_like(expected))
+
+
+class CellTracer(torch.fx.Tracer):
+    """Goes into cells and edges; what lies on the edges stays whole."""
+
+    def is_leaf_module(self, module, name):
+        return not isinstance(module, (pdarts.SearchCell, pdarts.MixedOp, pdarts.Cell))
+
+
+def test_cells_can_be_traced():
+    x, probabilities = torch.randn(2, 4, 8, 8), torch.rand(14, 8)
+    search_cell = pdarts.SearchCell(ALL, 4, 4, 4, reduction=True, reduction_before=False)
+    cell = pdarts.Cell(TWO_NODES.normal, [2, 3], 4, 4, 4, reduction=False, reduction_before=False)
+    for module, inputs in (search_cell, (x, x, probabilities)), (cell, (x, x)):
+        for traced in torch.fx.GraphModule(module, CellTracer().trace(module)), torch.fx.symbolic_trace(module.eval()):
+            assert torch.equal(traced.eval()(*inputs), module.eval()(*inputs))
+
+
+@pytest.mark.parametrize("kind", ["search", "evaluation"])
+def test_a_network_compiles_to_one_graph_in_training_whatever_its_rate(kind):
+    if kind == "search":
+        space = pdarts.SearchSpace(("none", "skip_connect"), nodes=1)
+        network = pdarts.SearchNetwork(2, 4, 3, (space.primitives,) * 2, (space.primitives,) * 2, space=space)
+        set_rate = network.set_skip_dropout
+    else:
+        network = Network(ONE_NODE, 2, 4, 3)
+        set_rate = network.set_drop_path
+    graphs, images, outputs = [], torch.randn(2, 3, 8, 8), []
+    compiled = torch.compile(network, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for rate in 0.0, 0.9:
+        set_rate(rate)
+        outputs.append(torch.utils._pytree.tree_leaves(compiled(images))[0])
+    assert len(graphs) == 1 and not torch.equal(*outputs)
+
 
 def test_cells_use_the_probabilities_of_their_kind():
     torch.manual_seed(0)
@@ -250,6 +344,7 @@ def test_cells_use_the_probabilities_of_their_kind():
         network(torch.ones(2, 3, 8, 8))
     assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[1], outputs[3])
 
+
 def test_norms_are_affine_and_pools_are_bare_in_evaluation_only():
     network = pdarts.SearchNetwork(2, 10, 3, ALL, ALL)
     norms = [m for m in network.cells.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -259,6 +354,7 @@ def test_norms_are_affine_and_pools_are_bare_in_evaluation_only():
     evaluation = Network(GENOTYPES["PDARTS"], 4, 10, 3)
     assert all(m.affine for m in evaluation.modules() if isinstance(m, nn.BatchNorm2d))
     assert isinstance(evaluation.cells[1]._ops[0], nn.AvgPool2d)
+
 
 def test_skip_dropout_acts_on_stride_one_skips_only_and_can_be_set():
     network = pdarts.SearchNetwork(2, 10, 3, FEW, FEW)
@@ -271,6 +367,7 @@ def test_skip_dropout_acts_on_stride_one_skips_only_and_can_be_set():
     network.set_skip_dropout(0.5)  # in place
     assert {rate.item() for rate in rates} == {0.5}
 
+
 def test_skip_dropout_is_per_element_and_in_training_only():
     torch.manual_seed(0)
     mixed, ones = pdarts.MixedOp(("skip_connect",), 2, 1), torch.ones(4, 2, 8, 8)
@@ -279,6 +376,7 @@ def test_skip_dropout_is_per_element_and_in_training_only():
     assert set(y.unique().tolist()) == {0.0, 2.0} and 0.4 < (y == 0).float().mean() < 0.6
     assert torch.equal(mixed.eval()(ones, torch.ones(1)), ones)
 
+
 @pytest.mark.parametrize("size, stride", [((8, 8), 1), ((9, 13), 1), ((32, 31), 2)])
 def test_search_network_takes_any_size_number_of_channels_and_stride_of_the_stem(size, stride):
     network, sizes = pdarts.SearchNetwork(2, 7, 3, ALL, ALL, in_channels=2, stem_stride=stride), []
@@ -286,26 +384,29 @@ def test_search_network_takes_any_size_number_of_channels_and_stride_of_the_stem
     assert network(torch.randn(3, 2, *size)).shape == (3, 7)
     assert sizes == [tuple(math.ceil(n / stride) for n in size)]
 
+
 def conv_1x1(channels, stride, affine):
     return nn.Sequential(nn.Conv2d(channels, channels, 1, stride), nn.BatchNorm2d(channels, affine=affine))
 
+
 def test_another_search_space_works_beside_the_default_in_one_process(monkeypatch):
-    monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1, "#000000"))
+    monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1))
     own = pdarts.SearchSpace(("skip_connect", "conv_1x1", "none"), nodes=3)
-    config = dataclasses.replace(TINY, cells=(3,), keep=(3,), skip_dropout=(0.1,), epochs=1, warmup=0)
+    config = dataclasses.replace(TINY, depths=(3,), keep=(3,), skip_dropout=(0.1,), epochs=1, alpha_start=0)
     searches = [(own, config), (pdarts.SPACE, dataclasses.replace(config, keep=(8,)))]
     running, other = (small_search(config, space=space) for space, config in searches)
     assert len(list(zip(running, other))) == (2 + 1) + 1  # by turns
     stage = running.stages[0]
-    assert stage.normal == (own.primitives,) * 9 and stage.alphas_normal.shape == (9, 3)
+    assert stage.candidates_normal == (own.primitives,) * 9 and stage.alphas_normal.shape == (9, 3)
     genotype = stage.genotype()
     assert len(genotype.normal) == len(genotype.reduce) == 6 and genotype.normal_concat == [2, 3, 4]
     assert {name for name, _ in genotype.normal + genotype.reduce} <= {"skip_connect", "conv_1x1"}
-    assert other.stages[0].normal == ALL
+    assert other.stages[0].candidates_normal == ALL
     assert pdarts.SearchSpace().primitives == PRIMITIVES
 
+
 def test_an_operation_is_added_by_one_entry_in_the_registry(monkeypatch):
-    monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1, "#000000"))
+    monkeypatch.setitem(OPERATIONS, "conv_1x1", pdarts.Primitive(conv_1x1))
     own, images = pdarts.SearchSpace(("none", "conv_1x1"), nodes=1), torch.randn(2, 3, 8, 8)
     names, alphas = (own.primitives,) * 2, torch.zeros(2, 2)
     assert pdarts.SearchNetwork(2, 3, 3, names, names, space=own)(images).shape == (2, 3)
@@ -313,15 +414,18 @@ def test_an_operation_is_added_by_one_entry_in_the_registry(monkeypatch):
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
+
 def test_skip_dropout_rate_in_every_epoch_of_a_stage():
     for initial in 0.1, 0.4, 0.7:
         rates = [pdarts.skip_dropout_rate(initial, epoch) for epoch in range(25)]
         assert rates[:10] == pytest.approx([initial * (24 - e) / 25 for e in range(10)])
         assert rates[10] == initial and rates[10:] == pytest.approx([initial * math.exp(-0.2 * e) for e in range(15)])
 
+
 def test_learning_rate_falls_as_a_cosine_from_the_first_epoch():
     rates = [pdarts.cosine(0.025, epoch, 25) for epoch in range(25)]
     assert rates == pytest.approx([0.025 * (1 + math.cos(math.pi * epoch / 25)) / 2 for epoch in range(25)])
+
 
 def test_learning_rate_falls_evenly_and_its_last_step_in_fifths():
     rates = [pdarts.linear(0.5, epoch, 250) for epoch in range(250)]
@@ -333,16 +437,20 @@ def test_learning_rate_falls_evenly_and_its_last_step_in_fifths():
 
 # --- from stage to stage, derivation and refinement -------------------------------------------------------------------
 
+
 ZEROS = torch.zeros(14, 8)
 FOR_NONE = torch.eye(8)[:1].repeat(14, 1)
+
 
 def test_shrink_drops_the_first_of_equal_candidates_and_keeps_the_order():
     assert shrink(ALL, ZEROS, 5) == (PRIMITIVES[3:],) * 14
     assert shrink(ALL, FOR_NONE, 3) == (("none", "dil_conv_3x3", "dil_conv_5x5"),) * 14
 
+
 def test_derive_never_chooses_none_and_keeps_the_later_of_equal_edges():
     expected = [("dil_conv_5x5", source) for source in (0, 1, 1, 2, 2, 3, 3, 4)]
     assert derive(ALL, ALL, FOR_NONE, FOR_NONE) == (expected, [2, 3, 4, 5]) * 2
+
 
 def test_refinement_lets_another_edge_come_in():
     # Node 1 (edges 2, 3, 4): skips on all, strong on 2 and 3; without its skip, edge 2 is weaker than edge 4's skip.
@@ -354,18 +462,22 @@ def test_refinement_lets_another_edge_come_in():
     assert derive(candidates, candidates, alphas, alphas, 2).normal[2:4] == [("skip_connect", 0), ("skip_connect", 1)]
     assert derive(candidates, candidates, alphas, alphas, 1).normal[2:4] == [("skip_connect", 1), ("dil_conv_3x3", 2)]
 
+
 def test_refinement_finds_candidates_whose_probability_rounds_to_zero():
     candidates = (("none", "avg_pool_3x3", "skip_connect"),) * 14
     cell = derive(candidates, candidates, torch.tensor([[200.0, 0.0, 0.0]] * 14), torch.zeros(14, 3), max_skips=0)
     assert {name for name, _ in cell.normal} == {"avg_pool_3x3"}
+
 
 def test_refinement_goes_on_where_the_weakest_skip_is_all_that_its_edge_has():
     candidates = (("none", "skip_connect"), ("skip_connect", "sep_conv_3x3"))
     alphas = torch.tensor([[0.7, 0.3], [0.6, 0.4]]).log()
     assert derive(candidates, candidates, alphas, alphas, 1).normal == [("skip_connect", 0), ("sep_conv_3x3", 1)]
 
+
 SKIPS = (("none", "skip_connect"),) * 14
 IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+
 
 @pytest.mark.parametrize("call, message", [
     (lambda: shrink(ALL, ZEROS, 9), "keep is 9; expected 1 to 8"),
@@ -379,16 +491,15 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
     (lambda: pdarts.SearchNetwork(2, 10, 3, (("skip_connect", "none"),) * 14, ALL), "one or more of .* this order"),
     (lambda: pdarts.SearchNetwork(2, 10, 3, ALL, (("sep_conv_9x9",),) * 14), "candidates .'sep_conv_9x9',.; expected"),
     (lambda: pdarts.Search(SMALL, None), "keep starts with 4; expected 8, all primitives"),
-    (lambda: pdarts.SearchConfig(keep=(8, 3, 5)), "keep is .8, 3, 5.; expected no stage to keep more"),
-    (lambda: pdarts.Search(pdarts.SearchConfig(keep=(8, 5, 2)), None), "ends with 2; expected at least 3"),
+        (lambda: pdarts.Search(pdarts.SearchConfig(keep=(8, 5, 2)), None), "ends with 2; expected at least 3"),
     (lambda: pdarts.Search(pdarts.SearchConfig(), pdarts.Data([], 4)), "data.val is None; expected"),
     (lambda: pdarts.SearchSpace(("none", "conv_9x9")), "unknown primitives .*conv_9x9"),
+    (lambda: pdarts.SearchSpace(("none", "skip_connect", "none")), "'none'.; expected one or more, each once"),
+    (lambda: pdarts.SearchSpace(()), "primitives ..; expected one or more"),
+    (lambda: pdarts.SearchSpace(nodes=0), "cells of 0 nodes; expected 1 or more"),
     (lambda: pdarts.SearchNetwork(2, 10, 3, ALL, ALL, space=pdarts.SearchSpace(nodes=3)), "equal ones, 9 of them"),
-    (lambda: pdarts.SearchConfig(cells=(5, 11)), "cells .5, 11., .* expected one value per stage"),
-    (lambda: pdarts.SearchConfig((), (), ()), "expected one value per stage"),
-    (lambda: pdarts.SearchConfig(epochs=2, warmup=2), "warmup is 2 of 2 epochs; expected fewer"),
     (lambda: Network("PDARTS", 4, 10, 3), "genotype is a str; expected a Genotype"),
-    (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 2), "cells is 2; expected at least 3"),
+    (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 2), "depth is 2; expected at least 3 cells"),
     (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 3, stem="mnist"), "stem is 'mnist' of 4 channels; expected"),
     (lambda: pdarts.SearchNetwork(1, 10, 3, FEW, FEW, stem="imagenet"), "'imagenet' of 1 channels; .* of 2 or more"),
     (lambda: Network(TWO_NODES._replace(normal=[("conv_1x1", 0)]), 4, 10, 3), "pair 0 .* 'conv_1x1', 0; expected one"),
@@ -404,6 +515,7 @@ def test_wrong_arguments_get_a_message_that_says_what_was_expected(call, message
 
 # --- the architect ----------------------------------------------------------------------------------------------------
 
+
 def test_an_architecture_step_is_adam_s_on_the_alphas_and_computes_no_gradients_of_weights():
     torch.manual_seed(0)
     network, labels = pdarts.SearchNetwork(2, 3, 3, FEW, FEW).double(), torch.arange(6) % 3
@@ -416,13 +528,14 @@ def test_an_architecture_step_is_adam_s_on_the_alphas_and_computes_no_gradients_
     torch.optim.Adam(expected, 6e-4, (0.5, 0.999), weight_decay=1e-3).step()
     asked = []
     network.register_forward_hook(lambda *_: asked.extend(w.requires_grad for w in network.weights()))
-    mine, logits = pdarts.Architect(network, clip=1e-3).step(images, labels)
+    mine, logits = pdarts.Architect(network, clip=1e-3).update(images, labels)
     assert norm > 1e-3 and logits.shape == (6, 3) and torch.allclose(mine, loss) and not mine.requires_grad
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(network.alphas(), expected))
     assert_same([w.detach() for w in network.weights()], before)
     assert asked and not any(asked) and all(w.grad is None for w in network.weights())
 
 # --- the search -------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def tiny_search():
@@ -431,8 +544,8 @@ def tiny_search():
 
     def noted(*args, **options):
         architect = pdarts.Architect(*args, **options)
-        step = architect.step
-        architect.step = lambda *batch: labels.append(batch[1::2]) or step(*batch)
+        update = architect.update
+        architect.update = lambda *batches: labels.append(batches[1::2]) or update(*batches)
         return architect
 
     events, alphas, labels = [], [], []
@@ -443,8 +556,9 @@ def tiny_search():
         if type(event) is pdarts.Epoch:
             rates = {m.rate.item() for m in search.network.modules() if isinstance(m, pdarts.SkipDropout)}
             assert len(rates) == 1 and rates.pop() == pytest.approx(event.rate)
-            assert search.optimizer.param_groups[0]["lr"].item() == pytest.approx(event.lr)
+            assert search.weight_optimizer.param_groups[0]["lr"].item() == pytest.approx(event.lr)
     return search, events, alphas, labels
+
 
 def test_a_search_yields_its_steps_epochs_and_stages_with_their_rates(tiny_search):
     _, events, *_ = tiny_search
@@ -459,6 +573,7 @@ def test_a_search_yields_its_steps_epochs_and_stages_with_their_rates(tiny_searc
             assert step.alpha_size == 4 * epoch and (step.alpha_loss is None) == (epoch == 0)
             assert epoch == 0 or step.alpha_loss.isfinite() and 0 <= step.alpha_correct <= 4
 
+
 def test_alphas_learn_from_the_second_half_and_not_in_the_first_epochs(tiny_search):
     _, events, alphas, labels = tiny_search
     assert len(labels) == 3 * 2  # stages, steps of the epoch after the warm-up
@@ -470,13 +585,15 @@ def test_alphas_learn_from_the_second_half_and_not_in_the_first_epochs(tiny_sear
         assert_same(second, last)
         assert_same(last, list(events[7 * stage + 6][2:]))  # those of the stage
 
+
 def test_each_stage_keeps_candidates_of_the_stage_before(tiny_search):
     stages = tiny_search[0].stages
-    assert stages[0].normal == stages[0].reduce == ALL[:5]
+    assert stages[0].candidates_normal == stages[0].candidates_reduce == ALL[:5]
     for before, after, keep in zip(stages, stages[1:], (5, 3)):
-        assert after.normal == shrink(before.normal, before.alphas_normal, keep)
-        assert after.reduce == shrink(before.reduce, before.alphas_reduce, keep)
+        assert after.candidates_normal == shrink(before.candidates_normal, before.alphas_normal, keep)
+        assert after.candidates_reduce == shrink(before.candidates_reduce, before.alphas_reduce, keep)
     assert stages[-1].genotype(1) == derive(*stages[-1], 1)
+
 
 def test_equal_seeds_give_equal_bits_and_leave_the_caller_s_random_state():
     def found(**settings):
@@ -493,31 +610,34 @@ def test_equal_seeds_give_equal_bits_and_leave_the_caller_s_random_state():
     assert not torch.equal(first[1][0].alphas_normal, other[0].alphas_normal)
     assert "skip_connect" not in {name for name, _ in no_skips.normal}
 
+
 def goes_on_after_every_event(make):
     """The events of what `make` makes, which, begun anew with the state after any of them, goes on to the same bits."""
     whole, events, states = make(), [], []
     for event in whole:
         events.append(event)
-        states.append(saved_and_loaded(whole.state_dict()))
+        states.append(saved_and_loaded(pdarts.state_dict(whole)))
     for i, state in enumerate(states):
         torch.manual_seed(i)
         again = make()
-        again.load_state_dict(state)
+        pdarts.load_state_dict(again, state)
         assert_same(list(again), events[i + 1 :], f"events after {i}, a {type(events[i]).__name__}")
-        assert_same(again.state_dict(), whole.state_dict(), f"end after {i}")
+        assert_same(pdarts.state_dict(again), pdarts.state_dict(whole), f"end after {i}")
     broken_off = make()
     assert_same(list(iter(lambda: next(iter(broken_off), None), None)), events)
     return events
+
 
 def test_a_search_goes_on_after_any_event_with_the_same_bits():
     def with_own_loaders():  # of 3 batches and 2
         data = pdarts.Data(OwnLoader(x, y, 6), 4, val=OwnLoader(x[:6], y[:6], 3))
         return small_search(config, data, prepare=nn.Module.double)
 
-    config, (x, y) = dataclasses.replace(SMALL, cells=(3,), keep=(4,), skip_dropout=(0.3,)), arrays()
+    config, (x, y) = dataclasses.replace(SMALL, depths=(3,), keep=(4,), skip_dropout=(0.3,)), arrays()
     # stages, epochs, steps
     assert len(goes_on_after_every_event(small_search)) == 2 * (2 * (2 + 1) + 1)
     assert len(goes_on_after_every_event(with_own_loaders)) == 2 * (3 + 1) + 1
+
 
 def test_a_shorter_validation_split_is_begun_again_with_a_new_seed():
     x, y = arrays()
@@ -532,6 +652,7 @@ def test_a_shorter_validation_split_is_begun_again_with_a_new_seed():
         assert_same(list(itertools.islice(pdarts.endless(val, 7, start), 3)), whole[start : start + 3])
         assert val.epochs[0][1] == start % 2  # nothing is made to be skipped
 
+
 def test_prepare_may_replace_a_layer_which_is_trained_then():
     def prepare(network):
         network.weights()
@@ -543,6 +664,7 @@ def test_prepare_may_replace_a_layer_which_is_trained_then():
     used = [search.network for event in search if type(event) is pdarts.Epoch]
     assert used == [network for network, _ in prepared for _ in range(2)] and len(prepared) == 2
     assert not any(torch.equal(network.classifier[1].weight, before) for network, before in prepared)
+
 
 def test_average_is_given_all_gradients_of_alphas_and_of_weights_which_are_clipped_then():
     calls = []
@@ -560,6 +682,7 @@ def test_average_is_given_all_gradients_of_alphas_and_of_weights_which_are_clipp
                 assert all(torch.equal(g.sign(), p.grad.sign()) for g, p in zip(gradients, parameters))
                 assert torch.cat([p.grad.flatten() for p in parameters]).norm() == pytest.approx(5.0, rel=1e-4)
             calls.clear()
+
 
 def test_two_ranks_that_average_their_gradients_do_the_steps_of_one_process():
     config, (x, y) = dataclasses.replace(SMALL, skip_dropout=(0.0, 0.0)), arrays(size=(8, 8))
@@ -594,6 +717,7 @@ def test_two_ranks_that_average_their_gradients_do_the_steps_of_one_process():
     assert all(torch.allclose(first[key], right[key], rtol=1e-9, atol=1e-12) for key in right)
     assert not any(torch.allclose(before[key], right[key], rtol=1e-3) for key in ("alphas_reduce", "stem.0.weight"))
 
+
 def test_every_step_of_every_rank_drops_other_elements():
     def seen(step):
         return lambda *batch: seeds.append(torch.initial_seed()) or step(*batch)
@@ -602,6 +726,7 @@ def test_every_step_of_every_rank_drops_other_elements():
     for rank in 0, 1:
         list(small_search(rank=rank, wrap_step=seen))
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2  # ranks, stages, epochs, steps
+
 
 @pytest.mark.parametrize("of_p, of_gradient", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
 def test_a_step_takes_gradients_of_another_memory_format(of_p, of_gradient):
@@ -612,16 +737,19 @@ def test_a_step_takes_gradients_of_another_memory_format(of_p, of_gradient):
         p = torch.nn.Parameter(start.to(memory_format=formats[0], copy=True))
         optimizer = pdarts.sgd([p], EVALUATION)
         for _ in range(2):
-            pdarts.clipped_step(optimizer, [p], [gradient.to(memory_format=formats[1], copy=True)], 5.0)
+            pdarts.apply_gradients(optimizer, [p], [gradient.to(memory_format=formats[1], copy=True)], 5.0)
         results.append(p.detach())
     assert torch.equal(*results)
+
 
 def test_loading_keeps_the_tensor_of_the_learning_rate_which_a_captured_step_reads():
     for training in small_search(), small_evaluation():
         next(iter(training))
-        lr = training.optimizer.param_groups[0]["lr"]
-        pdarts.load_optimizer(training.optimizer, saved_and_loaded(training.state_dict()["weights"]))
-        assert training.optimizer.param_groups[0]["lr"] is lr and lr.item() > 0
+        optimizer, state = training.weight_optimizer, saved_and_loaded(pdarts.state_dict(training))
+        lr = optimizer.param_groups[0]["lr"]
+        pdarts.load_optimizer(optimizer, state["weight_optimizer"])
+        assert optimizer.param_groups[0]["lr"] is lr and lr.item() > 0
+
 
 def test_bfloat16_changes_the_feature_maps_only():
     def watch(network):
@@ -639,6 +767,7 @@ def test_bfloat16_changes_the_feature_maps_only():
 
 # --- the evaluation network -------------------------------------------------------------------------------------------
 
+
 def test_state_dict_has_the_official_keys_and_shapes():
     with torch.device("meta"):
         network = Network(GENOTYPES["PDARTS"], 36, 10, 20, auxiliary=True)
@@ -655,6 +784,7 @@ def test_state_dict_has_the_official_keys_and_shapes():
     assert official.items() <= shapes.items() and not any("drop_path" in key for key in shapes)
     assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight", "stem1.2.weight"} <= set(imagenet)
 
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 31), (15, 11), (33, 64)])
 def test_networks_return_auxiliary_logits_in_training_only_at_every_size(size):
     network, images = Network(GENOTYPES["PDARTS"], 4, 6, 5, auxiliary=True, in_channels=1), torch.randn(2, 1, *size)
@@ -663,10 +793,12 @@ def test_networks_return_auxiliary_logits_in_training_only_at_every_size(size):
     assert network.eval()(images).shape == (2, 6)
     assert Network(GENOTYPES["PDARTS"], 4, 6, 5, in_channels=1)(images)[1] is None
 
+
 @pytest.mark.parametrize("size, stride", [(8, 3), (7, 2)])
 def test_auxiliary_pool_is_the_official_one_at_official_sizes(size, stride):
     x = torch.randn(2, 3, size, size)
     assert torch.equal(pdarts.PoolTo2x2()(x), nn.AvgPool2d(5, stride=stride, count_include_pad=False)(x))
+
 
 def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():
     network, sizes = Network(GENOTYPES["PDARTS"], 8, 5, 3, auxiliary=True, stem="imagenet"), []
@@ -674,6 +806,7 @@ def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():
     assert network(torch.randn(2, 3, 64, 96))[1].shape == (2, 5)
     assert sizes == [(2, 8, 16, 24), (2, 32, 8, 12)]
     assert Network(TWO_NODES, 4, 5, 3, stem_stride=3).stem(torch.randn(2, 3, 9, 8)).shape == (2, 12, 3, 3)
+
 
 def test_a_search_with_the_imagenet_stem_halves_input_0_of_the_first_cell():
     config = dataclasses.replace(SMALL, stem="imagenet")
@@ -687,37 +820,58 @@ def test_a_search_with_the_imagenet_stem_halves_input_0_of_the_first_cell():
     assert {name.split(".")[0] for name in network.state_dict()} >= {"stem0", "stem1"}
     assert isinstance(network.cells[0].preprocess0, pdarts.FactorizedReduce)
 
+
 def test_drop_path_drops_whole_samples_rescales_and_spares_identities_and_evaluation():
     torch.manual_seed(0)
-    per_sample = pdarts.inverted_dropout(torch.ones(1000, 2, 3, 3), torch.tensor(0.3), (1000, 1, 1, 1)).flatten(1)
+    drop_path, ones = pdarts.DropPath(), torch.ones(1000, 2, 3, 3)
+    drop_path.rate.fill_(0.3)
+    per_sample = drop_path(ones).flatten(1)
     assert (per_sample == per_sample[:, :1]).all()
     assert per_sample.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert per_sample[:, 0].count_nonzero() == pytest.approx(700, abs=50)
+    assert torch.equal(drop_path.eval()(ones), ones)
+    network = Network(TWO_NODES, 4, 3, 3)
+    network.set_drop_path(0.9)
+    for cell in network.cells:
+        for op, of_op in zip(cell._ops, cell.drop_paths, strict=True):
+            assert isinstance(of_op, nn.Identity) if isinstance(op, nn.Identity) else of_op.rate == torch.tensor(0.9)
+
+
+def test_a_cell_drops_the_paths_of_its_operations_in_training():
+    torch.manual_seed(0)
     skips, convolutions = ([(name, 0), (name, 1)] for name in ("skip_connect", "sep_conv_3x3"))
     for pairs, training, dropped in (skips, True, False), (convolutions, True, True), (convolutions, False, False):
-        network = Network(Genotype(pairs, [2], skips, [2]), 4, 3, 3).train(training)
+        network, outputs = Network(Genotype(pairs, [2], skips, [2]), 4, 3, 3).train(training), []
         s0 = s1 = network.stem(torch.randn(8, 3, 8, 8))
-        none, most = (network.cells[0](s0, s1, torch.tensor(rate)) for rate in (0.0, 0.9))
-        assert torch.equal(none, most) != dropped
+        for rate in 0.0, 0.9:
+            network.set_drop_path(rate)
+            outputs.append(network.cells[0](s0, s1))
+        assert torch.equal(*outputs) != dropped
+
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
+
 
 def small_evaluation(config=EVALUATION, genotype=TWO_NODES, **options):
     return pdarts.Evaluation(genotype, config, pdarts.Data(Loader(*arrays(14), config), 4), **options)
 
+
 def test_an_evaluation_goes_on_after_any_event_with_the_same_bits():
     events = goes_on_after_every_event(lambda: small_evaluation(dataclasses.replace(EVALUATION, epochs=2)))
     assert [type(event).__name__ for event in events] == ["Step", "Step", "Step", "Epoch"] * 2  # 6, 6 and 2 images
+
 
 def test_drop_path_rises_and_the_learning_rate_falls_from_epoch_to_epoch():
     evaluation = small_evaluation()
     for event in evaluation:
         if type(event) is pdarts.Step:
             lr, rate = 0.025 * (1 + math.cos(math.pi * evaluation.epoch / 3)) / 2, 0.6 * evaluation.epoch / 3
-            assert evaluation.network.drop_path.item() == pytest.approx(rate)
-            assert evaluation.optimizer.param_groups[0]["lr"].item() == pytest.approx(lr)
+            rates = {m.rate.item() for m in evaluation.network.modules() if isinstance(m, pdarts.DropPath)}
+            assert len(rates) == 1 and rates.pop() == pytest.approx(rate)
+            assert evaluation.weight_optimizer.param_groups[0]["lr"].item() == pytest.approx(lr)
         else:
             assert event == (0, evaluation.epoch - 1, pytest.approx(lr), pytest.approx(rate))
+
 
 def test_an_evaluation_averages_and_clips_and_takes_cells_that_leave_nodes_out():
     calls, prepared = [], []
@@ -735,11 +889,13 @@ def test_an_evaluation_averages_and_clips_and_takes_cells_that_leave_nodes_out()
     norm = torch.cat([p.grad.flatten() for p in evaluation.weights if p.grad is not None]).norm()
     assert norm == pytest.approx(5.0, rel=1e-4)
 
+
 def test_the_auxiliary_loss_counts_by_its_weight():
     images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     loss, logits = pdarts.loss_and_logits(lambda x: (x, 2 * x), images, labels, auxiliary_weight=0.4)
     assert torch.equal(logits, images)
     assert torch.allclose(loss, F.cross_entropy(images, labels) + 0.4 * F.cross_entropy(2 * images, labels))
+
 
 def test_labels_are_smoothed_in_both_heads_of_a_training_with_the_imagenet_recipe():
     images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
@@ -757,9 +913,11 @@ def test_labels_are_smoothed_in_both_heads_of_a_training_with_the_imagenet_recip
     # 3 epochs fall in shares of 1, 1 and a half; the first is half of the warm-up.
     assert rates == pytest.approx([0.25, 0.5, 0.25])
 
+
 def test_correct_predictions_counts_the_classes_among_the_largest_logits():
     batches = [(torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4), torch.arange(4))]
     assert pdarts.correct_predictions(nn.Identity(), batches, top=(1, 2, 5)) == (1, 2, 4, 4)
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_correct_predictions_counts_in_evaluation_mode_in_the_given_type(dtype):
@@ -772,14 +930,16 @@ def test_correct_predictions_counts_in_evaluation_mode_in_the_given_type(dtype):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+
 def test_an_epoch_is_a_permutation_and_leaves_out_a_last_batch_of_one():
-    for n, batch, sizes in (25000, pdarts.CIFAR10.batch, [96] * 260 + [40]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]):
-        config = dataclasses.replace(EVALUATION, batch=batch, crop_padding=0)
+    for n, batch_size, sizes in (25000, 96, [96] * 260 + [40]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]):
+        config = dataclasses.replace(EVALUATION, batch_size=batch_size, crop_padding=0)
         loader = Loader(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n), config, mean=[0.0], std=[1.0])
         labels = [y for _, y in loader.epoch(0)]
         assert [len(y) for y in labels] == sizes and len(loader) == len(sizes)
         labels = torch.cat(labels)
         assert len(labels.unique()) == sum(sizes) and not torch.equal(labels, labels.sort().values)
+
 
 def test_a_seed_says_the_batches_of_an_epoch_and_a_start_skips_some():
     loader = Loader(*arrays(), EVALUATION)
@@ -789,11 +949,13 @@ def test_a_seed_says_the_batches_of_an_epoch_and_a_start_skips_some():
         assert_same(list(loader.epoch(7, start)), epoch[start:])
     assert not torch.equal(epoch[0][1], other[0][1]) and not torch.equal(epoch[0][0], other[0][0])
 
+
 def test_search_data_halves_the_images():
     x, y = arrays(n=9, channels=2)
     data = pdarts.search_data(x, y, TINY)
     assert torch.equal(data.train.x, x[:4]) and torch.equal(data.val.x, x[4:]) and torch.equal(data.val.y, y[4:])
     assert (data.num_classes, pdarts.search_data(x, y, TINY, 10).num_classes, data.in_channels) == (4, 10, 2)
+
 
 def test_images_are_normalised_by_their_own_statistics_or_by_given_ones():
     x, y = arrays()
@@ -802,6 +964,7 @@ def test_images_are_normalised_by_their_own_statistics_or_by_given_ones():
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0])
     expected = (x.permute(0, 2, 3, 1) / 255 - mean) / std
     assert torch.allclose(Loader(x, y, TINY, mean, std).normalise(x), expected.permute(0, 3, 1, 2))
+
 
 def test_augmentation_crops_flips_normalises_and_cuts_out_each_image():
     marked = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
@@ -827,6 +990,7 @@ def test_augmentation_crops_flips_normalises_and_cuts_out_each_image():
     assert 0 < small[:, 0].sum((1, 2)).max() <= 16  # at most half the image's side
 
 # --- alone ------------------------------------------------------------------------------------------------------------
+
 
 def test_the_file_alone_in_a_folder_searches_and_evaluates_from_arrays(alone):
     output, errors = alone.communicate(timeout=100)

@@ -90,7 +90,7 @@ class Checkpoints:
         state = broadcast(self._read(path) if rank == 0 and path.exists() else None)
         if state is None:
             return None
-        if state["batch"] and len(state["meters"]) != number:
+        if state["step"] and len(state["meters"]) != number:
             raise InputError(
                 f"{path} was written by {len(state['meters'])} processes in the middle of an epoch, here are {number}; "
                 "expected as many"

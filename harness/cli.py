@@ -20,11 +20,17 @@ from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.progress import duration, reading
-from harness.report.cells import MAX_NODES, cell_table, draw, read_genotype
+from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
-from pdarts import GENOTYPES, OPERATIONS, SPACE, InputError, SearchSpace
+from pdarts import OPERATIONS, SPACE, InputError, SearchSpace
+
+HELP = {  # more than pdarts.py says of its settings
+    "stem": "cifar: a 3x3 convolution; imagenet: three of stride 2 (paper)",
+    "stem_stride": "stride of the cifar stem; 2 or more for large images (official: 1)",
+    "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,13 +63,7 @@ def _add_options(parser, presets):
         "--kernels",
         metavar="MODE",
         help="the fused kernels: on, off, auto (if they can be built) or, on CUDA, those of some operations, such as "
-        '"mixed pool:float32:NCHW" (default: PDARTS_KERNELS, else auto, and PDARTS_CUDA_OPERATIONS)',
-    )
-    parser.add_argument(
-        "--recompute",
-        action=argparse.BooleanOptionalAction,
-        help="with torch's own convolutions: compute cheap values again in the backward pass, which saves memory and "
-        "costs time (default: on the CPU only)",
+        '"mixed cell" (default: PDARTS_KERNELS, else auto, and PDARTS_CUDA_OPERATIONS)',
     )
     parser.add_argument(
         "--graphs",
@@ -83,9 +83,10 @@ def _add_options(parser, presets):
             continue  # the preset's, or that of --data
         demo, paper = (getattr(presets[name], field.name) for name in ("demo", "cifar10"))
         flag = f"--{field.name.replace('_', '-')}"
+        about = HELP.get(field.name, field.metadata["help"])
         keywords = {
             "default": argparse.SUPPRESS,
-            "help": f"{field.metadata['help']} [{_text(demo)}; {_text(paper)}]".replace("%", "%%"),
+            "help": f"{about} [{_text(demo)}; {_text(paper)}]".replace("%", "%%"),
         }
         if isinstance(demo, bool):
             settings.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
@@ -115,6 +116,8 @@ def _configure(args, presets, out):
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
+            if others := sorted(values.keys() - {field.name for field in dataclasses.fields(settings)}):
+                raise ValueError(f"another version wrote it: it sets {', '.join(others)}")
             settings, args.data = type(settings)(**values), args.data or saved["path"]
             args.kernels = args.kernels or {"fused": "on", "plain": "off"}[saved["kernels"]]
             if "space" in saved:
@@ -156,7 +159,7 @@ def _say(*text):
 
 
 def _ways(args):
-    names = "device", "kernels", "resume", "recompute"
+    names = "device", "kernels", "resume"
     return {"graphs": args.graphs == "auto", "show": True} | {name: getattr(args, name) for name in names}
 
 
@@ -165,7 +168,7 @@ def _search(args, out):
     space = _space(args.primitives or args.space.primitives, args.space.nodes if args.nodes is None else args.nodes)
     started = time.monotonic()
     _say(
-        f"preset {args.preset}: searching on {which}, {len(settings.cells)} stages of {_text(settings.cells)} cells "
+        f"preset {args.preset}: searching on {which}, {len(settings.depths)} stages of {_text(settings.depths)} cells "
         f"and {settings.epochs} epochs; results in {out}"
     )
     result = search(settings, images, None if args.resume else out, space=space, **_ways(args))
@@ -186,7 +189,7 @@ def _evaluate(args, out):
     settings, images, which = _configure(args, EVALUATE_PRESETS, out)
     if not args.weights:
         _say(
-            f"preset {args.preset}: training on {which}, {settings.cells} cells, {settings.channels} channels, "
+            f"preset {args.preset}: training on {which}, {settings.depth} cells, {settings.channels} channels, "
             f"{settings.epochs} epochs; results in {out}"
         )
     new = None if args.resume or args.weights else out
@@ -222,12 +225,12 @@ def _parser():
     space.add_argument("--nodes", type=int, metavar="N", help=f"nodes of a cell (default: {SPACE.nodes})")
     command.set_defaults(run=_search, space=SPACE)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
-    command.add_argument("genotype", nargs="?", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    command.add_argument("genotype", nargs="?", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
     _add_options(command, EVALUATE_PRESETS)
     command.add_argument("--weights", type=_path, metavar="FILE", help="only test the network with these weights")
     command.set_defaults(run=_evaluate)
     command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
-    command.add_argument("genotype", help=f"{', '.join(GENOTYPES)}, or a genotype.json")
+    command.add_argument("genotype", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
     command.add_argument(
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )

@@ -21,7 +21,7 @@ from harness.data.images import Images
 from harness.fuzz import FUZZ
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
+from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
 from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small
@@ -33,20 +33,20 @@ POOLS = SearchSpace(("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect"), no
 FASTEST = SearchSpace(("none", "avg_pool_3x3", "skip_connect"), nodes=1)
 TINY = SearchSettings(
     dataset="shapes",
-    cells=(3, 3, 3),
+    depths=(3, 3, 3),
     keep=(4, 4, 3),  # of POOLS
     skip_dropout=(0.1, 0.2, 0.3),
     # With fewer, torch 2.13 writes beyond the gradients of channels-last convolutions on CPUs without AVX-512.
     channels=8,
     epochs=2,
-    warmup=1,
-    batch=4,
+    alpha_start=1,
+    batch_size=4,
 )
-ONE_STAGE = dataclasses.replace(TINY, cells=(3,), keep=(3,), skip_dropout=(0.3,))  # of FASTEST
-TWO_STAGES = dataclasses.replace(TINY, cells=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))  # of ONE_NODE
+ONE_STAGE = dataclasses.replace(TINY, depths=(3,), keep=(3,), skip_dropout=(0.3,))  # of FASTEST
+TWO_STAGES = dataclasses.replace(TINY, depths=(3, 3), keep=(8, 3), skip_dropout=(0.2, 0.3))  # of ONE_NODE
 fast_search = functools.partial(search, space=FASTEST)
 # The same on the command line.
-FAST_SEARCH = "--primitives none avg_pool_3x3 skip_connect --nodes 1 --cells 3 --keep 3 --skip-dropout 0.1".split()
+FAST_SEARCH = "--primitives none avg_pool_3x3 skip_connect --nodes 1 --depths 3 --keep 3 --skip-dropout 0.1".split()
 PAIRS = [("skip_connect", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_3x3", 2)]
 CELL = pdarts.Genotype(PAIRS, [2, 3], PAIRS, [2, 3])  # for fast tests
 

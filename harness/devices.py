@@ -97,14 +97,14 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
         raise InputError(f"the kernels cannot be used: {error}") from None
 
 
-def ways_to_compute(device: torch.device, kernels: bool, graphs: bool, recompute: bool | None) -> dict:
+def ways_to_compute(device: torch.device, kernels: bool, graphs: bool) -> dict:
     """Return the arguments `prepare` and `wrap_step` of a Search or an Evaluation.
 
     Graphs are for one process on a GPU: several processes wait for each other within a step.
     """
     ways = {}
     if kernels:
-        ways["prepare"] = functools.partial(fused.fuse, recompute=recompute)
+        ways["prepare"] = fused.fuse
     if graphs and device.type == "cuda" and processes()[1] == 1:
         ways["wrap_step"] = functools.partial(CapturedStep, device=device)
     return ways

@@ -133,7 +133,7 @@ class Shared:
         if hasattr(loader, "part"):
             self.loader, self.rank, self.number = loader.part(*processes()), 0, 1
         if hasattr(loader, "config"):  # a pdarts.Loader
-            self.batches = batches_for(len(loader.y), loader.config.batch, self.number)
+            self.batches = batches_for(len(loader.y), loader.config.batch_size, self.number)
         else:
             self.batches = len(self.loader)
 

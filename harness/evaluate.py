@@ -45,7 +45,6 @@ def evaluate(
     show: bool = False,
     kernels: str | None = None,
     graphs: bool = True,
-    recompute: bool | None = None,
 ) -> EvaluateResult:
     """Train the network of a cell from scratch and test it; with `weights`, a file of its state_dict, only test it.
 
@@ -63,15 +62,15 @@ def evaluate(
     with run.block():
         torch.manual_seed(0)
         options = (config.auxiliary, config.stem, channels, config.stem_stride)
-        network = Network(genotype, config.channels, run.images.num_classes, config.cells, *options)
+        network = Network(genotype, config.channels, run.images.num_classes, config.depth, *options)
         cost = count(network, tuple(size), channels)
         if weights is not None:
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
             # The kernels take the norms as they are.
-            tested = ways_to_compute(run.device, run.fused, False, None).get("prepare", fold)(copy.deepcopy(network))
+            tested = ways_to_compute(run.device, run.fused, False).get("prepare", fold)(copy.deepcopy(network))
         else:
-            tested = network = _train(genotype, config, run, graphs, recompute, show)
+            tested = network = _train(genotype, config, run, graphs, show)
         errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]
         return EvaluateResult(network.eval(), *cost, *errors)
 
@@ -95,7 +94,7 @@ def fold(network: Network) -> Network:
     return network
 
 
-def _train(genotype, config, run, graphs, recompute, show):
+def _train(genotype, config, run, graphs, show):
     data = run.shared(run.images.evaluate_data(config))
     training = pdarts.Evaluation(
         genotype,
@@ -104,13 +103,13 @@ def _train(genotype, config, run, graphs, recompute, show):
         run.device,
         average=average,
         rank=processes()[0],
-        **ways_to_compute(run.device, run.fused, graphs, recompute),
+        **ways_to_compute(run.device, run.fused, graphs),
     )
     state = run.begin(training)
     run.folder.write("genotype.json", genotype._asdict())
     steps = len(data.train)
     progress, meters = Progress([config.epochs * steps], show), None
-    progress.resume(training.epoch * steps + training.batch)
+    progress.resume(training.epoch * steps + training.step)
     clock = Clock()
     for event in training:
         epoch = training.epoch if isinstance(event, Step) else event.epoch
@@ -121,7 +120,7 @@ def _train(genotype, config, run, graphs, recompute, show):
         if isinstance(event, Step):
             meters[0].update(event.loss, event.correct, event.size)
             seen = event.size * processes()[1]
-            text = f"{label}  step {training.batch}/{steps}"
+            text = f"{label}  step {training.step}/{steps}"
             progress.step(0, text, 1, meters[0], clock.rate(seen))
             run.stop_if_asked(training, meters)
         else:

@@ -126,7 +126,7 @@ class Run:
         """Load the saved state into the training and return it, or begin the folder of a new run."""
         state, self.state = self.state, None
         if state:
-            training.load_state_dict(state["training"])
+            pdarts.load_state_dict(training, state["training"])
             self.log, self.times = state["log"], state["times"]
         else:
             self.folder.write("config.json", self.description)
@@ -144,7 +144,7 @@ class Run:
         states = gather([meter.state() for meter in meters]) if meters else []
         self.folder.write("log.jsonl", _lines(self.log))
         self.folder.write("times.jsonl", _lines(self.times))
-        state = {"training": training.state_dict(), "batch": training.batch, "meters": states, **more}
+        state = {"training": pdarts.state_dict(training), "step": training.step, "meters": states, **more}
         # The checkpoint last: whoever is killed before it does this epoch again.
         self.checkpoints.save(state | {"log": self.log, "times": self.times})
 

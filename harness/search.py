@@ -35,7 +35,6 @@ def search(
     graphs: bool = True,
     resume=None,
     show: bool = False,
-    recompute: bool | None = None,
     space: SearchSpace = SPACE,
 ) -> SearchResult:
     """Search progressively: stage after stage a deeper network with fewer candidates, then the cell.
@@ -43,14 +42,14 @@ def search(
     images: Images or Loaders, by default the data set of `config.dataset` and `config.images`. out: a new or empty
     folder for the results, or None. kernels: "auto", "on" or "off", or None, see `pick_kernels`. graphs: capture steps
     on a GPU, see `CapturedStep`. resume: instead of `out`, the folder of a run that ended early. show: print progress.
-    recompute: see kernels.fuse. space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
+    space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
     SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
     """
     run = Run("search", config, images, out, device, kernels, resume, space=dataclasses.asdict(space))
     data = run.shared(run.images.search_data(config))
     steps = len(data.train)
     # What the epochs of a stage take: a step with alphas counts twice.
-    work = [steps * c * k * (2 * config.epochs - config.warmup) for c, k in zip(config.cells, config.keep)]
+    work = [steps * c * k * (2 * config.epochs - config.alpha_start) for c, k in zip(config.depths, config.keep)]
     accuracies = []
     with run.block():
         searching = pdarts.Search(
@@ -61,15 +60,15 @@ def search(
             average=average,
             rank=processes()[0],
             architect=SecondOrder if config.unrolled else Architect,
-            **ways_to_compute(run.device, run.fused, graphs and not config.unrolled, recompute),
+            **ways_to_compute(run.device, run.fused, graphs and not config.unrolled),
         )
         state = run.begin(searching)
         progress, meters = Progress(work, show), None
         if state:
             accuracies = state["test_accuracies"]
-            epochs = searching.epoch + max(0, searching.epoch - config.warmup)
+            epochs = searching.epoch + max(0, searching.epoch - config.alpha_start)
             stage = min(len(searching.stages), len(work) - 1)
-            progress.resume(sum(work[:stage]) + steps * config.cells[stage] * config.keep[stage] * epochs)
+            progress.resume(sum(work[:stage]) + steps * config.depths[stage] * config.keep[stage] * epochs)
         clock = Clock()
         for event in searching:
             if isinstance(event, Stage):
@@ -88,8 +87,8 @@ def search(
                 if event.alpha_loss is not None:
                     meters[1].update(event.alpha_loss, event.alpha_correct, event.alpha_size)
                 seen = event.size * processes()[1]
-                amount = config.cells[stage] * config.keep[stage] * (1 if event.alpha_loss is None else 2)
-                text = f"{label}  step {searching.batch}/{steps}"
+                amount = config.depths[stage] * config.keep[stage] * (1 if event.alpha_loss is None else 2)
+                text = f"{label}  step {searching.step}/{steps}"
                 progress.step(stage, text, amount, meters[0], clock.rate(seen))
                 run.stop_if_asked(searching, meters, test_accuracies=accuracies)
             else:
@@ -97,7 +96,7 @@ def search(
                 share_buffers(searching.network)
                 last, test_accuracy = event.epoch == config.epochs - 1, None
                 if last:  # only reported
-                    (test_accuracy,) = run.test_accuracies(searching.network, 2 * steps * config.batch)
+                    (test_accuracy,) = run.test_accuracies(searching.network, 2 * steps * config.batch_size)
                     accuracies = [*accuracies, test_accuracy]
                 alphas = [alpha.detach() for alpha in searching.network.alphas()]
                 run.log.append(
@@ -116,7 +115,7 @@ def search(
                     }
                 )
                 seconds = run.time(clock, stage=event.stage + 1, epoch=event.epoch)
-                check_agreement(alphas, searching.candidates)
+                check_agreement(alphas, searching.candidates_normal, searching.candidates_reduce)
                 run.save(searching, test_accuracies=accuracies)
                 write_search(run, searching)
                 text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"

@@ -76,7 +76,7 @@ def test_a_folder_without_a_checkpoint_begins_anew(unbroken, tmp_path):
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_needs_as_many_processes(unbroken, tmp_path):
     folder = shutil.copytree(unbroken, tmp_path / "run")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True) | {"batch": 1, "meters": [[], []]}
+    state = torch.load(folder / "checkpoint.pt", weights_only=True) | {"step": 1, "meters": [[], []]}
     (folder / "checkpoint.pt").write_bytes(saved(state))
     message = "was written by 2 processes in the middle of an epoch, here are 1; expected as many"
     with pytest.raises(InputError, match=message):

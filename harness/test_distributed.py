@@ -44,10 +44,10 @@ class Numbers:
 
     def __init__(self, images, batch):
         self.y = torch.arange(images)
-        self.config = pdarts.SearchConfig(batch=batch)
+        self.config = pdarts.SearchConfig(batch_size=batch)
 
     def epoch(self, seed, start=0):
-        yield from list(zip(self.y.split(self.config.batch), self.y.split(self.config.batch)))[start:]
+        yield from list(zip(self.y.split(self.config.batch_size), self.y.split(self.config.batch_size)))[start:]
 
 
 # --- two processes, without torchrun ----------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_search_of_two_processes_goes_on_when_one_dies_and_both_end_together(f
     write_images(folder)
     (folder / "sitecustomize.py").write_text(SITE)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    options = "--channels 8 --batch 8 --epochs 2 --warmup 1 --device cpu --data own.npz --out found".split()
+    options = "--channels 8 --batch-size 8 --epochs 2 --alpha-start 1 --device cpu --data own.npz --out found".split()
     command = [*torchrun, ROOT / "pdarts.py", "search", *FAST_SEARCH, *options]
     result = python(*command, cwd=folder, PYTHONPATH=f"{folder}{os.pathsep}{ROOT}")
     assert result.returncode == 0, result.stderr

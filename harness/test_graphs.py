@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import sys
 import warnings
 
 import pytest
@@ -17,8 +18,8 @@ from harness.graphs import CapturedStep
 from harness.settings import EvaluateSettings
 
 SPACE = pdarts.SearchSpace(("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"), nodes=1)  # small, for fast tests
-SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, warmup=2)
-EVALUATION = EvaluateSettings(cells=3, channels=8, epochs=3, batch=4, cutout=4, auxiliary=False)
+SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, alpha_start=2)
+EVALUATION = EvaluateSettings(depth=3, channels=8, epochs=3, batch_size=4, cutout=4, auxiliary=False)
 CELL = pdarts.Genotype(*[[("sep_conv_3x3", 0), ("skip_connect", 1)], [2]] * 2)
 IMAGES = random_images((8, 8), 3, 22)  # in halves of 11: two batches of 4 and a tail of 3
 
@@ -110,6 +111,7 @@ def as_on_a_gpu(monkeypatch):
     """Drops without looking at the rate, and Adam with its count of steps in a tensor."""
     drop, adam = pdarts.inverted_dropout, torch.optim.Adam
     monkeypatch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
+    monkeypatch.setattr(sys.modules["kernels.fuse"], "_nothing_drops", lambda rates: False)
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **options: adam(*a, **options | {"capturable": True}))
     of_adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(of_adam, "_get_capturable_supported_devices", lambda *_: ["cpu"])

@@ -1,4 +1,4 @@
-"""Tests of what the README shows from Python: every block runs as it stands, on few images and with small settings."""
+"""Tests of the Python in README.md and docs/DATA.md: every block runs as it stands, on few images."""
 
 import dataclasses
 import re
@@ -11,7 +11,8 @@ import pdarts
 from harness.conftest import ONE_STAGE, ROOT
 from harness.settings import SEARCH_PRESETS
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/DATA.md"))
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
@@ -23,23 +24,31 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(pdarts, "SearchConfig", lambda **_: pdarts.CIFAR10.__class__(**one_stage))
     for name in SEARCH_PRESETS:
         monkeypatch.setitem(SEARCH_PRESETS, name, settings)
-    for owner, name in (pdarts, "search_data"), (pdarts, "Search"):  # on the CPU
-        whole = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, device=None, _whole=whole, **b: _whole(*a, **b))
+
+    class Search(pdarts.Search):  # on the CPU
+        def __init__(self, *arguments, device=None, **options):
+            super().__init__(*arguments, **options)
+
+    search_data = pdarts.search_data
+    monkeypatch.setattr(pdarts, "search_data", lambda *arguments, device=None: search_data(*arguments))
+    monkeypatch.setattr(pdarts, "Search", Search)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(12) % 3
     floats = TensorDataset(images / 255, labels)
     arrays = {"x_train": images.permute(0, 2, 3, 1), "y_train": labels, "x_test": images.permute(0, 2, 3, 1)}
-    return {"images": images, "labels": labels, "halves": (floats, floats), "test_set": floats,
-            "y_test": labels} | arrays  # fmt: skip
+    arrays |= {"y_test": labels, "outputs": torch.randn(3, 2, 4, 8, 8), "probabilities": torch.rand(3)}
+    arrays |= {"running_means": list(torch.zeros(3, 4)), "running_vars": list(torch.ones(3, 4))}
+    return {"images": images, "labels": labels, "halves": (floats, floats), "test_set": floats} | arrays
 
 
 def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights):
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     exec(BLOCKS[0], small)
-    assert "Genotype(normal=" in capsys.readouterr().out
+    assert small["y"].shape == (2, 4, 8, 8)
     exec(BLOCKS[1], small)
+    assert "Genotype(normal=" in capsys.readouterr().out
+    exec(BLOCKS[2], small)
     assert re.search(r"\(\d+, \d+\)\n$", capsys.readouterr().out)
-    exec(BLOCKS[2].replace("workers=4", "workers=1"), small)
+    exec(BLOCKS[3].replace("workers=4", "workers=1"), small)
     assert len(small["result"].test_accuracies) == 1

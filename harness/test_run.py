@@ -39,13 +39,13 @@ from harness.conftest import (
 )
 from harness.devices import pick_kernels
 from harness.evaluate import evaluate, fold
-from harness.report.cells import check_genotype, count, read_genotype
+from harness.report.cells import PUBLISHED, check_genotype, count, read_genotype
 from harness.run import Stopped
 from harness.search import search
 from harness.settings import EvaluateSettings
 from pdarts import Evaluation, Genotype, InputError, Search, SearchSpace, SkipDropout
 
-TRAINING = EvaluateSettings(dataset="shapes", cells=3, channels=8, epochs=3, batch=6, cutout=4, auxiliary=False)
+TRAINING = EvaluateSettings(dataset="shapes", depth=3, channels=8, epochs=3, batch_size=6, cutout=4, auxiliary=False)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_search_writes_the_cells_of_every_stage_and_every_limit(searched):
         assert limit is None or sum(name == "skip_connect" for name, _ in expected.normal) <= int(limit)
     for number, stage in enumerate(result.stages, 1):
         assert read_genotype(str(folder / f"stages/{number}/genotype.json")) == stage.genotype(2)
-        assert len(stage.normal[0]) == TINY.keep[number - 1]
+        assert len(stage.candidates_normal[0]) == TINY.keep[number - 1]
 
 
 def test_config_json_holds_what_is_needed_to_run_again(searched, images):
@@ -157,7 +157,7 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
 @pytest.mark.parametrize("name, stem", [("PDARTS", "cifar"), ("AmoebaNet", "imagenet")])
 def test_norms_folded_into_convolutions_change_no_logits(name, stem):
     torch.manual_seed(0)
-    network = pdarts.Network(pdarts.GENOTYPES[name], 4, 10, 4, auxiliary=True, stem=stem).double().eval()
+    network = pdarts.Network(PUBLISHED[name], 4, 10, 4, auxiliary=True, stem=stem).double().eval()
     for norm in network.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
@@ -180,7 +180,7 @@ def test_runs_show_a_line_for_every_epoch(images, capsys):
 def test_a_search_takes_all_of_own_images_but_of_a_data_set_what_its_settings_say(
     steps, monkeypatch
 ):
-    config, seen = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, images=16), []
+    config, seen = dataclasses.replace(ONE_STAGE, epochs=1, alpha_start=0, images=16), []
     own = random_images(n=40)
     for given, number in (own, 5), (None, 2):  # half of 40 or of 16, by 4
         monkeypatch.setattr("harness.data.images.shapes", lambda: own)
@@ -250,7 +250,8 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
 def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
     monkeypatch, tmp_path
 ):
-    config = dataclasses.replace(ONE_STAGE, cells=(3, 3), keep=(3, 3), skip_dropout=(0.2, 0.3), epochs=1, warmup=0)
+    two_stages = {"depths": (3, 3), "keep": (3, 3), "skip_dropout": (0.2, 0.3)}
+    config = dataclasses.replace(ONE_STAGE, **two_stages, epochs=1, alpha_start=0)
     few, whole, replace, copies = random_images((8, 8), 2, 8), tmp_path / "whole", os.replace, {}
 
     def copying(source, target):
@@ -359,7 +360,7 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
     kills, rng = int(os.environ.get("PDARTS_KILLS", 1)), np.random.default_rng(0)
     # The more kills, the longer the search: one that is killed right away makes no progress.
     write_images(tmp_path, 16 * kills)
-    arguments = "--channels 8 --batch 8 --warmup 1 --kernels off --data own.npz"
+    arguments = "--channels 8 --batch-size 8 --alpha-start 1 --kernels off --data own.npz"
     command = [ROOT / "pdarts.py", "search", *FAST_SEARCH, *arguments.split(), "--epochs", 1 + kills]
     started = time.monotonic()
     assert python(*command, "--out", "whole", cwd=tmp_path).returncode == 0
@@ -431,13 +432,13 @@ def test_deterministic_runs_ask_torch_for_it_and_leave_its_mode(images, steps, b
 
 def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch):
     seen, fuse = [], kernels.fuse
-    monkeypatch.setattr(kernels, "fuse", lambda network, **options: seen.append((network, options)) or fuse(network))
+    monkeypatch.setattr(kernels, "fuse", lambda network: seen.append(network) or fuse(network))
     fast_search(ONE_STAGE, images, kernels="off")
     assert not seen
-    fast_search(ONE_STAGE, images, kernels="on", recompute=True)
+    fast_search(ONE_STAGE, images, kernels="on")
     evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
-    assert [options for _, options in seen] == [{"recompute": True}, {"recompute": None}]
-    skips = [module for module in seen[0][0].modules() if isinstance(module, SkipDropout)]
+    assert len(seen) == 2
+    skips = [module for module in seen[0].modules() if isinstance(module, SkipDropout)]
     assert skips and all(float(skip.rate) > 0 for skip in skips)  # set in the fused network
 
 
@@ -445,8 +446,8 @@ def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
     monkeypatch.setattr(kernels, "fused", lambda device: True)
     before, mode = kernels.use_on_cuda("mixed"), kernels.use("off")
     try:
-        assert pick_kernels("pool cell:float32:NCHW", torch.device("cuda")) and kernels.use("off") == "on"
-        assert kernels.use_on_cuda("mixed") == "pool cell:float32:NCHW"
+        assert pick_kernels("cell pool", torch.device("cuda")) and kernels.use("off") == "on"
+        assert kernels.use_on_cuda("mixed") == "cell pool"
         with pytest.raises(InputError, match="the kernels cannot be used: the operations on CUDA are .'mixt'.; expe"):
             pick_kernels("mixt", torch.device("cuda"))
         with pytest.raises(InputError, match="kernels is 'pool'; expected auto, on or off, or, on CUDA, operations"):

@@ -77,11 +77,11 @@ def test_a_step_leaves_weights_and_their_optimizer_as_they_were_even_if_it_fails
     architect = SecondOrder(network, weight_optimizer=optimizer)
     weights, alphas = ([p.detach().clone() for p in group] for group in (network.weights(), network.alphas()))
     momentum = [optimizer.state[w]["momentum_buffer"].clone() for w in network.weights()]
-    loss, logits = architect.step(*batch, *train)
+    loss, logits = architect.update(*batch, *train)
     assert logits.shape == (6, 3) and not loss.requires_grad
     assert not any(map(torch.equal, alphas, network.alphas()))
     with pytest.raises(IndexError):
-        architect.step(batch[0], batch[1] + 99, *train)  # at the moved weights
+        architect.update(batch[0], batch[1] + 99, *train)  # at the moved weights
     assert all(map(torch.equal, weights, network.weights()))
     assert all(torch.equal(m, optimizer.state[w]["momentum_buffer"]) for m, w in zip(momentum, network.weights()))
 
@@ -99,7 +99,7 @@ def test_a_search_takes_the_order_that_its_settings_say(images, monkeypatch):
 
     for kind in Architect, SecondOrder:
         monkeypatch.setattr(kind, "gradients", spied(kind, kind.gradients))
-    config = dataclasses.replace(ONE_STAGE, epochs=1, warmup=0, batch=8)
+    config = dataclasses.replace(ONE_STAGE, epochs=1, alpha_start=0, batch_size=8)
     first, second = (fast_search(dataclasses.replace(config, unrolled=u), images) for u in (False, True))
     assert orders == [Architect, SecondOrder]
     assert not torch.equal(first.stages[0].alphas_normal, second.stages[0].alphas_normal)

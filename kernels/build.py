@@ -33,13 +33,9 @@ except ImportError:  # Windows
     fcntl = None
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-# The slowest to compile first.
-_SOURCES = ("separable.cpp", "operators.cpp", "mixed_op_cpu.cpp", "cell_cpu.cpp", "separable_cpu.cpp", "pool_cpu.cpp")
-_CUDA_SOURCES = ("depthwise.cu", "depthwise_last.cu", "cell.cu", "mixed_op.cu")
-_HEADERS = ("operators_common.h", "mixed_operators.h", "convolution_operators.h", "cell_operators.h", "mixed_op.h")
-_HEADERS += ("depthwise_operators.h", "depthwise_cuda.h", "convolution.h", "cell.h", "separable.h", "pool.h")
-_HEADERS += ("depthwise.h", "pointwise.h", "simd.h", "cell_cuda.h", "cell_cuda_operators.h", "cuda_tiles.h")
-_HEADERS += ("cuda_types.h", "cuda_depthwise.h", "philox.h", "masks.h", "dropout_operators.h")
+SOURCES = FOLDER / "csrc"
+_SOURCES = ("cpu/separable.cpp", "torch/operators.cpp", "cpu/mixed.cpp", "cpu/cell.cpp")  # the slowest first
+_CUDA_SOURCES = ("cuda/cell.cu", "cuda/mixed.cu")
 _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 # PDARTS_KERNELS_FLAGS: more of them, such as sanitizers
 _FLAGS = ["-O3", _NATIVE, "-fopenmp", "-Wno-psabi", *os.environ.get("PDARTS_KERNELS_FLAGS", "").split()]
@@ -62,8 +58,8 @@ _TOOLKITS = (
 def version() -> str:
     """Of the sources in this folder; the library knows it too."""
     content = hashlib.sha256()
-    for name in _SOURCES + _CUDA_SOURCES + _HEADERS:
-        content.update((FOLDER / name).read_bytes())
+    for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        content.update(path.read_bytes())
     return f"v{content.hexdigest()[:16]}"
 
 
@@ -282,7 +278,7 @@ def _build(cache, key, toolkit):
             with _surroundings(toolkit):
                 built = cpp_extension.load(
                     name="pdarts_kernels",
-                    sources=[str(FOLDER / name) for name in _SOURCES + _CUDA_SOURCES * cuda],
+                    sources=[str(SOURCES / name) for name in _SOURCES + _CUDA_SOURCES * cuda],
                     extra_cflags=[*_FLAGS, f"-DPDARTS_VERSION={version()}", *["-DPDARTS_CUDA"] * cuda],
                     build_directory=scratch,
                     with_cuda=cuda,

@@ -17,41 +17,37 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import Dropout, Norm, Step, Sum, cell, cell_program, dropout_key, dropout_masks, fused, known_on_cuda
-from . import pool, run_cell, serves_cells
+from .ops import cell, dropout_key, dropout_masks, pool, run_cell
+from .program import Dropout, Norm, Step, Sum, cell_program, known_on_cuda
+from .runtime import fused, supports
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
+def memory_format(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.memory_format:
     """The layout of the feature maps of a fused search network.
 
-    Channels-last on the CPU, where the fused convolutions want it; under autocast, which they leave to torch, NCHW.
+    Channels-last on the CPU, where the fused convolutions want it; in 16 bits and under autocast, where torch convolves,
+    NCHW.
     NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
     slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
     """
     layouts = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
-    fused_convolutions = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    floating = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    fused_convolutions = device.type == "cpu" and floating
     name = os.environ.get("PDARTS_LAYOUT") or ("channels-last" if fused_convolutions else "NCHW")
     if name not in layouts:
         raise ValueError(f"PDARTS_LAYOUT is {name!r}; expected {' or '.join(layouts)}")
     return layouts[name]
 
 
-def fuse(network: nn.Module, recompute: bool | None = None) -> nn.Module:
-    """`network`, changed in place, and unchanged where the kernels do not serve its device (see `kernels.use`).
-
-    recompute: where torch's own convolutions serve, compute again in the backward pass what lies between ReLU and the
-    pointwise convolution, instead of keeping it; None: on the CPU only, since a GPU has the memory and not the time.
-    On CUDA cells are not computed as a whole then.
-    """
+def fuse(network: nn.Module) -> nn.Module:
+    """`network`, changed in place, and unchanged where the kernels do not support its device (see `kernels.use`)."""
     device = next(network.parameters()).device
     if fused(device):
         memory_format(device)  # refuses a wrong PDARTS_LAYOUT now
-        recompute = device.type == "cpu" if recompute is None else recompute
         for module in reversed(list(network.modules())):  # what a module holds before the module itself
             replacement = next((new for recognises, new in _RULES if recognises(module)), None)
             if replacement:
                 module.__class__ = _subclass(replacement, type(module))
-                module.recompute = recompute
                 if isinstance(module, _Whole):
                     module.norms = [m for m in module.modules() if _is_norm(m)]
                     module.layers = [m for m in module.modules() if m._parameters or m._buffers]
@@ -78,39 +74,34 @@ class _Recognised:
 
     def factorized_reduce(self, x):
         x = F.relu(x)
-        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
+        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
     def mixed_op(self, x, probabilities):
-        return sum(p * op(x) for p, op in zip(probabilities[self.skip_none :], self.ops))
+        return sum(probabilities[k] * op(x) for k, op in enumerate(self.ops, start=self.skip_none))
 
     def skip_dropout(self, x):
         return inverted_dropout(x, self.rate, x.shape) if self.training else x  # noqa: F821
 
+    def drop_path(self, x):
+        return inverted_dropout(x, self.rate, (x.shape[0], 1, 1, 1)) if self.training else x  # noqa: F821
+
     def search_cell(self, s0, s1, probabilities):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self.edges, probabilities))
+        offset = 0
         for _ in range(self.nodes):
-            states.append(self.node(list(zip(states, edges))))
+            node = sum(self.edges[offset + j](x, probabilities[offset + j]) for j, x in enumerate(states))
+            offset += len(states)
+            states.append(node)
         return torch.cat(states[2:], dim=1)
 
-    def search_node(self, incoming):
-        return sum(edge(x, p) for x, (edge, p) in incoming)
-
-    def evaluation_cell(self, s0, s1, drop_path):
+    def evaluation_cell(self, s0, s1):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edges = iter(zip(self._ops, self.sources))
-        for pair in zip(edges, edges):
-            states.append(self.node([(op, states[source]) for op, source in pair], drop_path))
+        for i in range(0, len(self.sources), 2):
+            a = self.drop_paths[i](self._ops[i](states[self.sources[i]]))
+            b = self.drop_paths[i + 1](self._ops[i + 1](states[self.sources[i + 1]]))
+            states.append(a + b)
         return torch.cat([states[i] for i in self.concat], dim=1)
-
-    def evaluation_node(self, incoming, drop_path):
-        return sum(self.edge(op, x, drop_path) for op, x in incoming)
-
-    def edge(self, op, x, drop_path):
-        if isinstance(op, nn.Identity) or not self.training:
-            return op(x)
-        return inverted_dropout(op(x), drop_path, (len(x), 1, 1, 1))  # noqa: F821
 
 
 @functools.cache
@@ -193,27 +184,31 @@ def _is_skip_dropout(m):
     return _has(m, "forward", _Recognised.skip_dropout)
 
 
+def _is_drop_path(m):
+    return _has(m, "forward", _Recognised.drop_path)
+
+
 def _is_search_cell(m):
-    return _has(m, "node", _Recognised.search_node) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
+    return _has(m, "forward", _Recognised.search_cell) and all(isinstance(edge, _FusedMixedOp) for edge in m.edges)
 
 
 def _is_evaluation_cell(m):
-    return _has(m, "node", _Recognised.evaluation_node) and _has(m, "edge", _Recognised.edge)
+    known = _has(m, "forward", _Recognised.evaluation_cell)
+    return known and all(_is_identity(drop) or _is_drop_path(drop) for drop in m.drop_paths)
 
 
-def _is_whole(m, forward, operations):
+def _is_whole(m, operations):
     known = (_is_identity(op) or _is_skip_dropout(op) or isinstance(op, _Fused) for op in operations)
     preprocessed = isinstance(m.preprocess0, _Fused) and isinstance(m.preprocess1, _Fused)
-    return preprocessed and all(known) and _has(m, "forward", forward)
+    return preprocessed and all(known)
 
 
 def _is_whole_search_cell(m):
-    operations = (op for edge in m.edges for op in edge.ops) if _is_search_cell(m) else [None]
-    return _is_search_cell(m) and _is_whole(m, _Recognised.search_cell, operations)
+    return _is_search_cell(m) and _is_whole(m, (op for edge in m.edges for op in edge.ops))
 
 
 def _is_whole_evaluation_cell(m):
-    if not (_is_evaluation_cell(m) and _is_whole(m, _Recognised.evaluation_cell, m._ops)):
+    if not (_is_evaluation_cell(m) and _is_whole(m, m._ops)):
         return False
     nodes = range(2, 2 + len(m._ops) // 2)  # one of no use gets no gradients in plain torch: there it stays
     return set(nodes) <= {*m.sources, *m.concat} and len(set(m.concat)) == len(m.concat) and min(m.concat) >= 2
@@ -285,7 +280,7 @@ def _settings(norm):
     return (norm.training, norm.momentum, norm.eps) if wide else None
 
 
-def _sum(operations, probabilities, recompute):
+def _sum(operations, probabilities):
     """sum_k probabilities[k] * op_k(x_k); operations: pairs of op and x."""
     program, inputs = _Program(), []
 
@@ -302,11 +297,16 @@ def _sum(operations, probabilities, recompute):
             terms.append(op.add_to(program, value(x)) if program.accepts(op.norms) else value(op.plain(x)))
     program.finish(len(inputs), program.sum(terms))
     program.count()
-    return cell(inputs, program.operations, program.outputs, probabilities, program.norms, *program.settings, recompute)
+    return cell(inputs, program.operations, program.outputs, probabilities, program.norms, *program.settings)
 
 
 def _ones(x, *size):
     return torch.ones(size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _nothing_drops(rates):
+    """Whether all rates are 0; a GPU would have to be waited for."""
+    return rates.is_cpu and not rates.any()
 
 
 class _Fused:
@@ -315,7 +315,7 @@ class _Fused:
     norms = ()
 
     def forward(self, x):
-        return _sum([(self, x)], _ones(x, 1), self.recompute)
+        return _sum([(self, x)], _ones(x, 1))
 
     def plain(self, x):
         return super().forward(x)
@@ -364,31 +364,41 @@ class _FusedFactorizedReduce(_Fused):
 
 class _FusedMixedOp:
     def forward(self, x, probabilities):
-        return _sum([(op, x) for op in self.ops], probabilities[self.skip_none :], self.recompute)
+        return _sum([(op, x) for op in self.ops], probabilities[self.skip_none :])
 
 
 class _FusedSearchCell:
-    def node(self, incoming):
+    def forward(self, s0, s1, probabilities):
         """All candidates of all edges into a node are one sum."""
-        operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
-        probabilities = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
-        return _sum(operations, probabilities, self.recompute)
+        states, edges = [self.preprocess0(s0), self.preprocess1(s1)], iter(zip(self.edges, probabilities))
+        for _ in range(self.nodes):
+            incoming = list(zip(states, edges))  # states first: zip takes no edge too many
+            operations = [(op, x) for x, (edge, _) in incoming for op in edge.ops]
+            of_node = torch.cat([p[edge.skip_none :] for _, (edge, p) in incoming])
+            states.append(_sum(operations, of_node))
+        return torch.cat(states[2:], dim=1)
 
 
 class _FusedEvaluationCell:
-    def node(self, incoming, drop_path):
-        """Both operations are one sum; drop-path weighs the images."""
-        probabilities = self.weights([op for op, _ in incoming], incoming[0][1], drop_path)
-        return _sum(incoming, probabilities, self.recompute)
+    def forward(self, s0, s1):
+        """Both operations into a node are one sum; drop-path weighs the images."""
+        states, weights = [self.preprocess0(s0), self.preprocess1(s1)], self.weights(s1)
+        for i in range(0, len(self.sources), 2):
+            incoming = [(op, states[source]) for op, source in zip(self._ops[i : i + 2], self.sources[i : i + 2])]
+            states.append(_sum(incoming, weights[i : i + 2]))
+        return torch.cat([states[j] for j in self.concat], dim=1)
 
-    def weights(self, operations, x, drop_path):
-        """Of the images, [operations,N]; [operations] if all are 1."""
-        ones = _ones(x, len(operations))
-        if not self.training or (drop_path.is_cpu and drop_path == 0):
+    def weights(self, x):
+        """Of the images of all operations, [operations,N]; [operations] if all are 1."""
+        ones = _ones(x, len(self.drop_paths))
+        active = [not _is_identity(drop) and drop.training for drop in self.drop_paths]
+        if not any(active):
             return ones
-        drops = torch.tensor([not _is_identity(op) for op in operations], device=x.device)
-        key, rates = dropout_key(x.device), drops * drop_path.float()
-        masks = dropout_masks(key, rates, range(len(operations)), (len(x), 1, 1, 1))
+        never = torch.zeros((), device=x.device)
+        rates = torch.stack([drop.rate.float() if draws else never for drop, draws in zip(self.drop_paths, active)])
+        if _nothing_drops(rates):
+            return ones
+        masks = dropout_masks(dropout_key(x.device), rates, range(len(rates)), (len(x), 1, 1, 1))
         return masks.flatten(1).to(ones.dtype)
 
 
@@ -402,7 +412,7 @@ class _Whole:
 
     def served(self, s0):
         """Whether it can be computed as a whole; else single operations serve."""
-        served = serves_cells(s0) and (s0.is_cpu or self.on_cuda and not self.recompute)
+        served = supports("cell", s0) and (s0.is_cpu or self.on_cuda)
         return served and _Program().accepts(self.norms)
 
     def compute(self, s0, s1, probabilities, dropout=None):
@@ -456,10 +466,11 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
         """That of the skip-connects; None where nothing is dropped."""
         operations = enumerate((op for edge in self.edges for op in edge.ops), _INPUTS)
         skips = [(term, op.rate) for term, op in operations if _is_skip_dropout(op) and op.training]
-        if not skips or (device.type == "cpu" and not any(rate for _, rate in skips)):
+        if not skips:
             return None
         terms, rates = zip(*skips)
-        return Dropout(dropout_key(device), torch.stack(rates).float(), terms)
+        rates = torch.stack(rates).float()
+        return None if _nothing_drops(rates) else Dropout(dropout_key(device), rates, terms)
 
     def add_nodes(self, program, states):
         edges = iter(self.edges)
@@ -472,10 +483,10 @@ class _WholeSearchCell(_Whole, _FusedSearchCell):
 
 
 class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
-    def forward(self, s0, s1, drop_path):
+    def forward(self, s0, s1):
         if not self.served(s0):
-            return super().forward(s0, s1, drop_path)
-        return self.compute(s0, s1, self.weights(self._ops, s1, drop_path))
+            return super().forward(s0, s1)
+        return self.compute(s0, s1, self.weights(s1))
 
     def add_nodes(self, program, states):
         edges = iter(zip(self._ops, self.sources))
@@ -486,7 +497,7 @@ class _WholeEvaluationCell(_Whole, _FusedEvaluationCell):
 
 
 def _in_layout(stem, inputs, output):
-    return output.contiguous(memory_format=memory_format(output.device))
+    return output.contiguous(memory_format=memory_format(output.device, output.dtype))
 
 
 _RULES = (

@@ -66,7 +66,7 @@ class Photographs:
 
     def evaluate_data(self, config: pdarts.EvaluateConfig) -> pdarts.Data:
         crops = Crops(self.listing, self.side, config.flip)
-        loader = Batches(crops, config.batch, self.workers, finish=jittered).to(self.device)
+        loader = Batches(crops, config.batch_size, self.workers, finish=jittered).to(self.device)
         return pdarts.Data(loader, self.num_classes)
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1), batch: int = 256):

@@ -40,9 +40,11 @@ def test_own_data_of_any_shape_is_read_searched_and_evaluated(tmp_path, shape):
     assert own.x_train.shape == (12, channels, *shape[:2]) and own.num_classes == 5
     levels = x.reshape(-1, channels) / 255
     assert own.mean.numpy() == pytest.approx(levels.mean(0)) and own.std.numpy() == pytest.approx(levels.std(0))
-    config = SearchConfig(cells=(3,), keep=(8,), skip_dropout=(0.1,), channels=8, epochs=1, warmup=0, batch=4)
+    config = SearchConfig(
+        depths=(3,), keep=(8,), skip_dropout=(0.1,), channels=8, epochs=1, alpha_start=0, batch_size=4
+    )
     genotype = pdarts.run(pdarts.Search, config, own.search_data(config), space=ONE_NODE).genotype()
-    config = EvaluateConfig(cells=3, channels=8, epochs=1, batch=4)
+    config = EvaluateConfig(depth=3, channels=8, epochs=1, batch_size=4)
     network = pdarts.run(pdarts.Evaluation, genotype, config, own.evaluate_data(config)).network
     correct, total = pdarts.correct_predictions(network, own.test())
     assert 0 <= correct <= total == 5

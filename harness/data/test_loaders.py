@@ -96,7 +96,7 @@ def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(
 
 
 def test_an_evaluation_takes_loaders_and_needs_a_test(tmp_path):
-    config = EvaluateSettings(cells=3, channels=8, epochs=1, batch=4, auxiliary=False)
+    config = EvaluateSettings(depth=3, channels=8, epochs=1, batch_size=4, auxiliary=False)
     result = evaluate(CELL, config, own(0), tmp_path / "run", kernels="off")
     assert result.test_error in [1 - n / 7 for n in range(8)] and result.test_error_top5 == 0  # of 3 classes
     with pytest.raises(InputError, match=r"test_batches is \(\); expected the batches on which"):

@@ -52,21 +52,25 @@ class Scale(NamedTuple):
 
 def one_stage(settings: SearchSettings, **changes) -> SearchSettings:
     """Return the settings of DARTS's search: 8 cells, all candidates, alphas from the first epoch on, no dropout."""
-    single = {"cells": (8,), "keep": (8,), "skip_dropout": (0.0,), "warmup": 0}
+    single = {"depths": (8,), "keep": (8,), "skip_dropout": (0.0,), "alpha_start": 0}
     return dataclasses.replace(settings, **single, **changes)
 
 
 # The alphas go as far as the paper's: 375 steps in a stage of 6e-3, where those have 3900 of 6e-4; one stage: 1125 of
 # 6e-3, and DARTS 19500 of 3e-4.
-_SMALL = SearchSettings(images=4000, channels=8, stem_stride=2, epochs=9, warmup=3, batch=32, lr=0.05, alpha_lr=6e-3)
+_SMALL = SearchSettings(
+    images=4000, channels=8, stem_stride=2, epochs=9, alpha_start=3, batch_size=32, lr=0.05, alpha_lr=6e-3
+)
 SCALES = {
     "small": Scale(
         _SMALL,
         one_stage(_SMALL, epochs=18),
-        EvaluateSettings(images=4000, cells=8, channels=12, stem_stride=2, epochs=12, batch=32, lr=0.05, drop_path=0.1),
+        EvaluateSettings(
+            images=4000, depth=8, channels=12, stem_stride=2, epochs=12, batch_size=32, lr=0.05, drop_path=0.1
+        ),
     ),
     "paper": Scale(
-        SearchSettings(), one_stage(SearchSettings(), epochs=50, batch=64, alpha_lr=3e-4), EvaluateSettings()
+        SearchSettings(), one_stage(SearchSettings(), epochs=50, batch_size=64, alpha_lr=3e-4), EvaluateSettings()
     ),
 }
 SEARCHES = {
@@ -334,7 +338,7 @@ def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
     lines += ["", "## Searches", "", "![skip-connects of the stages](skips.svg)", ""]
     rows = []
     for group in SEARCHES:
-        for stage in range(len(SEARCHES[group](scale).cells)):
+        for stage in range(len(SEARCHES[group](scale).depths)):
             names = ("skips", "{:.2g}"), ("depth", "{:.2g}"), ("train_accuracy", "{:.1%}"), ("alpha_accuracy", "{:.1%}")
             columns = [spread(list(of_stage(group, stage, key).values()), form) for key, form in names]
             rows.append([group, str(stage + 1), *columns])
@@ -360,7 +364,7 @@ def summary(results, entries, scale) -> tuple[str, dict[str, str]]:
     charts = {"cells": dots_svg(chart, "test accuracy (%) after training from scratch, each seed and the mean")}
     skips = []
     for group in SEARCHES:
-        for stage in range(len(SEARCHES[group](scale).cells)):
+        for stage in range(len(SEARCHES[group](scale).depths)):
             skips.append((f"{group}, stage {stage + 1}", list(of_stage(group, stage, "skips").values())))
     charts["skips"] = dots_svg(skips, "skip-connects in the normal cell before refinement, each seed and the mean")
     return "\n".join(lines) + "\n", charts

@@ -15,7 +15,7 @@ FAST = "--rounds 2 --seconds 0.01".split()
 
 @pytest.fixture
 def few_cells(monkeypatch):
-    monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, cells=(3, 3, 3)))
+    monkeypatch.setattr(pdarts, "CIFAR10", dataclasses.replace(pdarts.CIFAR10, depths=(3, 3, 3)))
 
 
 @pytest.fixture

@@ -36,17 +36,17 @@ class OurEvaluation:
         self.set_drop_path(DROP_PATH)
 
     def set_drop_path(self, rate):
-        self.network.drop_path.fill_(rate)
+        self.network.set_drop_path(rate)
 
     def forward(self):
         config = self.training.config
         return pdarts.loss_and_logits(self.network, self.images, self.labels, config.dtype, config.auxiliary_weight)
 
     def run(self, which):
-        return self.training.step(self.images, self.labels)
+        return self.training.run_step(self.images, self.labels)
 
     def check(self):
-        if getattr(self.training.step, "refused", False):
+        if getattr(self.training.run_step, "refused", False):
             raise InputError("the step could not be captured as a CUDA graph; expected one (the warning says why not)")
 
 
@@ -58,7 +58,7 @@ class OfficialEvaluation:
         self.config, self.images, self.labels = config, images, labels
         torch.manual_seed(0)
         genotype = pdarts.GENOTYPES["PDARTS"]
-        network = official.NetworkCIFAR(config.channels, 10, config.cells, config.auxiliary, genotype)
+        network = official.NetworkCIFAR(config.channels, 10, config.depth, config.auxiliary, genotype)
         self.network = network.to(images.device, images.dtype)
         self.set_drop_path(DROP_PATH)
         if channels_last:

@@ -204,7 +204,7 @@ def operator_errors(call, maps, parameters, device, dtype, memory_format):
 
 def network_rows(args, device, wrong, operations):
     """Compare loss and gradients of whole search networks, fused, with plain torch in float64 on the CPU."""
-    small = {"cells": (3, 4, 5), "channels": args.channels}
+    small = {"depths": (3, 4, 5), "channels": args.channels}
     config = dataclasses.replace(pdarts.CIFAR10, skip_dropout=NO_DROPOUT, **small)  # masks would differ
     ((images, labels),) = batches(1, 8, torch.device("cpu"))
     for stage in args.stages:
@@ -252,7 +252,14 @@ def captured(args, device):
 def compare_captured(args, device, dtype, fused):
     """Compare 5 steps or more of each shape of a batch; the last batch of an epoch is half as large."""
     config = pdarts.SearchConfig(
-        cells=(4,), keep=(8,), skip_dropout=(0.3,), channels=args.channels, epochs=10, warmup=5, batch=32, dtype=dtype
+        depths=(4,),
+        keep=(8,),
+        skip_dropout=(0.3,),
+        channels=args.channels,
+        epochs=10,
+        alpha_start=5,
+        batch_size=32,
+        dtype=dtype,
     )
     if fused:
         pick_kernels("on", device)

@@ -2,7 +2,7 @@
 
     1 versions and device            5 layouts of convolutions       9 a search again, and resumed
     2 build of the extension         6 steps of a search            10 steps of an evaluation
-    3 operators against float64      7 a whole search, projected    11 convolutions and pooling
+    3 operators against float64      7 a whole search, projected
     4 captured steps                 8 the mixed operation
 
 Each part runs in a process of its own with a time limit, so that one that fails, hangs or crashes does not stop the
@@ -52,7 +52,6 @@ PARTS = {
     8: Part("The mixed operation", 4, gpu_speed.mixed_operation),
     9: Part("A demo search again, and resumed", 3, gpu_speed.demo),
     10: Part("Steps of an evaluation", 1.5, gpu_speed.evaluation_steps),
-    11: Part("Separable convolutions and pooling, ours and torch's", 2, gpu_speed.convolutions),
 }
 
 

@@ -1,4 +1,4 @@
-"""Parts 6 to 11 of harness/measure/gpu_report.py: the speed of steps and operations, and a whole search."""
+"""Parts 6 to 10 of harness/measure/gpu_report.py: the speed of steps and operations, and a whole search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,17 +24,16 @@ from harness.devices import pick_kernels
 from harness.files import reason
 from harness.measure.evaluation_steps import evaluation_sides, verify_evaluation
 from harness.measure.gpu_checks import GPU_ONLY, Wrong
-from harness.measure.operations import SHAPES, operation_rows, sets_for
+from harness.measure.operations import operation_rows
 from harness.measure.operations import verify as verify_operations
 from harness.measure.search_steps import SKIP_DROPOUT, OfficialStep, OurStep, batches, verify_step
-from harness.measure.timing import ROOT, copy_bandwidth, time_calls, time_steps
+from harness.measure.timing import ROOT, copy_bandwidth, time_steps
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 
 # The fused operations on CUDA (None: the same as otherwise) and the streams of sides that have less than the others.
 LESS = {
     "ours, one stream, graph": (None, "1"),
-    "ours, one operation at a time, graph": ("mixed separable:float32:NCHW pool:float32:NCHW", "2"),
     "ours, mixed operations only, graph": ("mixed", "2"),
 }
 
@@ -55,11 +53,9 @@ def sides(args, device, config, batch):
         **({"official": official} if args.official and config.dtype == "float32" else {}),
         "plain": ours(fused=False),
         "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
-        "ours": ours(recompute=False),
-        "ours, graph": ours(recompute=False, graph=True) if on_cuda else None,
-        **{name: ours(recompute=False, graph=True) if on_cuda else None for name in LESS},
-        "ours, recompute": ours(recompute=True),
-        "ours, recompute, graph": ours(recompute=True, graph=True) if on_cuda else None,
+        "ours": ours(),
+        "ours, graph": ours(graph=True) if on_cuda else None,
+        **{name: ours(graph=True) if on_cuda else None for name in LESS},
     }
 
 
@@ -174,7 +170,7 @@ def whole_search(args, device):
                     else:
                         seconds[result["step"]] = result["seconds"]
                 if len(seconds) == 2:
-                    epochs = {"weights": paper.warmup, "both": paper.epochs - paper.warmup}
+                    epochs = {"weights": paper.alpha_start, "both": paper.epochs - paper.alpha_start}
                     hours += sum(seconds[which] * number * epochs[which] for which in seconds) / 3600
                 ms = {f"{which} (ms)": milliseconds(seconds.get(which)) for which in ("weights", "both")}
                 about = {"dtype": dtype, "side": name, "stage": stage, "skip dropout": rates[stage - 1]}
@@ -218,8 +214,8 @@ def demo(args, device):
     """Run the demo's search in processes: twice, and once stopped by SIGINT and resumed."""
     options = ["--deterministic", "--device", str(device)]
     if device.type == "cpu":  # small
-        sizes = {"images": 64, "epochs": 2, "warmup": 1, "batch": 16, "channels": min(args.channels, 4)}
-        options += ["--cells", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
+        sizes = {"images": 64, "epochs": 2, "alpha-start": 1, "batch-size": 16, "channels": min(args.channels, 4)}
+        options += ["--depths", *"333", *(str(part) for name, value in sizes.items() for part in (f"--{name}", value))]
     with tempfile.TemporaryDirectory() as folder:
         first, second, stopped = (pathlib.Path(folder, name) for name in ("first", "second", "stopped"))
 
@@ -265,7 +261,7 @@ def evaluation_steps(args, device):
     problems = []
     for channels, cells in args.networks[-1:]:
         for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
-            config, rows = pdarts.EvaluateConfig(channels=channels, cells=cells, dtype=dtype), []
+            config, rows = pdarts.EvaluateConfig(channels=channels, depth=cells, dtype=dtype), []
             sides = evaluation_sides(config, device, args.official if dtype == "float32" else None)
             for name in sorted(sides, key=lambda name: name in ("ours", "graph")):  # ours last: see `sides`
                 if name == "ours" and dtype == "float32":
@@ -278,76 +274,3 @@ def evaluation_steps(args, device):
                         r["to ours"] = ratio_to_ours(r, rows)
                     yield f"C = {channels}, {cells} cells, {dtype}", rows[-1]
     raise_if_any(problems)
-
-
-# --- 11: separable convolutions and pooling ---------------------------------------------------------------------------
-
-SEPARABLE = [(0, 1, 1), *((k, s, d) for k in (3, 5) for s in (1, 2) for d in (1, 2)), (7, 1, 1)]  # and stride, dilation
-WORTH_IT = 1.05  # times faster, to be ours
-
-
-def convolutions(args, device):
-    """Time forward and backward passes of both sides; last, name the operations in which ours are faster."""
-    pick_kernels("on", device)
-    torch.manual_seed(0)
-    on_cuda = device.type == "cuda"
-    chosen, ratios = kernels.use_on_cuda("mixed separable pool"), {}
-    for dtype in (torch.float32, torch.bfloat16) if on_cuda else (torch.float32,):
-        for layout in ("NCHW", "channels-last") if on_cuda else ("channels-last",):
-            for shape in [(args.batch, *shape[1:]) for shape in SHAPES]:
-                for name, operation, sides in operations_of(shape, dtype, layout, device):
-                    times = time_calls(sides, args.seconds / 20, device)
-                    ms = {f"{side} (ms)": 1e3 * statistics.median(t) for side, t in times.items()}
-                    ratio = ms["torch's (ms)"] / ms["ours (ms)"]
-                    kind = str(dtype).removeprefix("torch."), layout
-                    ratios.setdefault((operation, *kind), {}).setdefault(shape[1:], []).append(ratio)
-                    about = {"operation": name, "dtype": kind[0], "layout": layout}
-                    yield str(list(shape)), {**about, **ms, "times faster": ratio}
-    kernels.use_on_cuda(chosen)
-    faster = [name for key, by_size in ratios.items() for name in worth_it(":".join(key), by_size)]
-    cells = [name for name in chosen.split() if name.startswith("cell")]  # which part 6 measures
-    yield "what is worth it", {"PDARTS_CUDA_OPERATIONS": " ".join(["mixed", *faster, *cells]), "in use": chosen}
-
-
-def worth_it(name, by_size):
-    """Return an operation's name, or those with the sizes in which ours is faster by WORTH_IT.
-
-    by_size: {(C, H, W): ratios}
-    """
-    sizes = [size for size, ratios in by_size.items() if statistics.geometric_mean(ratios) >= WORTH_IT]
-    return [name] if len(sizes) == len(by_size) else [f"{name}:{'x'.join(map(str, size))}" for size in sizes]
-
-
-def operations_of(shape, dtype, layout, device):
-    """Yield (name, operation, {side: calls, one for each set of inputs}); all sets exceed the L2 cache."""
-    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-    sets = sets_for(4 * dtype.itemsize * math.prod(shape), device)
-    channels, like = shape[1], {"device": device, "dtype": dtype}
-    maps = [torch.randn(shape, **like).to(memory_format=memory_format).requires_grad_() for _ in range(sets)]
-
-    def calls(function, *weights):
-        y = function(maps[0], *weights)
-        g = torch.randn(y.shape, **like).to(memory_format=memory_format)
-
-        def both_ways(x):
-            return torch.autograd.grad(function(x, *weights), [x, *weights], g)
-
-        return [functools.partial(both_ways, x) for x in maps]
-
-    for kernel, stride, dilation in SEPARABLE[:: 1 if device.type == "cuda" else 2]:
-        weights = [torch.randn(channels, channels, 1, 1, **like).requires_grad_()]
-        weights += [torch.randn(channels, 1, kernel, kernel, **like).requires_grad_()] * (kernel > 0)
-        geometry = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation}
-
-        def separable(function, x, pointwise, *depthwise, geometry=geometry, **settings):
-            return function(x, depthwise[0] if depthwise else None, pointwise, **geometry, **settings)
-
-        name = f"separable {kernel}x{kernel}, stride {stride}, dilation {dilation}" if kernel else "pointwise"
-        ours = functools.partial(separable, kernels.separable, recompute=False)
-        torchs = functools.partial(separable, kernels.separable_ref)
-        yield name, "separable", {"ours": calls(ours, *weights), "torch's": calls(torchs, *weights)}
-    for kind in ("max", "avg"):
-        for stride in (1, 2):
-            sides = {"ours": kernels.pool, "torch's": kernels.pool_ref}
-            pools = {side: calls(functools.partial(f, kind=kind, stride=stride)) for side, f in sides.items()}
-            yield f"{kind} pool, stride {stride}", "pool", pools

@@ -61,14 +61,14 @@ class OurStep:
     """A stage (from 1) as a search trains it, at the initial rate of its skip dropout: `run` makes a step of the
     weights, of the alphas, or of both. number: of the search that the candidates are from."""
 
-    def __init__(self, stage, config, images, labels, fused=True, graph=False, recompute=None, number=1):
+    def __init__(self, stage, config, images, labels, fused=True, graph=False, number=1):
         device, self.images, self.labels = images.device, images, labels
         if fused:
             pick_kernels("on", device)
 
         def prepare(network):
             network = network.to(images.dtype)
-            return kernels.fuse(network, recompute) if fused else network
+            return kernels.fuse(network) if fused else network
 
         def wrap(step):
             if not graph:
@@ -85,14 +85,14 @@ class OurStep:
         self.search.begin_stage()
         self.network, self.weights = self.search.network, self.search.weights
         self.network.set_skip_dropout(config.skip_dropout[stage - 1])
-        self.architecture_step = wrap(self.search.architect.step)
+        self.architecture_step = wrap(self.search.architect.update)
 
     def run(self, which):
         """Make a step; return its loss, and more."""
         batch = self.images, self.labels
         if which == "alphas":
             return self.architecture_step(*batch)
-        return self.search.step(*batch, *batch) if which == "both" else self.search.step(*batch)
+        return self.search.run_step(*batch, *batch) if which == "both" else self.search.run_step(*batch)
 
     def forward(self):
         pdarts.require_gradients(self.weights, not_of=self.network.alphas())
@@ -119,7 +119,7 @@ class OfficialStep:
             self.network = official.Network(
                 config.channels,
                 10,
-                config.cells[stage - 1],
+                config.depths[stage - 1],
                 F.cross_entropy,
                 switches_normal=normal,
                 switches_reduce=reduce,

@@ -22,9 +22,10 @@ def test_the_candidates_are_those_that_the_stages_of_a_search_keep(few_weights):
             assert all(names == tuple(n for n in pdarts.PRIMITIVES if n in names) for names in cell)
     ((images, labels),) = batches(1, 2, torch.device("cpu"))
     step = OurStep(2, pdarts.CIFAR10, images, labels, fused=False)
-    assert step.search.candidates == candidates(2) and len(step.network.cells) == 11
+    assert (step.search.candidates_normal, step.search.candidates_reduce) == candidates(2)
+    assert len(step.network.cells) == 11
     other = OurStep(2, pdarts.CIFAR10, images, labels, fused=False, number=12)
-    assert other.search.candidates == candidates(2, 12) != candidates(2)
+    assert (other.search.candidates_normal, other.search.candidates_reduce) == candidates(2, 12) != candidates(2)
     names = set(itertools.chain.from_iterable(candidates(2)[0]))
     assert names == set(pdarts.PRIMITIVES)  # pools, skip-connects and `none` too
 
@@ -59,11 +60,11 @@ def test_the_losses_of_both_ways_are_found_equal(rows, few_cells):
 def test_losses_that_float64_tells_apart_are_an_error(rows, monkeypatch, few_cells, peak):
     fuse = kernels.fuse
 
-    def slightly_wrong(network, recompute):
+    def slightly_wrong(network):
         with torch.no_grad():
             network.classifier.bias += 1
         network.classifier.weight.data *= 1.01
-        return fuse(network, recompute)
+        return fuse(network)
 
     monkeypatch.setattr(kernels, "fuse", slightly_wrong)
     with pytest.raises(SystemExit, match="not plain torch's to 4 digits"):
@@ -90,7 +91,7 @@ class NetworkCIFAR(pdarts.Network):
         super().__init__(genotype, C, num_classes, layers, auxiliary)
 
     def forward(self, x):
-        self.drop_path.fill_(self.drop_path_prob)
+        self.set_drop_path(self.drop_path_prob)
         return super().forward(x)
 """
 

@@ -28,7 +28,7 @@ def runs(monkeypatch, tmp_path):
         (folder / "checkpoint.pt").touch()
         if folder.name in stop:
             raise KeyboardInterrupt
-        torch.manual_seed(settings.seed + 100 * len(settings.cells))
+        torch.manual_seed(settings.seed + 100 * len(settings.depths))
         names, stages = (pdarts.PRIMITIVES,) * 14, []
         for keep in settings.keep:
             stages.append(pdarts.Stage(names, names, torch.randn(14, len(names[0])), torch.randn(14, len(names[0]))))
@@ -69,7 +69,7 @@ def test_every_seed_has_the_same_plan_and_searches_come_before_their_cells():
     for scale in claims.SCALES.values():
         assert claims.SEARCHES["no skip dropout"](scale).skip_dropout == (0.0, 0.0, 0.0)
         single = claims.SEARCHES["one stage"](scale)
-        assert (single.cells, single.keep, single.warmup) == ((8,), (8,), 0)
+        assert (single.depths, single.keep, single.alpha_start) == ((8,), (8,), 0)
 
 
 def test_a_plan_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path, runs, monkeypatch):

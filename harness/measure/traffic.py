@@ -1,12 +1,11 @@
 """The launches of kernels and the bytes of a step on CUDA, counted on the CPU: `python -m harness.measure traffic`.
 
-A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with torch's convolutions
-and pooling, where gradients of a state are added one after the other, "ours" with the kernels, one operation at a time,
-and "cells" with whole cells. Bytes of feature maps are scaled to --batch, and "saved" are the bytes that the forward
-pass saves for the backward pass. An operation counts as one launch that reads its inputs and writes its results once, a
-view as none; `KNOWN` has the operations of which more is known, and `Launches` follows those of a cell's kernels.
-A kernel of torch's that reads an input several times, as that of the weights of a depthwise convolution does for every
-tap, counts as one that reads it once: minimum traffic is compared.
+A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with torch's convolutions and
+pooling and the fused mixed operation, "cells" with whole cells. Bytes of feature maps are scaled to --batch, "saved" are
+the bytes that the forward pass saves for the backward pass. An operation counts as one launch that reads its inputs and
+writes its results once, a view as none; `KNOWN` has the operations of which more is known, and `Launches` follows
+kernels/csrc/torch/cell_cuda.h. A kernel of torch's that reads an input several times, as that of the weights of a
+depthwise convolution does for every tap, counts as one that reads it once: minimum traffic is compared.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
+import sys
 from unittest import mock
 
 import torch
@@ -25,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 import kernels
 import pdarts
 from harness.measure.search_steps import OurStep, batches
+from kernels.program import KINDS
 
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
-SIDES = {"torch's": ("mixed",), "ours": ("mixed", "separable", "pool"), "cells": ("mixed", "separable", "pool", "cell")}
+SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations that are fused
 RATE = 0.3  # of the skip dropout
 
 
@@ -52,25 +52,6 @@ def mixed_backward(call, size):
 def between(x, y, pointwise, size):
     """Return the bytes of the input of the pointwise convolution, which is saved."""
     return size(y) // pointwise.shape[0] * x.shape[1]
-
-
-def separable(call, size):
-    x, _, pointwise, *_, batch, _, _, _, _ = call.arguments
-    y = call.results[0]
-    return 2 + 2 * batch, (1 + batch) * size(x) + 2 * between(x, y, pointwise, size) + size(y)
-
-
-def separable_backward(call, size):
-    grad, x, _, pointwise, _, _, statistics, batch, *_, needs = call.arguments
-    of_f, z, n = needs[0] or needs[3] or needs[4], between(x, grad, pointwise, size), size(x)
-    parts = [
-        (needs[2], 1, size(grad) + z),
-        (of_f or needs[1], 1, size(grad) + z),
-        (of_f, 1, z + 2 * n),
-        (needs[1], 2, n + z),
-        (of_f and statistics is not None, 4 if batch else 3, 5 * n),
-    ]
-    return sum(p[1] for p in parts if p[0]), sum(p[2] for p in parts if p[0])
 
 
 def convolution_backward(call, size):
@@ -103,7 +84,7 @@ class Launches:
         self.operations = [("input", [], (), 1, False)] * len(inputs)
         numbers = iter(program)
         for pair in zip(weights[::2], weights[1::2]):
-            self.add(kernels.KINDS, numbers, *pair)
+            self.add(KINDS, numbers, *pair)
 
     def add(self, kinds, numbers, weight, pointwise):
         kind, source = next(numbers), next(numbers)
@@ -279,9 +260,6 @@ KNOWN = {
     "pdarts::cell_backward": cell_backward,
     "pdarts::mixed": mixed,
     "pdarts::mixed_backward": mixed_backward,
-    "pdarts::separable": separable,
-    "pdarts::separable_backward": separable_backward,
-    "pdarts::pool_backward": lambda call, size: (1, size(call.arguments[:2]) + size(call.results)),
     "pdarts::update_running": lambda call, size: (4 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
     "aten::convolution_backward": convolution_backward,
     "aten::native_batch_norm": batch_norm,
@@ -291,7 +269,6 @@ KNOWN = {
 # Bytes that are saved on CUDA, less those on the CPU.
 MORE_SAVED = {
     "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
-    "pdarts::separable": lambda call, size: between(call.arguments[0], call.results[0], call.arguments[2], size),
 }
 KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
 
@@ -344,24 +321,12 @@ class Traffic(TorchDispatchMode):
         return sum(kept.values()) + self.kept
 
 
-class OneByOne:
-    """A stand-in for `kernels._Read`."""
-
-    @staticmethod
-    def apply(x, times):
-        return (x,) * times
-
-
 @contextlib.contextmanager
 def side(operations):
     """Enter a block in which the operations run one by one, as on CUDA, the named ones by ours."""
     with contextlib.ExitStack() as stack:
-        patch = functools.partial(mock.patch.object, kernels)
-        stack.enter_context(patch("_on_cpu", lambda x: False))
-        stack.enter_context(patch("serves", lambda operation, x: operation in operations))
-        if "separable" not in operations:
-            stack.enter_context(patch("_Read", OneByOne))
-            stack.enter_context(patch("_torch_convolves", lambda x: False))  # a ReLU for each
+        for module in ("kernels.ops", "kernels.fuse"):
+            stack.enter_context(mock.patch.object(sys.modules[module], "supports", lambda name, x: name in operations))
         yield
 
 
@@ -372,9 +337,9 @@ def rows(stages, channels: int, batch: int, number: int = 1):
     for stage in stages:
         for name, operations in SIDES.items():
             with side(operations):
-                step = OurStep(stage, config, images, labels, recompute=False, number=number)
+                step = OurStep(stage, config, images, labels, number=number)
                 step.network.set_skip_dropout(RATE)
-                kept = Traffic(IMAGES, batch).saved_by(step.forward)
+                saved = Traffic(IMAGES, batch).saved_by(step.forward)
                 for which in ("weights", "alphas"):
                     step.run(which)  # what an optimizer makes at its first step
                     with Traffic(IMAGES, batch) as counted:
@@ -382,7 +347,7 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                     moved = sum(counted.bytes.values())
                     about = {"stage": stage, "step of": which, "convolutions and pooling": name}
                     floors = {f"ms at {rate / 1e12:.1f} TB/s": 1e3 * moved / rate for rate in RATES}
-                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB saved": kept / 1e9}
+                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB saved": saved / 1e9}
                     yield {**about, **numbers, **floors}, counted
 
 

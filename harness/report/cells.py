@@ -1,4 +1,4 @@
-"""Cells: those published by other papers, with the operations they need; counting, reading, checking and drawing."""
+"""Cells: those published by other papers; counting, reading, checking and drawing."""
 
 from __future__ import annotations
 
@@ -8,54 +8,29 @@ import json
 import pathlib
 
 import torch
-import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.files import short
-from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, Primitive, sep_conv
+from harness.report.charts import colour_of
+from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, parse_genotype
 
 # --- Cells of other papers --------------------------------------------------------------------------------------------
 
-
-def conv_7x1_1x7(channels, stride, affine):
-    return nn.Sequential(
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
-        nn.Conv2d(channels, channels, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
-        nn.BatchNorm2d(channels, affine=affine))
-
-
-# Never searched: pdarts.PRIMITIVES are those that were there before.
-OPERATIONS["sep_conv_7x7"] = Primitive(lambda c, stride, affine: sep_conv(c, 7, stride, affine), "#d9722e")
-OPERATIONS["conv_7x1_1x7"] = Primitive(conv_7x1_1x7, "#b5485a")
-
-
-def pairs_of(text: str) -> list[tuple[str, int]]:
-    """'skip_connect 0, sep_conv_3x3 1 | ...' -> [('skip_connect', 0), ('sep_conv_3x3', 1), ...]"""
-    pairs = (pair.split() for pair in text.replace("|", ",").split(","))
-    return [(name, int(source)) for name, source in pairs]
-
-
-GENOTYPES["DARTS_V1"] = Genotype(
-    pairs_of("sep_conv_3x3 1, sep_conv_3x3 0 | skip_connect 0, sep_conv_3x3 1 | "
-             "skip_connect 0, sep_conv_3x3 1 | sep_conv_3x3 0, skip_connect 2"), [2, 3, 4, 5],
-    pairs_of("max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 0 | "
-             "max_pool_3x3 0, skip_connect 2 | skip_connect 2, avg_pool_3x3 0"), [2, 3, 4, 5])
-GENOTYPES["DARTS_V2"] = Genotype(
-    pairs_of("sep_conv_3x3 0, sep_conv_3x3 1 | sep_conv_3x3 0, sep_conv_3x3 1 | "
-             "sep_conv_3x3 1, skip_connect 0 | skip_connect 0, dil_conv_3x3 2"), [2, 3, 4, 5],
-    pairs_of("max_pool_3x3 0, max_pool_3x3 1 | skip_connect 2, max_pool_3x3 1 | "
-             "max_pool_3x3 0, skip_connect 2 | skip_connect 2, max_pool_3x3 1"), [2, 3, 4, 5])
-GENOTYPES["NASNet"] = Genotype(
-    pairs_of("sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | "
-             "avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1"), [2, 3, 4, 5, 6],
-    pairs_of("sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | "
-             "skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1"), [4, 5, 6])
-GENOTYPES["AmoebaNet"] = Genotype(
-    pairs_of("avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | "
-             "sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1"), [4, 5, 6],
-    pairs_of("avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | "
-             "max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5"), [3, 4, 6])
+PUBLISHED = {
+    **GENOTYPES,
+    "NASNet": parse_genotype(
+        "sep_conv_5x5 1, sep_conv_3x3 0 | sep_conv_5x5 0, sep_conv_3x3 0 | avg_pool_3x3 1, skip_connect 0 | "
+        "avg_pool_3x3 0, avg_pool_3x3 0 | sep_conv_3x3 1, skip_connect 1",
+        "sep_conv_5x5 1, sep_conv_7x7 0 | max_pool_3x3 1, sep_conv_7x7 0 | avg_pool_3x3 1, sep_conv_5x5 0 | "
+        "skip_connect 3, avg_pool_3x3 2 | sep_conv_3x3 2, max_pool_3x3 1",
+    )._replace(reduce_concat=[4, 5, 6]),
+    "AmoebaNet": parse_genotype(
+        "avg_pool_3x3 0, max_pool_3x3 1 | sep_conv_3x3 0, sep_conv_5x5 2 | sep_conv_3x3 0, avg_pool_3x3 3 | "
+        "sep_conv_3x3 1, skip_connect 1 | skip_connect 0, avg_pool_3x3 1",
+        "avg_pool_3x3 0, sep_conv_3x3 1 | max_pool_3x3 0, sep_conv_7x7 2 | sep_conv_7x7 0, avg_pool_3x3 1 | "
+        "max_pool_3x3 0, max_pool_3x3 1 | conv_7x1_1x7 0, sep_conv_3x3 5",
+    )._replace(normal_concat=[4, 5, 6], reduce_concat=[3, 4, 6]),
+}
 
 # --- Reading and checking ---------------------------------------------------------------------------------------------
 
@@ -121,12 +96,12 @@ def check_genotype(genotype, name="genotype") -> Genotype:
 
 
 def read_genotype(source: str) -> Genotype:
-    """Return the genotype of a name in GENOTYPES, or of a JSON file such as the genotype.json of a search."""
-    if source in GENOTYPES:
-        return GENOTYPES[source]
+    """Return the genotype of a name in PUBLISHED, or of a JSON file such as the genotype.json of a search."""
+    if source in PUBLISHED:
+        return PUBLISHED[source]
     path = pathlib.Path(source)
     if not path.is_file():
-        raise InputError(f"no genotype {source!r}; expected a file or one of {', '.join(GENOTYPES)}")
+        raise InputError(f"no genotype {source!r}; expected a file or one of {', '.join(PUBLISHED)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -187,7 +162,7 @@ def cell_svg(pairs, concat, title: str) -> str:
     lines, labels = [], []
     for i, (source, target, name, lane) in enumerate(placed):
         x0, x1, y = port_x["out", i], port_x["in", i], top - 26 - LANE * lane
-        colour = OPERATIONS[name].colour
+        colour = colour_of(name)
         lines.append(svg_bracket(x0, x1, top, y, colour))
         gap = (source + target - 1) // 2  # the gap in the middle, to the right of this state
         x = left[gap] + widths[gap] + GAP / 2

@@ -21,7 +21,24 @@ STYLE = """
 .chart .axis, .chart .stage { stroke: #767c84 }
 }
 """
+COLOURS = {
+    "none": "#888888",
+    "max_pool_3x3": "#3274c4",
+    "avg_pool_3x3": "#3274c4",
+    "skip_connect": "#2a9d5c",
+    "sep_conv_3x3": "#d9722e",
+    "sep_conv_5x5": "#d9722e",
+    "dil_conv_3x3": "#8a56b5",
+    "dil_conv_5x5": "#8a56b5",
+    "sep_conv_7x7": "#d9722e",
+    "conv_7x1_1x7": "#b5485a",
+}
 SECOND = {"max_pool_3x3", "sep_conv_5x5", "dil_conv_5x5"}  # of two operations of one colour: dashed
+
+
+def colour_of(operation: str) -> str:
+    """The colour of an operation in drawings; custom ones share one."""
+    return COLOURS.get(operation, "#b5485a")
 
 
 class Line(NamedTuple):
@@ -171,7 +188,7 @@ def alphas_svg(log: list[dict], candidates: list, edges: Sequence[tuple[int, int
     largest = max(p for record in log for kind, _ in kinds for edge in record[f"softmax_alphas_{kind}"] for p in edge)
     high = min(1.0, math.ceil(largest * 10 + 0.2) / 10)
     parts, names = [], [name for name in OPERATIONS if any(name in edge for stage in candidates for edge in stage[0])]
-    samples = [Line(name, OPERATIONS[name].colour, (), name in SECOND) for name in names]
+    samples = [Line(name, colour_of(name), (), name in SECOND) for name in names]
     for which, (kind, title) in enumerate(kinds):
         top = which * block + margin[1]
         parts.append(text(16, top - 34, f"{title}: softmax(alpha) of its edges", kind="title"))

@@ -87,16 +87,16 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     if run.folder.path is None or not run.log:
         return
     config, log, data = run.config, run.log, run.description["data"]
-    stages = Stages([config.epochs] * len(config.cells), config.warmup)
-    candidates = [(stage.normal, stage.reduce) for stage in searching.stages]
+    stages = Stages([config.epochs] * len(config.depths), config.alpha_start)
+    candidates = [(stage.candidates_normal, stage.candidates_reduce) for stage in searching.stages]
     if searching.network is not None:
-        candidates.append(searching.candidates)
+        candidates.append((searching.candidates_normal, searching.candidates_reduce))
     alphas, curves = alphas_svg(log, candidates, searching.space.edges, stages), curves_svg(log, stages, "skip_dropout")
     if genotype:
         parts = [cells_of(genotype, f"The cell: its normal cell has at most M = {config.max_skips} skip-connects.")]
     else:
         stage, epoch = log[-1]["stage"], log[-1]["epoch"] + 1
-        parts = [paragraph(f"Stage {stage} of {len(config.cells)}: {epoch} of {config.epochs} epochs are done.")]
+        parts = [paragraph(f"Stage {stage} of {len(config.depths)}: {epoch} of {config.epochs} epochs are done.")]
     parts += [
         heading("Stages"),
         stages_of(run, searching.stages, candidates),
@@ -130,7 +130,7 @@ def stages_of(run, stages, candidates) -> str:
     for number, (normal, _) in enumerate(candidates, 1):
         epochs = [record for record in run.log if record["stage"] == number]
         seconds = sum(record["seconds"] for record in run.times if record["stage"] == number)
-        row = [number, run.config.cells[number - 1], len(normal[0]), len(epochs), duration(seconds)]
+        row = [number, run.config.depths[number - 1], len(normal[0]), len(epochs), duration(seconds)]
         last, skips = epochs[-1] if epochs else {}, ""
         row += [share(last.get(f"{of}_accuracy")) for of in ("train", "alpha", "test")]
         if number <= len(stages):
@@ -160,7 +160,7 @@ def write_evaluation(run, genotype: pdarts.Genotype):
     ]
     if finished:
         words = ["evaluate", run.folder.path / "genotype.json", "--weights", run.folder.path / "weights.pt"]
-        size = [word for name in ("cells", "channels", "stem") for word in (f"--{name}", getattr(config, name))]
+        size = [word for name in ("depth", "channels", "stem") for word in (f"--{name}", getattr(config, name))]
         parts.append(command(*words, *data_of(run), *size, "--stem-stride", config.stem_stride))
     else:
         parts.append(command("evaluate", "--resume", run.folder.path))

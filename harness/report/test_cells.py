@@ -10,8 +10,8 @@ import torch
 
 import pdarts
 from harness.fuzz import accepted, case, cases, changed, damaged
-from harness.report.cells import cell_table, check_genotype, draw, read_genotype
-from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network
+from harness.report.cells import PUBLISHED, cell_table, check_genotype, draw, read_genotype
+from pdarts import OPERATIONS, Genotype, InputError, Network
 
 # --- cells of other papers --------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def test_networks_of_other_papers_have_the_official_numbers_of_parameters(row):
     name, stem, channels, cells, classes, bare, with_head = row.split()
     with torch.device("meta"):
         head = with_head != "-"
-        network = Network(GENOTYPES[name], int(channels), int(classes), int(cells), auxiliary=head, stem=stem)
+        network = Network(PUBLISHED[name], int(channels), int(classes), int(cells), auxiliary=head, stem=stem)
     sizes = {key: p.numel() for key, p in network.named_parameters()}
     assert sum(n for key, n in sizes.items() if not key.startswith("auxiliary_head.")) == int(bare)
     assert not head or sum(sizes.values()) == int(with_head)
@@ -44,7 +44,7 @@ def test_operations_of_other_papers_are_not_searched_and_have_the_official_keys(
     others = ["sep_conv_7x7", "conv_7x1_1x7"]
     assert list(OPERATIONS) == [*pdarts.PRIMITIVES, *others] and len(pdarts.PRIMITIVES) == 8
     assert pdarts.SPACE.primitives == pdarts.PRIMITIVES
-    state = Network(GENOTYPES["AmoebaNet"], 8, 5, 3, stem="imagenet").state_dict()
+    state = Network(PUBLISHED["AmoebaNet"], 8, 5, 3, stem="imagenet").state_dict()
     assert state["cells.1._ops.8.2.weight"].shape == (16, 16, 7, 1)  # conv_7x1_1x7: the second convolution
     assert state["cells.1._ops.3.op.5.weight"].shape == (16, 1, 7, 7)  # sep_conv_7x7: the second depthwise one
 
@@ -59,7 +59,7 @@ def test_operations_of_other_papers_round_sizes_up(name, stride):
 
 @pytest.mark.parametrize("name", ["DARTS_V1", "DARTS_V2", "NASNet", "AmoebaNet"])
 def test_networks_of_other_papers_return_auxiliary_logits_in_training_only(name):
-    network = Network(GENOTYPES[name], 4, 10, 5, auxiliary=True)
+    network = Network(PUBLISHED[name], 4, 10, 5, auxiliary=True)
     logits, auxiliary = network(torch.randn(2, 3, 32, 32))
     assert logits.shape == auxiliary.shape == (2, 10)
     assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -70,7 +70,7 @@ def test_networks_of_other_papers_return_auxiliary_logits_in_training_only(name)
 
 def test_a_genotype_is_read_by_its_name_or_from_a_file(tmp_path):
     path = tmp_path / "genotype.json"
-    for name, genotype in GENOTYPES.items():
+    for name, genotype in PUBLISHED.items():
         assert read_genotype(name) is genotype and check_genotype(genotype) == genotype
         path.write_text(json.dumps(genotype._asdict() | {"max_skips": 2}))
         assert read_genotype(str(path)) == genotype
@@ -99,7 +99,7 @@ def test_a_genotype_is_read_by_its_name_or_from_a_file(tmp_path):
     ],
 )
 def test_wrong_genotypes_get_a_message_that_names_the_entry(field, change, message):
-    cell = GENOTYPES["PDARTS"]
+    cell = PUBLISHED["PDARTS"]
     with pytest.raises(InputError, match=f"cell: {message}"):
         check_genotype(cell._replace(**{field: change(getattr(cell, field))}), "cell")
 
@@ -139,7 +139,7 @@ def test_random_genotype_files_are_drawn_as_they_say_or_refused(tmp_path, limits
             ElementTree.fromstring(svg)
         taken += 1
 
-    texts = [json.dumps(genotype._asdict()) for genotype in GENOTYPES.values()]
+    texts = [json.dumps(genotype._asdict()) for genotype in PUBLISHED.values()]
     for number, text in enumerate(hostile_json(texts[0])):
         with case("hostile", number):
             check(text.encode())
@@ -173,10 +173,10 @@ def svg_geometry(svg):
 
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
-@pytest.mark.parametrize("name", [*GENOTYPES, "crowded"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "crowded"])
 def test_drawings_show_every_edge_and_nothing_overlaps(name, kind):
     crowded = [("conv_7x1_1x7", 0), ("sep_conv_7x7", 0)] * 6
-    genotype = GENOTYPES.get(name) or Genotype(crowded, [2, 3, 4, 5, 6, 7], crowded, [7])
+    genotype = PUBLISHED.get(name) or Genotype(crowded, [2, 3, 4, 5, 6, 7], crowded, [7])
     boxes, paths, width, height = svg_geometry(draw(genotype)[kind])
     pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
     labels = sorted(text for kind_, text, *_ in boxes if kind_ == "label")
@@ -217,6 +217,6 @@ def bracket(path):
 
 
 def test_table_lists_both_cells():
-    lines = cell_table(GENOTYPES["NASNet"]).splitlines()
+    lines = cell_table(PUBLISHED["NASNet"]).splitlines()
     assert len(lines) == 11 and lines[0].split() == ["normal", "cell", "reduction", "cell"]
     assert lines[7].split("  ")[1:] == ["node 3 = avg_pool_3x3 of c_{k-2}", "", "node 3 = skip_connect of node 1"]

@@ -93,13 +93,13 @@ def test_a_search_shows_itself_after_every_epoch(images, tmp_path, pages):
 
 
 def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(images, tmp_path, pages):
-    settings = EvaluateSettings(dataset="shapes", cells=3, channels=8, epochs=2, batch=6, cutout=4)
+    settings = EvaluateSettings(dataset="shapes", depth=3, channels=8, epochs=2, batch_size=6, cutout=4)
     result = evaluate(CELL, settings, images, tmp_path / "run", kernels="off")
     assert [finished for finished, _ in pages] == [False, True, True]
     assert "evaluate --resume" in Page(pages[0][1]).text and "1 of 2 epochs" in Page(pages[0][1]).text
     text = Page(pages[-1][1]).text
     assert f"test error {result.test_error:.2%}" in text and "drop_path" in text
-    assert re.search("--weights .*/run/weights.pt --preset demo .*--cells 3 --channels 8", text)
+    assert re.search("--weights .*/run/weights.pt --preset demo .*--depth 3 --channels 8", text)
     drawn((tmp_path / "run/curves.svg").read_text())
     before = (tmp_path / "run/curves.svg").read_bytes()
     (tmp_path / "run/curves.svg").unlink()

@@ -1,0 +1,1022 @@
+// A cell's operations on CUDA. cell.cuh says what they compute; there are no torch headers here.
+//
+// A separable convolution is one kernel: a thread has some pixels, computes what the pointwise convolution reads of
+// them, channel by channel, from a tile in shared memory, and adds its products to all of its results in registers. The
+// statistics of the norm after it are gathered from there. Backward, the gradient of a convolution's result, in which a
+// norm has its part, is computed where it is read and never written, and the gradients of all convolutions that read
+// the same are added up in registers.
+//
+// How work is divided depends on the shape alone, and there are no atomics: sums are added up in a fixed order.
+
+#include "cell.cuh"
+
+#include "tiles.cuh"
+
+namespace {
+
+constexpr int kResults = 64;  // of a thread, in registers
+constexpr int kTaps = 28;     // 5 x 5, and what keeps 16 bytes aligned
+constexpr int kChannels = 4;  // whose tiles are in shared memory together
+constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
+
+// Blocks that a multiprocessor has room for, as registers go.
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
+
+template <class F>
+void with_float(int type, F f) {
+  type == kFloat64 ? f(double()) : f(float());
+}
+
+// f(kernel, dilation)
+template <class F>
+__device__ __forceinline__ void with_taps(int kernel, int dilation, F f) {
+  switch (kernel * 2 + dilation) {
+    case 7:
+      return f(Int<3>(), Int<1>());
+    case 8:
+      return f(Int<3>(), Int<2>());
+    case 11:
+      return f(Int<5>(), Int<1>());
+    case 12:
+      return f(Int<5>(), Int<2>());
+    default:
+      return f(Int<1>(), Int<1>());
+  }
+}
+
+template <class T>
+__device__ Norm<T> norm_of(const PdartsNorm& norm, int c) {
+  return {norm.mean, norm.invstd, norm.gamma, norm.beta, c};
+}
+
+// The sums of S values over a block.
+template <int S, class T>
+__device__ __forceinline__ void sum_of_block(T (&values)[S]) {
+  __shared__ T shared[kWarps][S];
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    for (int other = 16; other > 0; other /= 2) values[s] += __shfl_xor_sync(0xffffffff, values[s], other);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][s] = values[s];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    values[s] = 0;
+    for (int warp = 0; warp < kWarps; warp++) values[s] += shared[warp][s];
+  }
+}
+
+// From shared memory, 16 bytes at a time.
+template <int N, class T>
+__device__ __forceinline__ void load_packs(const T* from, T (&to)[N]) {
+  constexpr int V = 16 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < N; i += V) {
+    Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from + i);
+#pragma unroll
+    for (int l = 0; l < V; l++) to[i + l] = pack.v[l];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// moments [2][out] of a block: of each of O channels the mean of what the threads have, R rows of a column each, and
+// the sum of the squared distances from it. shared: (kWarps + 1) * O elements.
+template <int R, int O, class T>
+__device__ __forceinline__ void write_moments(
+    const T (&results)[R][O], int rows, int count, T* shared, double* moments, int first, int out) {
+  constexpr int some = 8;
+  T* means = shared + kWarps * O;
+#pragma unroll
+  for (int pass = 0; pass < 2; pass++) {
+#pragma unroll
+    for (int o = 0; o < O; o += some) {
+      T sums[some];
+#pragma unroll
+      for (int i = 0; i < some; i++) {
+        sums[i] = 0;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          T v = pass ? results[r][o + i] - means[o + i] : results[r][o + i];
+          if (r < rows) sums[i] += pass ? v * v : v;
+        }
+      }
+      sum_of_lane<some / 2, 16>(sums);
+      if (threadIdx.x % 4 == 0) shared[threadIdx.x / 32 * O + o + threadIdx.x % 32 / 4] = sums[0];
+    }
+    __syncthreads();
+    if (threadIdx.x < O) {
+      T sum = 0;
+      for (int warp = 0; warp < kWarps; warp++) sum += shared[warp * O + threadIdx.x];
+      if (!pass) means[threadIdx.x] = sum = sum / count;
+      if (first + threadIdx.x < out) moments[pass * out + first + threadIdx.x] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// Grid [blocks, convolutions]. Reads x, for each O of the results, and writes y, and z if it is kept: the least for one
+// of them, if O is enough; what several of them read of x is served by the cache.
+template <int S, int O, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kernel(
+    const __grid_constant__ PdartsConvolutions all, const Tiles t, int together, int elements, bool vectors) {
+  constexpr int R = kResults / O, V = 16 / sizeof(T);
+  const PdartsConvolution& d = all.at[blockIdx.y];
+  extern __shared__ __align__(16) double memory[];
+  T* tiles = reinterpret_cast<T*>(memory);
+  T* pointwise = tiles + elements;
+  T* weight = pointwise + together * O;
+  Place at(t, R);
+  int first = at.c * O;
+  if (first >= d.out) return;
+  clear(tiles, together * t.images * t.image);
+  int n = static_cast<int>(at.group) * t.images, size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
+  bool works = at.image < t.images && n + at.image < all.N && at.column < all.OW;
+  int rows = works ? max(0, min(R, all.OH - at.row)) : 0;
+  T sum[R][O] = {};
+  for (int c0 = 0; c0 < d.C; c0 += together) {
+    int channels = min(together, d.C - c0);
+    if (c0) __syncthreads();
+    // One by one where registers would not do for more.
+    constexpr int some = S == 1 ? kChannels : 1;
+    int64_t plane = static_cast<int64_t>(all.H) * all.W;
+#pragma unroll 1
+    for (int i = 0; i < channels; i += some) {
+      Region region =
+          region_of<T>(vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding);
+      load_tiles<S, T>(
+          vectors, tiles + i * t.images * t.image, t, region, min(some, channels - i), all.N - n, d.C * plane,
+          [&](int k) { return static_cast<const T*>(d.x) + (static_cast<int64_t>(n) * d.C + c0 + i + k) * plane; },
+          [&](int k, T x) { return norm_of<T>(d.norm, c0 + i + k).rectified(x); });
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < channels * O; i += kThreads) {
+      int o = first + i % O;
+      pointwise[i] = o < d.out ? static_cast<const T*>(d.pointwise)[o * d.C + c0 + i / O] : T(0);
+    }
+    int taps = d.kernel * d.kernel;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < channels * taps; i += kThreads) {
+      weight[i / taps * kTaps + i % taps] = d.weight ? static_cast<const T*>(d.weight)[c0 * taps + i] : T(1);
+    }
+    __syncthreads();
+    if (!rows) continue;
+    for (int i = 0; i < channels; i++) {
+      const T* from = tiles + i * t.images * t.image + at.offset(t, R, S);
+      T z[R] = {};
+      with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
+        T w[quotient_up(K.value * K.value, V) * V];
+        load_packs(weight + i * kTaps, w);
+        for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, T v) {
+          z[r] += w[row * K.value + column] * v;
+        });
+      });
+      if (d.z && !first) {
+        T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          if (r < rows) to[r * all.OW] = z[r];
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < O; o += V) {
+        T p[V];
+        load_packs(pointwise + i * O + o, p);
+#pragma unroll
+        for (int l = 0; l < V; l++) {
+#pragma unroll
+          for (int r = 0; r < R; r++) sum[r][o + l] += p[l] * z[r];
+        }
+      }
+    }
+  }
+  T* to = static_cast<T*>(d.y) + (static_cast<int64_t>(n + at.image) * d.channels + first) * size + pixel;
+#pragma unroll
+  for (int o = 0; o < O; o++) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      if (r < rows && first + o < d.out) to[static_cast<int64_t>(o) * size + r * all.OW] = sum[r][o];
+    }
+  }
+  if (!d.moments) return;
+  __syncthreads();
+  double* moments = static_cast<double*>(d.moments) + static_cast<int64_t>(at.split) * 2 * d.out;
+  write_moments<R, O>(sum, rows, t.count(at.split, R, all.OH, all.OW), tiles, moments, first, d.out);
+}
+
+// Grid [blocks, pools]. Reads x and writes y once, the least, where the cache serves what windows have in common.
+template <int S, class T>
+__global__ void __launch_bounds__(kThreads)
+    cell_pool_kernel(const __grid_constant__ PdartsCellPools all, const Tiles t) {
+  const PdartsCellPool& d = all.at[blockIdx.y];
+  Place at(t, kRows);
+  int64_t n = at.group * t.images + at.image, plane = n * all.C + at.c;
+  int stride = S < 3 ? S : all.stride, rows = max(0, min(kRows, all.OH - at.row));
+  if (at.image >= t.images || n >= all.N || at.column >= all.OW) rows = 0;
+  T of_rows[kRows] = {};
+  if (rows) {
+    const T* from = static_cast<const T*>(d.x) + plane * all.H * all.W;
+    auto element = [&](int h, int w) { return from[h * all.W + w]; };
+    if (d.max) {
+      pool_rows<true, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+    } else {
+      pool_rows<false, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+    }
+  }
+  T* to = static_cast<T*>(d.y) + plane * all.OH * all.OW + static_cast<int64_t>(at.row) * all.OW + at.column;
+  T sum[1] = {};
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    if (r < rows) to[r * all.OW] = of_rows[r], sum[0] += of_rows[r];
+  }
+  if (!d.moments) return;
+  sum_of_block(sum);
+  T mean = sum[0] / t.count(at.split, kRows, all.OH, all.OW), square[1] = {};
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    if (r < rows) square[0] += (of_rows[r] - mean) * (of_rows[r] - mean);
+  }
+  __syncthreads();
+  sum_of_block(square);
+  if (threadIdx.x) return;
+  double* moments = static_cast<double*>(d.moments) + static_cast<int64_t>(at.split) * 2 * all.C;
+  moments[at.c] = mean, moments[all.C + at.c] = square[0];
+}
+
+// Grid [columns of C, values]. Reads the moments twice, from the cache, and adds up in double.
+template <class T>
+__global__ void __launch_bounds__(kThreads) cell_statistics_kernel(
+    const __grid_constant__ PdartsStatistics all, const Tiles t, int splits, int each, int H, int W) {
+  const PdartsMoments& d = all.at[blockIdx.y];
+  int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  const double* moments = static_cast<const double*>(d.moments) + c;
+  if (c >= d.C) splits = 0;
+  double mean =
+      sum_of_column(splits, [&](int s) { return t.count(s, each, H, W) * moments[s * 2 * d.C]; }) / all.elements;
+  double variance = sum_of_column(
+                        splits,
+                        [&](int s) {
+                          double distance = moments[s * 2 * d.C] - mean;
+                          return moments[(s * 2 + 1) * d.C] + t.count(s, each, H, W) * distance * distance;
+                        }) /
+                    all.elements;
+  if (threadIdx.x >= kColumns || c >= d.C) return;
+  T* to = static_cast<T*>(d.to) + c;
+  to[0] = mean, to[all.row] = 1 / sqrt(variance + all.eps);
+  to[2 * all.row] = variance * all.elements / (all.elements - 1);
+}
+
+// Grid [blocks]. Copies an element for each thread: there are few.
+template <class T>
+__global__ void __launch_bounds__(kThreads) cell_rows_kernel(const __grid_constant__ PdartsRows all) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, size = all.count * all.C;
+  if (i >= 2 * size) return;
+  int64_t row = i % size / all.C, part = i / size;
+  static_cast<T*>(all.to)[i] = static_cast<const T*>(all.from)[(part * all.rows + all.at[row]) * all.C + i % all.C];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What PdartsIncoming has of a channel: a * g + b * (y - mean) + c, where a is still to be multiplied by p_n if each
+// image has its own.
+template <class T>
+struct Coefficients {
+  T a, b, mean, c;
+  __device__ __forceinline__ T gradient(T p, T g, T y) const { return a * p * g + b * (y - mean) + c; }
+};
+
+template <class T>
+__device__ Coefficients<T> coefficients_of(const PdartsIncoming& d, int c) {
+  auto of = [c](const void* values, T without) { return values ? static_cast<const T*>(values)[c] : without; };
+  T p = d.p && !d.per_image ? *static_cast<const T*>(d.p) : T(1);
+  return {p * of(d.norm.invstd, 1) * of(d.norm.gamma, 1), of(d.b, 0), of(d.norm.mean, 0), of(d.c, 0)};
+}
+
+template <class T>
+__device__ __forceinline__ T of_image(const PdartsIncoming& d, int64_t n) {
+  return d.per_image ? static_cast<const T*>(d.p)[n] : T(1);
+}
+
+// V elements, of which `count` are there; -1: all of them, aligned.
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const void* from, int64_t i, int count) {
+  const T* p = static_cast<const T*>(from) + i;
+  if (count < 0) return *reinterpret_cast<const Pack<T, V>*>(p);
+  Pack<T, V> pack = {};
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    if (v < count) pack.v[v] = p[v];
+  }
+  return pack;
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(void* to, int64_t i, int count, const Pack<T, V>& pack) {
+  T* p = static_cast<T*>(to) + i;
+  if (count < 0) {
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    if (v < count) p[v] = pack.v[v];
+  }
+}
+
+// Grid [blocks, convolutions, channels by I]. grad_z = pointwise^T g: a thread has some pixels side by side and I
+// channels. Reads g and y for each I channels and writes grad_z once: the least for one of them, if I is enough.
+template <int I, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    cell_between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
+  constexpr int P = kResults / I, some = 16;
+  alignas(16) __shared__ T pointwise[some * I];
+  __shared__ Coefficients<T> coefficients[some];
+  const PdartsConvolution& d = all.at[blockIdx.y];
+  int first = blockIdx.z * I;
+  if (first >= d.C) return;
+  int64_t size = static_cast<int64_t>(all.OH) * all.OW, per_image = (size + P - 1) / P;
+  int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, n = id / per_image;
+  int64_t pixel = (id - n * per_image) * P;
+  bool works = n < all.N;
+  int count = vectors ? -1 : static_cast<int>(min(size - pixel, static_cast<int64_t>(P)));
+  T sum[I][P] = {}, p = works ? of_image<T>(d.incoming, n) : T(0);
+  for (int o0 = 0; o0 < d.out; o0 += some) {
+    int outs = min(some, d.out - o0);
+    if (o0) __syncthreads();
+    for (int i = threadIdx.x; i < outs * I; i += kThreads) {
+      int c = first + i % I;
+      pointwise[i] = c < d.C ? static_cast<const T*>(d.pointwise)[static_cast<int64_t>(o0 + i / I) * d.C + c] : T(0);
+    }
+    if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<T>(d.incoming, o0 + threadIdx.x);
+    __syncthreads();
+    if (!works) continue;
+    int64_t next = (n * d.channels + o0) * size + pixel;
+    Pack<T, P> next_g = load<P, T>(d.incoming.g, next, count), next_y = {};
+    if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
+#pragma unroll 1
+    for (int j = 0; j < outs; j++) {
+      Pack<T, P> g = next_g, y = next_y;
+      if (j + 1 < outs) {  // in flight while this one is computed
+        next += size;
+        next_g = load<P, T>(d.incoming.g, next, count);
+        if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
+      }
+      Coefficients<T> of = coefficients[j];
+#pragma unroll
+      for (int q = 0; q < P; q++) g.v[q] = of.gradient(p, g.v[q], y.v[q]);
+#pragma unroll
+      for (int i = 0; i < I; i++) {
+        T w = pointwise[j * I + i];
+#pragma unroll
+        for (int q = 0; q < P; q++) sum[i][q] += w * g.v[q];
+      }
+    }
+  }
+  if (!works) return;
+#pragma unroll
+  for (int i = 0; i < I; i++) {
+    Pack<T, P> pack;
+#pragma unroll
+    for (int q = 0; q < P; q++) pack.v[q] = sum[i][q];
+    if (first + i < d.C) store<P, T>(d.grad_z, (n * d.C + first + i) * size + pixel, count, pack);
+  }
+}
+
+// Grid [splits * blocks of B x B weights, convolutions]. of_pointwise [splits][out][C] = g z^T: pixels go through
+// shared memory, a warp takes some of them, and a lane has (B/8) x (B/4) of the sums. Reads g, y and z once for each B
+// channels of the other side: the least, if B is enough.
+template <int B, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    cell_pointwise_kernel(const __grid_constant__ PdartsConvolutions all, int splits, bool vectors) {
+  constexpr int V = 16 / sizeof(T), Q = 512 / sizeof(T), pitch = Q + V, M = B / 8, N = B / 4;
+  alignas(16) __shared__ T shared[2 * B * pitch];
+  __shared__ Coefficients<T> coefficients[B];
+  const PdartsConvolution& d = all.at[blockIdx.y];
+  int split = blockIdx.x % splits, across = (d.C + B - 1) / B;
+  int c0 = static_cast<int>(blockIdx.x / splits) % across * B, o0 = static_cast<int>(blockIdx.x / splits) / across * B;
+  if (o0 >= d.out) return;
+  if (threadIdx.x < B && o0 + threadIdx.x < d.out) {
+    coefficients[threadIdx.x] = coefficients_of<T>(d.incoming, o0 + threadIdx.x);
+  }
+  __syncthreads();
+  int size = all.OH * all.OW, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t pixels = all.N * size;
+  T sum[M][N] = {};
+  for (int64_t start = static_cast<int64_t>(split) * Q; start < pixels; start += static_cast<int64_t>(splits) * Q) {
+    int64_t image = start / size;
+    int begin = static_cast<int>(start - image * size);
+    for (int i = threadIdx.x; i < 2 * B * (Q / V); i += kThreads) {
+      int row = i / (Q / V), q = i % (Q / V) * V;
+      bool of_g = row < B;
+      int channel = of_g ? o0 + row : c0 + row - B;
+      Pack<T, V> pack = {};
+      if (channel < (of_g ? d.out : d.C)) {
+        auto value = [&](int64_t n, int pixel, int count) {
+          Pack<T, V> v;
+          if (of_g) {
+            int64_t from = (n * d.channels + channel) * size + pixel;
+            Pack<T, V> y = {};
+            v = load<V, T>(d.incoming.g, from, count);
+            if (d.incoming.b) y = load<V, T>(d.incoming.y, from, count);
+            T p = of_image<T>(d.incoming, n);
+#pragma unroll
+            for (int l = 0; l < V; l++) v.v[l] = coefficients[row].gradient(p, v.v[l], y.v[l]);
+          } else {
+            v = load<V, T>(d.z ? d.z : d.x, (n * d.C + channel) * size + pixel, count);
+            if (!d.z) {
+              Norm<T> norm = norm_of<T>(d.norm, channel);
+#pragma unroll
+              for (int l = 0; l < V; l++) v.v[l] = norm.rectified(v.v[l]);
+            }
+          }
+          return v;
+        };
+        if (vectors) {
+          int64_t n = image + (begin + q) / size;
+          if (n < all.N) pack = value(n, (begin + q) % size, -1);
+        } else {
+#pragma unroll
+          for (int l = 0; l < V; l++) {
+            int64_t n = image + (begin + q + l) / size;
+            if (n < all.N) pack.v[l] = value(n, (begin + q + l) % size, 1).v[0];
+          }
+        }
+      }
+      *reinterpret_cast<Pack<T, V>*>(shared + row * pitch + q) = pack;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < Q / V / kWarps; step++) {
+      int q = (warp * (Q / V / kWarps) + step) * V;
+      Pack<T, V> g[M], z[N];
+#pragma unroll
+      for (int i = 0; i < M; i++) {
+        g[i] = *reinterpret_cast<const Pack<T, V>*>(shared + (lane % 8 + 8 * i) * pitch + q);
+      }
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        z[j] = *reinterpret_cast<const Pack<T, V>*>(shared + (B + lane / 8 + 4 * j) * pitch + q);
+      }
+#pragma unroll
+      for (int l = 0; l < V; l++) {
+#pragma unroll
+        for (int i = 0; i < M; i++) {
+#pragma unroll
+          for (int j = 0; j < N; j++) sum[i][j] += g[i].v[l] * z[j].v[l];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  for (int turn = 0; turn < kWarps; turn++) {  // warps add their sums one after the other
+#pragma unroll
+    for (int i = 0; i < M; i++) {
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        T& to = shared[(lane % 8 + 8 * i) * B + lane / 8 + 4 * j];
+        if (turn == warp) to = turn ? to + sum[i][j] : sum[i][j];
+      }
+    }
+    __syncthreads();
+  }
+  T* to = static_cast<T*>(d.of_pointwise) + static_cast<int64_t>(split) * d.out * d.C;
+  for (int i = threadIdx.x; i < B * B; i += kThreads) {
+    int o = o0 + i / B, c = c0 + i % B;
+    if (o < d.out && c < d.C) to[static_cast<int64_t>(o) * d.C + c] = shared[i];
+  }
+}
+
+// Grid [blocks, targets]. The gradient of x of all convolutions of a target: their gradients of f(x) are added up in
+// registers, and pass if x is not rectified. Reads grad_z of each once, x once or twice, and writes the gradient: the
+// least. `before` elements of grad_z before the first are in a tile.
+template <int S, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
+    const __grid_constant__ PdartsConvolutions all, const __grid_constant__ PdartsTargets targets, const Tiles t,
+    int before, bool vectors) {
+  constexpr int R = kRows / S;
+  const PdartsTarget& target = targets.at[blockIdx.y];
+  const PdartsConvolution& any = all.at[target.first];
+  extern __shared__ double memory[];
+  T* tile = reinterpret_cast<T*>(memory);
+  T* weight = tile + kMaps * t.images * t.image;
+  Place at(t, R);
+  clear(tile, kMaps * t.images * t.image);
+  int64_t n = at.group * t.images;
+  bool works = at.image < t.images && n + at.image < all.N && at.column * S < all.W && at.row * S < all.H;
+  T sum[R][S][S] = {};
+  int64_t size = static_cast<int64_t>(all.OH) * all.OW;
+  Region region = region_of<T>(vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before);
+  for (int k0 = target.first; k0 < target.last; k0 += kMaps) {
+    int maps = min(kMaps, target.last - k0);
+    if (k0 > target.first) __syncthreads();
+    for (int i = threadIdx.x; i < maps * kTaps; i += kThreads) {
+      const PdartsConvolution& d = all.at[k0 + i / kTaps];
+      int taps = d.kernel * d.kernel, tap = i % kTaps;
+      if (tap < taps) weight[i] = d.weight ? static_cast<const T*>(d.weight)[at.c * taps + tap] : T(1);
+    }
+    load_tiles<1, T>(
+        vectors, tile, t, region, maps, all.N - n, any.C * size,
+        [&](int i) { return static_cast<const T*>(all.at[k0 + i].grad_z) + (n * any.C + at.c) * size; },
+        [](int, T v) { return v; });
+    __syncthreads();
+    if (!works) continue;
+    for (int i = 0; i < maps; i++) {
+      const PdartsConvolution& d = all.at[k0 + i];
+      const T* own = tile + i * t.images * t.image + at.offset(t, R, 1);
+      auto add = [&](auto K, auto D, auto E) {
+        int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
+        for_gradient_taps<K.value, S, D.value, E.value, R>(
+            elements_of<1>(own + offset * (t.pitch + 1), t.pitch),
+            [&](int r, int rho, int sigma, int row, int column, T v) {
+              sum[r][rho][sigma] += weight[i * kTaps + row * K.value + column] * v;
+            });
+      };
+      with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
+        if constexpr (S == 1) {
+          add(K, D, Int<0>());
+        } else {
+          d.padding & 1 ? add(K, D, Int<1>()) : add(K, D, Int<0>());
+        }
+      });
+    }
+  }
+  Norm<T> norm = norm_of<T>(any.norm, at.c);
+  int64_t plane = ((n + at.image) * any.C + at.c) * all.H * all.W;
+  int64_t first = plane + static_cast<int64_t>(at.row) * S * all.W + at.column * S;
+  const T* x = static_cast<const T*>(any.x) + first;
+  T* to = static_cast<T*>(target.to) + first;
+  T sums[2] = {};
+#pragma unroll
+  for (int r = 0; r < R * S; r++) {
+#pragma unroll
+    for (int sigma = 0; sigma < S; sigma++) {
+      if (!works || at.row * S + r >= all.H || at.column * S + sigma >= all.W) continue;
+      int i = r * all.W + sigma;
+      T value = x[i], g = norm.value(value) <= 0 ? T(0) : sum[r / S][r % S][sigma];
+      sums[0] += g, sums[1] += g * (value - norm.mean);
+      to[i] = target.add ? to[i] + g : g;
+    }
+  }
+  if (!target.sums) return;
+  sum_of_block(sums);
+  if (threadIdx.x) return;
+  T* partial = static_cast<T*>(target.sums) + static_cast<int64_t>(at.split) * 2 * any.C + at.c;
+  partial[0] = sums[0], partial[any.C] = sums[1];
+}
+
+// Grid [blocks, convolutions]. See weight_gradients.
+template <int S, class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    cell_weight_kernel(const __grid_constant__ PdartsConvolutions all, const Tiles t, bool vectors) {
+  const PdartsConvolution& d = all.at[blockIdx.y];
+  extern __shared__ double memory[];
+  Place at(t, kRows);
+  if (at.c >= d.C) return;
+  with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
+    weight_gradients<K.value, S, D.value, T>(
+        reinterpret_cast<T*>(memory), t, at, norm_of<T>(d.norm, at.c), d.x, d.grad_z, d.C, all.H, all.W, all.OH, all.OW,
+        d.padding, vectors, static_cast<T*>(d.of_weight));
+  });
+}
+
+// Grid [columns of C, norms]. Reads the sums once and adds up in double.
+template <class T>
+__global__ void __launch_bounds__(kThreads) cell_norm_kernel(const __grid_constant__ PdartsNormGradients all) {
+  const PdartsNormGradient& d = all.at[blockIdx.y];
+  int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  const T* sums = static_cast<const T*>(d.sums) + c;
+  int splits = c < all.C ? all.splits : 0;
+  double with_1 = sum_of_column(splits, [&](int s) { return sums[s * 2 * all.C]; });
+  double with_x = sum_of_column(splits, [&](int s) { return sums[(s * 2 + 1) * all.C]; });
+  if (threadIdx.x >= kColumns || c >= all.C) return;
+  T invstd = static_cast<const T*>(d.norm.invstd)[c];
+  T scale = d.norm.gamma ? static_cast<const T*>(d.norm.gamma)[c] * invstd : invstd;
+  if (d.b) static_cast<T*>(d.b)[c] = -scale * invstd * invstd * with_x / all.elements;
+  if (d.c) static_cast<T*>(d.c)[c] = -scale * with_1 / all.elements;
+  if (d.gamma) static_cast<T*>(d.gamma)[c] = invstd * with_x;
+  if (d.beta) static_cast<T*>(d.beta)[c] = with_1;
+}
+
+// Grid [columns of n, sums].
+template <class T>
+__global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_constant__ PdartsSums all) {
+  const PdartsSum& d = all.at[blockIdx.y];
+  add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
+}
+
+// Grid [blocks, images, targets]. A thread takes V elements of a channel. Reads each x and writes the sum once, the
+// least.
+template <int V, class T>
+__global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_constant__ PdartsTerms all) {
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, size = all.C * all.HW, c = i / all.HW;
+  const PdartsTermsTarget& target = all.targets[blockIdx.z];
+  if (i >= size) return;
+  for (int64_t n = blockIdx.y; n < all.N; n += gridDim.y) {
+    Pack<T, V> sum = {};
+#pragma unroll 4
+    for (int k = target.first; k < target.last; k++) {
+      const PdartsTerm& d = all.at[k];
+      Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
+      T p = d.p ? static_cast<const T*>(d.p)[d.per_image ? n : 0] : T(1);
+      if (d.rate) {
+        Pack<T, V> mask = mask_of<V, T>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+#pragma unroll
+        for (int v = 0; v < V; v++) x.v[v] *= mask.v[v];
+      }
+#pragma unroll
+      for (int v = 0; v < V; v++) sum.v[v] += p * x.v[v];
+    }
+    store<V, T>(target.to, n * size + i, -1, sum);
+  }
+}
+
+// Grid [blocks]. Draws a counter for each element: single masks are rare, and small in evaluations.
+__global__ void __launch_bounds__(kThreads) cell_mask_kernel(const PdartsMask d) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, plane = i / d.HW, n = plane / d.C;
+  if (i >= d.elements) return;
+  d.to[i] = mask_of<1, float>(d.key, *d.rate, d.term, n, plane - n * d.C, i - plane * d.HW).v[0];
+}
+
+// Grid [blocks]. Of every window the gradients of all pools are added up in shared memory, and which of its elements
+// has those of the largest; then every element adds up what it has. Reads x and what gradients depend on once, where
+// the cache serves what windows have in common, and writes the gradient: the least.
+template <int S, class T>
+__global__ void __launch_bounds__(kThreads)
+    cell_pool_input_kernel(const __grid_constant__ PdartsPoolGradients all, const Tiles t) {
+  extern __shared__ double memory[];
+  int size = t.images * t.image;
+  T *of_largest = reinterpret_cast<T*>(memory), *of_mean = of_largest + size;
+  int8_t* places = reinterpret_cast<int8_t*>(of_mean + size);
+  int stride = S < 3 ? S : all.stride, OH = all.OH, OW = all.OW;
+  Place at(t, kRows);
+  int row = first_window(at.tile_row, stride), column = first_window(at.tile_column, stride);
+  Divisor by_width(t.width), by_height(t.height);
+  int64_t n = at.group * t.images;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < t.images * t.height * t.width; i += kThreads) {
+    int r = by_width.quotient(i), image = by_height.quotient(r), oh, ow = column + i - r * t.width;
+    r -= image * t.height, oh = row + r;
+    if (n + image >= all.N || oh >= OH || ow >= OW) continue;
+    T largest = 0, mean = 0;
+    T share = inverse<T>(elements(oh, stride, all.H)) * inverse<T>(elements(ow, stride, all.W));
+    bool any = false;
+    int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
+    for (int k = 0; k < all.count; k++) {
+      const PdartsIncoming& d = all.at[k].incoming;
+      T y = d.b ? static_cast<const T*>(d.y)[window] : T(0);
+      T g = coefficients_of<T>(d, at.c).gradient(of_image<T>(d, n + image), static_cast<const T*>(d.g)[window], y);
+      largest += all.at[k].max ? g : T(0), mean += all.at[k].max ? T(0) : g, any = any || all.at[k].max;
+    }
+    int to = image * t.image + r * t.pitch + ow - column;
+    of_largest[to] = largest, of_mean[to] = mean * share, places[to] = -1;
+    if (!any) continue;
+    const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
+    places[to] = place_of_largest<T>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
+  }
+  __syncthreads();
+  if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
+  T* to = static_cast<T*>(all.to) + ((n + at.image) * all.C + at.c) * all.H * all.W +
+          static_cast<int64_t>(at.row) * all.W + at.column;
+#pragma unroll 1
+  for (int r = 0; r < min(kRows, all.H - at.row); r++) {
+    T sum = 0;
+    for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
+      int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
+      sum += of_mean[from];
+      if (places[from] == place) sum += of_largest[from];
+    });
+    to[r * all.W] = all.add ? to[r * all.W] + sum : sum;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launching
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class F>
+void for_each(const PdartsConvolutions& all, F f) {
+  for (int i = 0; i < all.count; i++) f(all.at[i]);
+}
+
+template <class F>
+int most(const PdartsConvolutions& all, F f) {
+  int value = 0;
+  for_each(all, [&](const PdartsConvolution& d) { value = std::max<int>(value, f(d)); });
+  return value;
+}
+
+int quotient(int a, int b) { return static_cast<int>(quotient_up(a, b)); }
+
+int channels_of(const PdartsConvolution& d) { return d.C; }
+int results_of(const PdartsConvolution& d) { return d.out; }
+
+// f(how many of some channels a thread takes): more are fewer times the rest of the work, but some may be left idle.
+template <class F>
+void with_channels(int channels, F f) {
+  auto cost = [&](int n) { return quotient(channels, n) * (n + 24); };
+  int best = 16;
+  for (int n : {32, 64}) best = cost(n) < cost(best) ? n : best;
+  best == 16 ? f(Int<16>()) : best == 32 ? f(Int<32>()) : f(Int<64>());
+}
+
+int reach(const PdartsConvolution& d) { return (d.kernel - 1) * d.dilation; }
+
+// All images of a tile in one group.
+Tiles one_group(Tiles t) {
+  t.step = t.groups;
+  return t;
+}
+
+// f(T, stride, results, tiles, bytes of shared memory, elements of tiles in it, of how many channels) for the forward
+// pass.
+template <class F>
+void with_convolutions(const PdartsConvolutions& all, F f) {
+  int out = most(all, results_of), together = std::min(kChannels, most(all, channels_of));
+  with_float(all.type, [&](auto type) {
+    using T = decltype(type);
+    with_channels(out, [&](auto O) {
+      int around = most(all, reach) + 1 - all.stride;
+      int extra = together * (O.value + kTaps) * static_cast<int>(sizeof(T));
+      Tiles t = one_group(tiles_of(
+          all.N, quotient(out, O.value), all.OH, all.OW, kResults / O.value, all.stride, around, together * sizeof(T),
+          kShared - extra));
+      int elements = together * t.images * t.image, least = (kWarps + 1) * O.value;
+      elements = quotient(std::max(elements, least), 4) * 4;
+      int bytes = elements * static_cast<int>(sizeof(T)) + extra;
+      all.stride == 1 ? f(type, Int<1>(), O, t, bytes, elements, together)
+                      : f(type, Int<2>(), O, t, bytes, elements, together);
+    });
+  });
+}
+
+Tiles tiles_of(const PdartsCellPools& all) { return one_group(tiles_of(all.N, all.C, all.OH, all.OW, kRows, 1, 0, 1)); }
+
+// f(T, stride, tiles, bytes, elements before) for the gradients of inputs.
+template <class F>
+void with_inputs(const PdartsConvolutions& all, F f) {
+  with_float(all.type, [&](auto type) {
+    using T = decltype(type);
+    int before = 0, after = 0, s = all.stride;
+    for_each(all, [&](const PdartsConvolution& d) {
+      int parity = s == 1 ? 0 : d.padding & 1, whole = (d.padding - parity) / s;
+      before = std::max(before, (reach(d) - parity + s - 1) / s - whole);
+      after = std::max(after, whole + (parity + s - 1) / s);
+    });
+    int element = kMaps * static_cast<int>(sizeof(T)), extra = kTaps * element, sums = kWarps * element;
+    Tiles t = one_group(tiles_of(
+        all.N, all.at[0].C, quotient(all.H, s), quotient(all.W, s), kRows / s, 1, before + after, element,
+        kShared - extra - sums));
+    int bytes = t.images * t.image * element + extra;
+    s == 1 ? f(type, Int<1>(), t, bytes, before) : f(type, Int<2>(), t, bytes, before);
+  });
+}
+
+// f(T, stride, tiles, bytes) for the gradients of depthwise weights.
+template <class F>
+void with_weights(const PdartsConvolutions& all, F f) {
+  with_float(all.type, [&](auto type) {
+    using T = decltype(type);
+    int around = most(all, reach) + 1 - all.stride, C = most(all, channels_of), kernel = 0;
+    for_each(all, [&](const PdartsConvolution& d) { kernel = std::max(kernel, d.kernel); });
+    Tiles t = tiles_of(all.N, C, all.OH, all.OW, kRows, all.stride, around, sizeof(T));
+    t.step = std::min(t.step, std::max<int64_t>(1, quotient_up(kBlocks, t.C * t.rows * t.columns * all.count)));
+    int bytes = std::max(t.images * t.image, kWarps * kernel * kernel) * static_cast<int>(sizeof(T));
+    all.stride == 1 ? f(type, Int<1>(), t, bytes) : f(type, Int<2>(), t, bytes);
+  });
+}
+
+// f(T, B) for the gradients of pointwise weights.
+template <class F>
+void with_pointwise(const PdartsConvolutions& all, F f) {
+  bool small = std::max(most(all, channels_of), most(all, results_of)) <= 16;
+  with_float(all.type, [&](auto type) { small ? f(type, Int<16>()) : f(type, Int<32>()); });
+}
+
+int pointwise_blocks(const PdartsConvolutions& all, int B) {
+  return most(all, [B](const PdartsConvolution& d) { return quotient(d.C, B) * quotient(d.out, B); });
+}
+
+// Whether pixels can be loaded V at a time.
+template <class T>
+bool pixels_aligned(const PdartsConvolutions& all, int V) {
+  bool fits = static_cast<int64_t>(all.OH) * all.OW % V == 0;
+  for_each(all, [&](const PdartsConvolution& d) {
+    for (const void* p : {d.incoming.g, d.incoming.y, d.z ? d.z : d.x, static_cast<const void*>(d.grad_z)}) {
+      fits = fits && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    }
+  });
+  return fits;
+}
+
+// Whether elements of a channel can be loaded and stored V at a time.
+bool rows_aligned(const PdartsTerms& all, int V) {
+  bool fits = all.HW % V == 0;
+  for (int i = 0; i < all.count; i++) {
+    const PdartsTermsTarget& target = all.targets[i];
+    fits = fits && reinterpret_cast<uintptr_t>(target.to) % 16 == 0;
+    for (int k = target.first; k < target.last; k++) fits = fits && reinterpret_cast<uintptr_t>(all.at[k].x) % 16 == 0;
+  }
+  return fits;
+}
+
+int splits_of(const Tiles& t) { return static_cast<int>(t.rows * t.columns * t.step); }
+
+template <class T>
+void launch_statistics(const PdartsStatistics& to, const Tiles& t, int each, int H, int W, cudaStream_t stream) {
+  int64_t C = 0;
+  for (int i = 0; i < to.count; i++) C = std::max(C, to.at[i].C);
+  dim3 grid(static_cast<unsigned>(quotient_up(C, kColumns)), to.count);
+  cell_statistics_kernel<T><<<grid, kThreads, 0, stream>>>(to, t, splits_of(t), each, H, W);
+}
+
+}  // namespace
+
+int32_t cell_pool_splits_cuda(const PdartsCellPools* pools) { return splits_of(tiles_of(*pools)); }
+
+int32_t cell_convolution_splits_cuda(const PdartsConvolutions* all) {
+  int splits = 0;
+  with_convolutions(*all, [&](auto, auto, auto, const Tiles& t, int, int, int) { splits = splits_of(t); });
+  return splits;
+}
+
+int32_t cell_input_splits_cuda(const PdartsConvolutions* all) {
+  int splits = 0;
+  with_inputs(*all, [&](auto, auto, const Tiles& t, int, int) { splits = splits_of(t); });
+  return splits;
+}
+
+int32_t cell_weight_splits_cuda(const PdartsConvolutions* all) {
+  int splits = 0;
+  with_weights(*all, [&](auto, auto, const Tiles& t, int) { splits = splits_of(t); });
+  return splits;
+}
+
+int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all) {
+  int64_t splits = 1;
+  with_pointwise(*all, [&](auto type, auto B) {
+    int64_t chunks = quotient_up(all->N * all->OH * all->OW, 512 / sizeof(type));
+    int64_t blocks = int64_t(pointwise_blocks(*all, B.value)) * all->count;
+    splits = std::max<int64_t>(1, std::min(chunks, quotient_up(kBlocks, blocks)));
+  });
+  return static_cast<int32_t>(splits);
+}
+
+void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
+  const PdartsConvolutions& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_convolutions(
+      all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements, int together) {
+        using T = decltype(type);
+        constexpr int S = stride.value, O = results.value;
+        bool vectors = true;
+        for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
+        dim3 grid(t.blocks(), all.count);
+        cell_convolution_kernel<S, O, T><<<grid, kThreads, bytes, stream>>>(all, t, together, elements, vectors);
+      });
+}
+
+void cell_convolution_statistics_cuda(const PdartsConvolutions* all, const PdartsStatistics* to, void* stream) {
+  with_convolutions(*all, [&](auto type, auto, auto results, const Tiles& t, int, int, int) {
+    launch_statistics<decltype(type)>(
+        *to, t, kResults / results.value, all->OH, all->OW, static_cast<cudaStream_t>(stream));
+  });
+}
+
+void cell_pools_cuda(const PdartsCellPools* call, void* stream_) {
+  const PdartsCellPools& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  Tiles t = tiles_of(all);
+  with_float(all.type, [&](auto type) {
+    with_stride(all.stride, [&](auto stride) {
+      using T = decltype(type);
+      constexpr int S = stride.value;
+      dim3 grid(t.blocks(), all.count);
+      cell_pool_kernel<S, T><<<grid, kThreads, 0, stream>>>(all, t);
+    });
+  });
+}
+
+void cell_pool_statistics_cuda(const PdartsCellPools* all, const PdartsStatistics* to, void* stream) {
+  with_float(all->type, [&](auto type) {
+    launch_statistics<decltype(type)>(*to, tiles_of(*all), kRows, all->OH, all->OW, static_cast<cudaStream_t>(stream));
+  });
+}
+
+void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
+  const PdartsConvolutions& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  int C = most(all, channels_of);
+  with_float(all.type, [&](auto type) {
+    with_channels(C, [&](auto channels) {
+      using T = decltype(type);
+      constexpr int I = channels.value, P = kResults / I;
+      int64_t threads = all.N * quotient_up(int64_t(all.OH) * all.OW, P);
+      dim3 grid(static_cast<unsigned>(quotient_up(threads, kThreads)), all.count, quotient(C, I));
+      cell_between_kernel<I, T><<<grid, kThreads, 0, stream>>>(all, pixels_aligned<T>(all, P));
+    });
+  });
+}
+
+void cell_pointwise_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
+  const PdartsConvolutions& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  int splits = cell_pointwise_splits_cuda(call);
+  with_pointwise(all, [&](auto type, auto side) {
+    using T = decltype(type);
+    constexpr int B = side.value;
+    dim3 grid(splits * pointwise_blocks(all, B), all.count);
+    cell_pointwise_kernel<B, T><<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(T)));
+  });
+}
+
+void cell_input_gradients_cuda(const PdartsConvolutions* call, const PdartsTargets* targets, void* stream_) {
+  const PdartsConvolutions& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_inputs(all, [&](auto type, auto stride, const Tiles& t, int bytes, int before) {
+    using T = decltype(type);
+    constexpr int S = stride.value;
+    bool vectors = true;
+    for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.grad_z, all.OW); });
+    dim3 grid(t.blocks(), targets->count);
+    cell_input_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, *targets, t, before, vectors);
+  });
+}
+
+void cell_weight_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
+  const PdartsConvolutions& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_weights(all, [&](auto type, auto stride, const Tiles& t, int bytes) {
+    using T = decltype(type);
+    constexpr int S = stride.value;
+    bool vectors = true;
+    for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
+    dim3 grid(t.blocks(), all.count);
+    cell_weight_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, t, vectors);
+  });
+}
+
+void cell_norm_gradients_cuda(const PdartsNormGradients* norms, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_float(norms->type, [&](auto type) {
+    dim3 grid(static_cast<unsigned>(quotient_up(norms->C, kColumns)), norms->count);
+    cell_norm_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*norms);
+  });
+}
+
+void cell_sums_cuda(const PdartsSums* sums, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  int64_t n = 0;
+  for (int i = 0; i < sums->count; i++) n = std::max(n, sums->at[i].n);
+  with_float(sums->type, [&](auto type) {
+    dim3 grid(static_cast<unsigned>(quotient_up(n, kColumns)), sums->count);
+    cell_sums_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*sums);
+  });
+}
+
+void cell_terms_cuda(const PdartsTerms* terms, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_float(terms->type, [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = 16 / sizeof(T);
+    unsigned images = static_cast<unsigned>(std::min<int64_t>(terms->N, 65535));
+    auto grid = [&](int each) {
+      return dim3(static_cast<unsigned>(quotient_up(terms->C * terms->HW, kThreads * each)), images, terms->count);
+    };
+    if (rows_aligned(*terms, V)) {
+      cell_terms_kernel<V, T><<<grid(V), kThreads, 0, stream>>>(*terms);
+    } else {
+      cell_terms_kernel<1, T><<<grid(1), kThreads, 0, stream>>>(*terms);
+    }
+  });
+}
+
+void dropout_mask_cuda(const PdartsMask* mask, void* stream) {
+  unsigned blocks = static_cast<unsigned>(quotient_up(mask->elements, kThreads));
+  cell_mask_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*mask);
+}
+
+void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
+  const PdartsPoolGradients& all = *call;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_float(all.type, [&](auto type) {
+    with_stride(all.stride, [&](auto stride) {
+      using T = decltype(type);
+      constexpr int S = stride.value, element = 2 * sizeof(T) + 1;
+      Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
+      cell_pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
+    });
+  });
+}
+
+void cell_rows_cuda(const PdartsRows* rows, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  with_float(rows->type, [&](auto type) {
+    unsigned blocks = static_cast<unsigned>(quotient_up(2 * rows->count * rows->C, kThreads));
+    cell_rows_kernel<decltype(type)><<<blocks, kThreads, 0, stream>>>(*rows);
+  });
+}

@@ -1,0 +1,120 @@
+"""Which way the operations run: plain torch or the kernels, which are built and loaded when they are first needed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+
+import torch
+
+from . import build, fake
+
+MODES = ("auto", "on", "off")
+CUDA_OPERATIONS = frozenset({"mixed", "separable", "pool", "cell"})  # all that can be fused on CUDA
+
+_lock = threading.RLock()
+_mode = os.environ.get("PDARTS_KERNELS", "auto")
+
+
+
+
+def _parsed(operations: str) -> frozenset[str]:
+    names = frozenset(operations.replace(",", " ").split())
+    if not names <= CUDA_OPERATIONS:
+        raise ValueError(
+            f"the operations on CUDA are {sorted(names)}; expected some of {', '.join(sorted(CUDA_OPERATIONS))}"
+        )
+    return names
+
+
+_cuda_operations: frozenset[str] | None = None  # as PDARTS_CUDA_OPERATIONS names them, until they are first asked for
+_served: set[str] = set()  # types of device
+_failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
+_warned: set[str] = set()  # types of device
+_no_cuda = ""  # why the library serves no CUDA device
+
+
+def use(mode: str) -> str:
+    """Sets how this process runs the operations: "auto", "on" or "off"; "on" builds now and raises if that fails.
+
+    Returns the mode before.
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"the mode of the kernels is {mode!r}; expected one of {MODES}")
+    if mode == "on":
+        load()
+    before, _mode = _mode, mode
+    return before
+
+
+def use_on_cuda(operations: str) -> str:
+    """Sets which of CUDA_OPERATIONS this process fuses on CUDA, such as "mixed cell"; returns those before."""
+    global _cuda_operations
+    before, _cuda_operations = " ".join(sorted(on_cuda())), _parsed(operations)
+    return before
+
+
+def on_cuda() -> frozenset[str]:
+    """The operations that are fused on CUDA."""
+    global _cuda_operations
+    if _cuda_operations is None:
+        _cuda_operations = _parsed(os.environ.get("PDARTS_CUDA_OPERATIONS", " ".join(CUDA_OPERATIONS)))
+    return _cuda_operations
+
+
+def fused(device: str | torch.device = "cpu") -> bool:
+    """Whether the kernels serve tensors on `device`; builds them if that is not known yet.
+
+    Call it, or `use("on")`, before torch.compile with fullgraph=True, which cannot look into a build.
+    """
+    kind = device if isinstance(device, str) else device.type
+    if _mode not in MODES:
+        raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
+    if _mode == "off":
+        return False
+    if kind in _served:
+        return True
+    if _mode == "on":
+        load(kind)
+        return True
+    if kind not in _failures:
+        try:
+            load(kind)
+        except (RuntimeError, OSError, ImportError) as error:
+            _failures[kind] = str(error)
+        for failed in _failures.keys() - _warned:  # a build for CUDA that fails is told of when the CPU needs it too
+            _warned.add(failed)
+            where = " on CUDA" if failed == "cuda" else ""
+            why = f"plain torch instead of the fused kernels{where}: {_failures[failed]}"
+            warnings.warn(why, RuntimeWarning, stacklevel=3)
+    return kind in _served
+
+
+def load(kind: str = "cpu"):
+    """Builds, unless that was done before, and loads the library; RuntimeError or OSError if it cannot serve `kind`."""
+    global _no_cuda
+    if kind not in ("cpu", "cuda"):
+        raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu or cuda")
+    with _lock:
+        if not build.loaded():  # by another copy of this folder
+            _no_cuda, failed = build.load_library()
+            if failed:
+                _failures["cuda"] = _no_cuda
+            fake.register()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("pdarts::mixed", kind.upper()):
+            raise RuntimeError(_no_cuda or "the kernels were built for the CPU only, by another copy of them")
+        _served.add(kind)
+
+
+def supports(operation: str, x) -> bool:
+    """Whether "mixed", "separable", "pool" or "cell" is fused for a tensor like x."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and operation not in on_cuda()):
+        return False
+    if operation != "mixed":
+        floating = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(kind)
+        if not floating or (kind == "cuda" and not x.numel()):
+            return False
+    return fused(kind)
