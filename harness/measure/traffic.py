@@ -1,9 +1,9 @@
 """The launches of kernels and the bytes of a step on CUDA, counted on the CPU: `python -m harness.measure traffic`.
 
 A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with torch's convolutions and
-pooling and the fused mixed operation, "cells" with whole cells. Bytes of feature maps are scaled to --batch, "saved" are
-the bytes that the forward pass saves for the backward pass. An operation counts as one launch that reads its inputs and
-writes its results once, a view as none; `KNOWN` has the operations of which more is known, and `Launches` follows
+pooling and the fused mixed operation, "cells" with whole cells. Bytes of feature maps are scaled to --batch, "saved"
+are the bytes that the forward pass saves for the backward pass. An operation counts as one launch that reads its inputs
+and writes its results once, a view as none; `KNOWN` has the operations of which more is known, and `Launches` follows
 kernels/csrc/torch/cell_cuda.h. A kernel of torch's that reads an input several times, as that of the weights of a
 depthwise convolution does for every tap, counts as one that reads it once: minimum traffic is compared.
 """
