@@ -25,9 +25,8 @@ from .runtime import fused, supports
 def memory_format(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.memory_format:
     """The layout of the feature maps of a fused search network.
 
-    Channels-last on the CPU, where the fused convolutions want it; in 16 bits and under autocast, where torch convolves,
-    NCHW.
-    NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
+    Channels-last on the CPU, where the fused convolutions want it; NCHW in 16 bits and under autocast, where torch's
+    convolutions run. NCHW on CUDA, where torch has depthwise kernels of its own for it and sends float32 in channels-last to cuDNN's
     slower ones. PDARTS_LAYOUT, for measuring, overrides it: NCHW or channels-last.
     """
     layouts = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
