@@ -1,4 +1,4 @@
-"""The folder of a run and its checkpoints, from which it goes on as if never stopped."""
+"""The folder of a run and its checkpoints, from which it resumes as if it had never been stopped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pdarts import Genotype, InputError
 
 
 class Folder:
-    """The folder that a run writes to, made by the first `write`. None: writes nothing.
+    """The folder that a run writes to; the first `write` makes it. Without a path nothing is written.
 
-    resume: it holds a run already; otherwise it must be new or empty.
+    resume: the folder holds a run already; otherwise it must be new or empty.
     """
 
     def __init__(self, path: str | os.PathLike | None, resume=False):
@@ -34,7 +34,7 @@ class Folder:
         return {path.name for path in self.path.iterdir()} - {".config.json.tmp"}  # a run was killed before it began
 
     def write(self, name: str, content):
-        """Bytes, text, or anything else as JSON (state dictionaries by `save`)."""
+        """Write bytes, text, or anything else as JSON (`save` is for state dictionaries)."""
         if self.path is None:
             return
         if not isinstance(content, (bytes, str)):
@@ -44,7 +44,7 @@ class Folder:
         write_whole(target, content.encode() if isinstance(content, str) else content)
 
     def save(self, name: str, state, before: str | None = None):
-        """By torch.save; the file that has the name now becomes the file `before`."""
+        """Write a state by torch.save; the file that has the name now becomes the file `before`."""
         if self.path is not None:
             if before and (self.path / name).exists():
                 self.write(before, (self.path / name).read_bytes())
@@ -58,7 +58,7 @@ class Folder:
 
 
 def folder_of(out, resume) -> pathlib.Path | None:
-    """The folder that `out` or `resume` means, or None; `resume` may also be one of the checkpoints in it."""
+    """Return the folder that `out` or `resume` means, or None; `resume` may also be a checkpoint in the folder."""
     if out is not None and resume is not None:
         raise InputError(f"out is {str(out)!r} and resume is {str(resume)!r}; expected one of them")
     if resume is None:
@@ -70,7 +70,7 @@ def folder_of(out, resume) -> pathlib.Path | None:
 class Checkpoints:
     """The last two checkpoints of a run in its folder. Of several processes rank 0 reads and writes.
 
-    identity: all that decides the result; a checkpoint of another one is refused.
+    identity: everything that decides the result; a checkpoint with another identity is refused.
     """
 
     FORMAT = 3
@@ -83,7 +83,7 @@ class Checkpoints:
         self.folder.save(self.LAST, {"format": self.FORMAT, "identity": self.identity, **state}, self.BEFORE)
 
     def load(self, resume) -> dict | None:
-        """What was saved last in the folder `resume`, or in the checkpoint of this name; None if nothing was yet."""
+        """Return the last state in the folder `resume`, or that of the checkpoint `resume`; None if there is none."""
         path = pathlib.Path(resume)
         path = path if path.is_file() else path / self.LAST
         rank, number = processes()
@@ -106,7 +106,7 @@ class Checkpoints:
             version, identity = state["format"], state["identity"]
         except Exception as error:  # whatever a damaged file leads to
             before = path.with_name(self.BEFORE)
-            offer = f"; the one before it goes on: --resume {before}" if before.exists() and before != path else ""
+            offer = f"; the one before it is whole: --resume {before}" if before.exists() and before != path else ""
             raise InputError(f"cannot read {path} ({reason(error)}); expected an undamaged checkpoint{offer}") from None
         if version != self.FORMAT:
             raise InputError(f"{path} has format {version}; expected {self.FORMAT}: another version wrote it")
@@ -120,7 +120,7 @@ class Checkpoints:
 
 
 def load_weights(network, path, device):
-    """Loads a state_dict, the auxiliary head's part of which is optional; an InputError says what does not fit."""
+    """Load a state_dict, with or without the auxiliary head; an InputError says what does not fit."""
     try:
         if zipfile.is_zipfile(path):  # torch's format since 1.6
             check_zip(path, sums=True)  # torch does not compare them

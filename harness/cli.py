@@ -34,14 +34,14 @@ HELP = {  # more than pdarts.py says of its settings
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def _add_options(parser, presets):
-    """The options of a run, and one for every field of the presets' dataclass."""
+    """Add the options of a run, and one for every field of the presets' dataclass."""
     parser.add_argument("--preset", choices=presets, help="where the settings come from (default: demo)")
     parser.add_argument(
         "--data",
@@ -56,7 +56,7 @@ def _add_options(parser, presets):
         "--out", type=_path, metavar="DIR", help="new folder for the results (default: runs/ and the time)"
     )
     parser.add_argument(
-        "--resume", type=_path, metavar="DIR", help="the folder of a run that ended early, to go on with"
+        "--resume", type=_path, metavar="DIR", help="the folder of a run that ended early, which resumes"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def _add_options(parser, presets):
     folder.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images (default: the cores of each process)"
     )
-    folder.add_argument("--skip-damaged", action="store_true", help="go without the images that cannot be read")
+    folder.add_argument("--skip-damaged", action="store_true", help="leave out the images that cannot be read")
     folder.add_argument("--cache", type=_path, metavar="DIR", help="for resized images (default: in PATH)")
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
@@ -109,7 +109,7 @@ def _text(value) -> str:
 
 
 def _configure(args, presets, out):
-    """(settings, images, which these are) that the options stand for; what they leave open is as in the run."""
+    """Return settings, images and a text about these; the run that is resumed decides where the options do not."""
     settings = presets[args.preset or "demo"]
     file = out / "config.json"
     if args.resume and not args.preset and file.is_file():
@@ -144,16 +144,15 @@ def _configure(args, presets, out):
 
 
 def _space(primitives=SPACE.primitives, nodes=SPACE.nodes) -> SearchSpace:
-    if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
-        raise InputError(f"nodes is {short(nodes)}; expected 1 to {MAX_NODES}")
-    names = all(isinstance(name, str) for name in primitives)
-    if not primitives or not names or len(set(primitives)) < len(primitives):
-        raise InputError(f"primitives are {short(primitives)}; expected names of operations, each once")
+    if type(nodes) is not int or nodes > MAX_NODES:
+        raise InputError(f"nodes is {short(nodes)}; expected at most {MAX_NODES}")
+    if not all(isinstance(name, str) for name in primitives):
+        raise InputError(f"primitives are {short(primitives)}; expected names of operations")
     return SearchSpace(tuple(primitives), nodes)
 
 
 def _say(*text):
-    """Of several processes rank 0 speaks."""
+    """Print the text; of several processes only rank 0 does."""
     if processes()[0] == 0:
         print(*text, flush=True)
 
@@ -239,7 +238,7 @@ def _parser():
 
 
 def _folder(args) -> pathlib.Path:
-    """The folder of the run; where torchrun started the processes again, they go on with it."""
+    """Return the folder of the run; processes that torchrun started again resume the run in it."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if restarted and args.out and (pathlib.Path(args.out) / "config.json").is_file():
         args.out, args.resume = None, args.out
@@ -247,8 +246,8 @@ def _folder(args) -> pathlib.Path:
     return gather(folder_of(args.out, args.resume) or default)[0]  # named after one clock
 
 
-def _to_go_on(arguments, out) -> str:
-    """The same command again, with --resume in the place of --out."""
+def _how_to_resume(arguments, out) -> str:
+    """Return the command that resumes the run: the same with --resume in the place of --out."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--resume")
@@ -257,11 +256,11 @@ def _to_go_on(arguments, out) -> str:
     start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
     if number > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(number):
         start = []  # several machines: their torchrun as before
-    return "to go on: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
+    return "to resume: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
 
 
 def command(arguments: list[str]) -> int:
-    """Runs a command; returns the exit status."""
+    """Run a command and return the exit status."""
     out = None
     try:
         parser = _parser()
@@ -281,7 +280,7 @@ def command(arguments: list[str]) -> int:
         return 2
     except Stopped as stopped:
         if processes()[0] == 0:
-            print(f"pdarts.py: {stopped}; {_to_go_on(arguments, out)}", file=sys.stderr)
+            print(f"pdarts.py: {stopped}; {_how_to_resume(arguments, out)}", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
@@ -293,14 +292,14 @@ def command(arguments: list[str]) -> int:
             return 2
         if processes()[1] == 1:
             raise
-        going_on = _to_go_on(arguments, out)
-        print(f"pdarts.py: error: process {processes()[0]} cannot go on ({reason}); {going_on}", file=sys.stderr)
+        resuming = _how_to_resume(arguments, out)
+        print(f"pdarts.py: error: process {processes()[0]} cannot continue ({reason}); {resuming}", file=sys.stderr)
         return 1
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command of the process and return the exit status."""
     keep_freed_memory()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode

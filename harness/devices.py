@@ -1,4 +1,4 @@
-"""The device of a run, and how it computes there."""
+"""The device of a run, and the ways to compute on it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except (ImportError, AttributeError) as error:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` stands for; "auto" is the GPU if there is one. InputError if torch cannot use it."""
+    """Return the device `name`; "auto" is the GPU if there is one. InputError if torch cannot use it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old names, which are refused
@@ -43,9 +43,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory():
-    """This process keeps the CPU's memory that it frees for the next step, where glibc hands it out.
+    """Make glibc keep the memory that this process frees for the next step.
 
-    Else large tensors go back to the system, which has to clear the pages when they come again.
+    Otherwise large tensors go back to the system, which has to clear the pages when they come again.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         c = ctypes.CDLL(None)
@@ -57,13 +57,13 @@ def keep_freed_memory():
 
 
 def entered(device: torch.device):
-    """A block in which `device` is the current one, if it is a GPU."""
+    """Return a block in which `device` is the current one, if it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def deterministic(on: bool):
-    """A block in which, if `on`, torch only uses operations that give the same bits every time."""
+    """Enter a block in which torch, if `on`, only uses operations that give the same bits every time."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product of the process
@@ -75,10 +75,10 @@ def deterministic(on: bool):
 
 
 def pick_kernels(mode: str | None, device: torch.device) -> bool:
-    """How this process runs what kernels/ fuses: by it ("on"), in plain torch ("off"), or by it if it can ("auto").
+    """Set whether this process uses the kernels: "on", "off", or "auto", which falls back to plain torch.
 
-    mode may also name what is fused on CUDA, as kernels.CUDA_OPERATIONS does, which is "on" then. None: as before, at
-    first PDARTS_KERNELS or "auto". Returns whether the kernels are used; builds them if they are.
+    mode may also name the operations that are fused on CUDA, as kernels.CUDA_OPERATIONS does, and means "on" then.
+    None: as before, at first PDARTS_KERNELS or "auto". Return whether the kernels are used, built if they are.
     """
     named = mode is not None and mode not in ("auto", "on", "off")
     if named and device.type != "cuda":
@@ -98,9 +98,9 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
 
 
 def ways_to_compute(device: torch.device, kernels: bool, graphs: bool) -> dict:
-    """The arguments of a Search or an Evaluation: prepare and wrap_step.
+    """Return the arguments `prepare` and `wrap_step` of a Search or an Evaluation.
 
-    Graphs are for one process on a GPU: several wait for each other within a step.
+    Graphs are for one process on a GPU: several processes wait for each other within a step.
     """
     ways = {}
     if kernels:

@@ -15,14 +15,14 @@ from pdarts import InputError
 
 
 def processes() -> tuple[int, int]:
-    """(rank of this process, number of processes): (0, 1) unless torch.distributed is initialised."""
+    """Return (rank of this process, number of processes): (0, 1) unless torch.distributed is initialised."""
     several = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 @contextlib.contextmanager
 def process_group(device: str):
-    """The rendezvous with the other processes, if torchrun started several; yields the device of this one."""
+    """Join the other processes, if torchrun started several; yield the device of this one."""
     if "LOCAL_RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield device
         return
@@ -52,7 +52,7 @@ def process_group(device: str):
 
 
 def average(gradients):
-    """Each gradient's mean over all processes, the same bits in every one of them; None stays None.
+    """Return each gradient's mean over all processes, the same bits in all of them; None stays None.
 
     A network of a few million parameters needs no overlap with the backward pass: one message holds them all.
     """
@@ -67,7 +67,7 @@ def average(gradients):
 
 
 def gather(value) -> list:
-    """`value` of every process, by rank."""
+    """Return the `value` of every process, by rank."""
     values = [value]
     if processes()[1] > 1:
         values = [None] * processes()[1]
@@ -76,7 +76,7 @@ def gather(value) -> list:
 
 
 def broadcast(value):
-    """`value` of rank 0."""
+    """Return the `value` of rank 0."""
     values = [value]
     if processes()[1] > 1:
         dist.broadcast_object_list(values, 0)
@@ -84,7 +84,7 @@ def broadcast(value):
 
 
 def largest(number: int) -> int:
-    """The largest `number` of all processes."""
+    """Return the largest `number` of all processes."""
     if processes()[1] == 1:
         return number
     tensor = torch.tensor(number)
@@ -93,7 +93,7 @@ def largest(number: int) -> int:
 
 
 def share_buffers(network):
-    """Takes rank 0's running statistics, as the official code does on several GPUs."""
+    """Take over the running statistics of rank 0, as the official code does on several GPUs."""
     if processes()[1] > 1:
         buffers = [b for b in network.buffers() if b.is_floating_point()]
         flat = torch.cat([b.flatten() for b in buffers])
@@ -103,14 +103,14 @@ def share_buffers(network):
 
 
 def check_agreement(tensors, *others):
-    """RuntimeError unless all processes hold the same tensors, bit for bit, and the same `others`."""
+    """Raise RuntimeError unless all processes hold the same tensors, bit for bit, and the same `others`."""
     text = repr((others, [tensor.tolist() for tensor in tensors]))
     if len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) > 1:
         raise RuntimeError("the processes hold different alphas or candidates; expected the same in all of them")
 
 
 def batches_for(images: int, batch: int, number: int) -> int:
-    """Of an epoch for `number` processes: a last batch that leaves each a single image cannot train batch norms."""
+    """Return the batches of an epoch, without a last one of a single image for each process: batch norms need two."""
     if batch % number or min(batch, images) < 2 * number:
         raise InputError(
             f"batch is {batch}, of {images} images, for {number} process{'es' * (number > 1)}; expected 2 images or "
@@ -121,7 +121,7 @@ def batches_for(images: int, batch: int, number: int) -> int:
 
 
 class Shared:
-    """This process's part of every batch of a loader: every n-th image, of which all processes get as many.
+    """This process's part of every batch of a loader: every n-th image, the same number in all processes.
 
     Augmentation does not depend on the number of processes. Batch norms take the statistics of a process's own images,
     as the official code's do. The last batch is cut to a multiple of the number. A loader with `part(rank, number)`

@@ -46,9 +46,9 @@ def evaluate(
     kernels: str | None = None,
     graphs: bool = True,
 ) -> EvaluateResult:
-    """Trains the network of a cell from scratch and tests it; with `weights`, a file of its state_dict, only tests.
+    """Train the network of a cell from scratch and test it; with `weights`, a file of its state_dict, only test it.
 
-    The other arguments as for `search`.
+    The other arguments are those of `search`.
     """
     genotype = check_genotype(genotype)
     run = Run("evaluate", config, images, out, device, kernels, resume, genotype=genotype._asdict())
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def fold(network: Network) -> Network:
-    """The network, changed for evaluation mode: its batch norms are in the weights of the convolutions before them."""
+    """Fold the batch norms of a network into the convolutions before them, for evaluation mode."""
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential):
             for (name, conv), (after, norm) in itertools.pairwise(list(module.named_children())):
@@ -114,7 +114,7 @@ def _train(genotype, config, run, graphs, show):
     for event in training:
         epoch = training.epoch if isinstance(event, Step) else event.epoch
         label = f"epoch {epoch:3d}/{config.epochs - 1}"
-        if meters is None:  # an epoch begins, or goes on, maybe after its last step
+        if meters is None:  # an epoch begins or is resumed, maybe after its last step
             meters = run.meters({"training loss": f"epoch {epoch}"}, state)
             state = None
         if isinstance(event, Step):

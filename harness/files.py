@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a message says of damaged ones."""
+"""Files that are written whole or not at all, locks, and texts about damaged files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ except ImportError:  # on Windows, where nothing is locked
 
 
 def short(value) -> str:
-    """What a message shows of any value, however long or deeply nested."""
+    """Return a short text of any value for a message, however long or deeply nested the value is."""
     return f"{reprlib.repr(value):.80}"
 
 
 def reason(error: Exception) -> str:
-    """What a message says of an error that a damaged file led to."""
+    """Return a short text of an error that a damaged file led to."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
 
 
 def check_zip(path, sums=False):
-    """ValueError for a zip that unpacks to far more than it is, as no images or weights do; `sums`: or is damaged."""
+    """Raise ValueError for a zip that unpacks to far more than its size, or, with `sums`, is damaged."""
     with zipfile.ZipFile(path) as archive:
         size, unpacked = os.path.getsize(path), sum(part.file_size for part in archive.infolist())
         if unpacked > 10**7 + 100 * size:
@@ -36,7 +36,7 @@ def check_zip(path, sums=False):
 
 
 def write_whole(path: pathlib.Path, content: bytes):
-    """The file appears, or takes the place of an older one, with all of its content or not at all."""
+    """Write a file with all of its content or not at all; it takes the place of an older one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -50,7 +50,7 @@ def write_whole(path: pathlib.Path, content: bytes):
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, wait: bool = True):
-    """Holds the lock of a file against other processes; True, or False where another holds it and `wait` is False."""
+    """Hold the lock of a file; yield True, or False if another process holds it and `wait` is False."""
     with open(path, "ab") as file:
         try:
             if fcntl:

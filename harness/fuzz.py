@@ -1,6 +1,6 @@
-"""Damaged, hostile and random input for tests: it leads to the right result or to one line that says what was wrong.
+"""Damaged, hostile and random input for tests, which leads to the right result or to one line of an error.
 
-A failure names its case, which only the number decides. PDARTS_FUZZ=10 tries ten times as many."""
+A failure names its case, which its number alone decides. PDARTS_FUZZ=10 tries ten times as many."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ FUZZ = int(os.environ.get("PDARTS_FUZZ", "1"))
 
 
 def cases(count):
-    """Numbers of cases, each with its own random numbers."""
+    """Return numbers of cases, each with its own random numbers."""
     return ((number, random.Random(number)) for number in range(count * FUZZ))
 
 
@@ -28,7 +28,7 @@ def case(*what):
 
 
 def accepted(reader, *arguments):
-    """What `reader` returns, or None where it refuses with a message, which the command line prints in one line."""
+    """Return the result of `reader`, or None where it refuses with a message that the command line prints in a line."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # more lines
         try:
@@ -38,7 +38,7 @@ def accepted(reader, *arguments):
 
 
 def damaged(content: bytes, rng) -> bytes:
-    """`content` with some bytes changed, cut off, left out, repeated or put in."""
+    """Return `content` with some bytes changed, cut off, left out, repeated or put in."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         start = rng.randrange(len(content) + 1)
@@ -56,7 +56,7 @@ STRANGE = (*NUMBERS, None, "", "none", "skip_connect", "x" * 500, "\ud800", "nor
 
 
 def changed(value, rng):
-    """JSON with a random value somewhere in place of another, or with parts left out, repeated or swapped."""
+    """Return JSON with a random value in place of another, or with parts left out, repeated or swapped."""
     if not isinstance(value, (list, dict)) or not value or rng.random() < 0.1:
         return rng.choice(STRANGE)
     if isinstance(value, dict):
@@ -69,7 +69,7 @@ def changed(value, rng):
 
 
 class Exploit:
-    """Creates the file `path` where it is unpickled."""
+    """An object that creates the file `path` when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

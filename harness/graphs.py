@@ -13,9 +13,9 @@ from harness.files import reason
 class CapturedStep:
     """A step as a GPU runs it fastest: captured once for each shape of its inputs, then replayed.
 
-    step: a function of tensors that returns tensors. What else changes between its calls must be tensors that are
-    changed in place, or drawn from torch's own random generator. The first `WARM_UP` calls of each shape are plain
-    ones, in which optimizers make their state. If a step cannot be captured, plain steps go on, with one warning.
+    step: a function of tensors that returns tensors. Everything else that changes between its calls must be a tensor
+    that changes in place, or be drawn from torch's own random generator. The first `WARM_UP` calls of each shape are
+    plain ones, in which optimizers make their state. A step that cannot be captured stays plain, with one warning.
     """
 
     WARM_UP = 3
@@ -49,7 +49,7 @@ class CapturedStep:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def _plain(self, inputs):
-        """On the stream of the capture, where the memory that optimizers and autograd keep must come from."""
+        """Run a plain step on the stream of the capture: the memory of optimizers and autograd must come from there."""
         present = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(present)
         with torch.cuda.stream(self.stream), warnings.catch_warnings():
@@ -61,7 +61,7 @@ class CapturedStep:
         return results
 
     def _capture(self, buffers):
-        """-> a function that runs the step on what lies in `buffers`, these, and where it leaves its results."""
+        """Return a function that runs the step on the `buffers`, these, and the tensors of its results."""
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -70,7 +70,7 @@ class CapturedStep:
         return graph.replay, buffers, results
 
     def _recover(self):
-        """A capture that fails leaves torch's generator believing that it is being captured: it gets a new state."""
+        """Give torch's generator a new state: after a capture that fails it believes that it is being captured."""
         torch.cuda.synchronize(self.device)
         with torch.cuda.device(self.device):
             generator = torch.cuda.default_generators[torch.cuda.current_device()]

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on."""
+"""The lines that a run prints while it trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pdarts import InputError
 
 
 class Meter:
-    """Mean loss and accuracy over an epoch; messages name `what` loss it is and `where` in the run.
+    """Mean loss and accuracy over an epoch; messages name the loss, `what`, and the place in the run, `where`.
 
     Numbers stay on the device for some steps, so that a GPU need not be waited for in each.
     """
@@ -25,13 +25,13 @@ class Meter:
         self._unread = []
 
     def update(self, loss, correct, images: int):
-        """Of a step: mean loss and number of correct predictions, tensors on the device, and number of images."""
+        """Add a step: its mean loss and correct predictions, tensors on the device, and its number of images."""
         self._unread.append((loss, correct, images))
         if len(self._unread) == 20:
             self.read()
 
     def read(self):
-        """Takes the numbers from the device; ends the run if a loss is not finite."""
+        """Take the numbers from the device; InputError if a loss is not finite."""
         if self._unread:
             losses, corrects, images = zip(*self._unread)
             for loss, correct, n in zip(torch.stack(losses).tolist(), torch.stack(corrects).tolist(), images):
@@ -49,7 +49,7 @@ class Meter:
         return self.steps, self.loss, self.correct, self.images
 
     def result(self, own=False):
-        """(mean loss, accuracy) over all processes or this one's `own`; (None, None) where nothing was measured."""
+        """Return (mean loss, accuracy) of all processes, or of this one only; (None, None) if there were no steps."""
         _, loss, correct, images = self.state()
         parts = [(loss, correct, images)] if own else gather((loss, correct, images))
         loss, correct, images = (sum(values) for values in zip(*parts))
@@ -59,8 +59,8 @@ class Meter:
 class Progress:
     """One live line on a terminal, one line per epoch elsewhere, with the time that is left.
 
-    work: what each stage takes, in any unit; the time left follows from what a unit took so far. Of several processes
-    only rank 0 shows anything.
+    work: of each stage, in any unit; the time left follows from the time of a unit so far. Of several processes only
+    rank 0 shows anything.
     """
 
     def __init__(self, work: list[float], show: bool):
@@ -69,11 +69,11 @@ class Progress:
         self.start, self.done, self.before, self.last, self.length = time.monotonic(), 0.0, 0.0, 0.0, 0
 
     def resume(self, work):
-        """`work` was done before this process started."""
+        """Note that `work` was done before this process started."""
         self.done = self.before = work
 
     def step(self, stage, text, work, meter, images_per_second):
-        """After a step that took `work`: at most five times a second the live line."""
+        """Show the live line after a step that took `work`, at most five times a second."""
         self.done += work
         now = time.monotonic()
         if not self.live or now - self.last < 0.2:
@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 def reading():
-    """A function of (images done, all of them) for what reads many: a live line, from its second second on."""
+    """Return a function of (images read, all images) that shows a live line, from its second second on."""
     started, live = time.monotonic(), sys.stdout.isatty() and processes()[0] == 0
 
     def progress(done, total):

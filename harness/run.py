@@ -1,4 +1,4 @@
-"""What any run needs: device, images, folder, log, checkpoints, signals, several processes."""
+"""The parts of any run: device, images, folder, log, checkpoints, signals, several processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Clock:
-    """Of an epoch."""
+    """The clock of an epoch."""
 
     def __init__(self):
         self.started, self.images = time.monotonic(), 0
@@ -44,15 +44,15 @@ class Clock:
         return time.monotonic() - self.started
 
     def rate(self, images: int) -> float:
-        """Images per second, after some more."""
+        """Add images and return the images per second."""
         self.images += images
         return self.images / max(self.seconds(), 1e-9)
 
 
 class Run:
-    """What a search and an evaluation share: device, images, folder, log, checkpoints and signals.
+    """The common part of a search and an evaluation: device, images, folder, log, checkpoints and signals.
 
-    kind: "search" or "evaluate"; identity: what else decides the result, besides settings, data and type of device. Of
+    kind: "search" or "evaluate"; identity: all that decides the result besides settings, data and type of device. Of
     several processes rank 0 reads and writes.
     """
 
@@ -76,12 +76,12 @@ class Run:
         self.images = images.to(self.device)
 
     def shared(self, data: pdarts.Data) -> pdarts.Data:
-        """Of several processes each takes its part of every batch."""
+        """Return the data with loaders of this process's part of every batch."""
         self.loaders = [Shared(loader) for loader in (data.train, data.val) if loader is not None]
         return data._replace(**dict(zip(("train", "val"), self.loaders)))
 
     def test_accuracies(self, network, limit: int | None = None, top=(1,)) -> list[float | None]:
-        """For each k of `top` the share of test images whose class is among the k largest logits."""
+        """Return for each k of `top` the share of test images whose class is among the k largest logits."""
         batches = self.images.test(limit, processes())
         counts = gather(pdarts.correct_predictions(network, batches, self.config.dtype, top))
         *correct, total = (sum(n) for n in zip(*counts))
@@ -89,7 +89,10 @@ class Run:
 
     @contextlib.contextmanager
     def block(self):
-        """Leaves the caller's random state, device and signals as they were; a signal only leads to `stop_if_asked`."""
+        """Enter a block that leaves the caller's random state, device and signals as they were.
+
+        Within it a signal only sets the flag that `stop_if_asked` looks at.
+        """
         generators = torch.random.fork_rng(range(torch.cuda.device_count()))
         with generators, entered(self.device), deterministic(self.config.deterministic), self._signals():
             yield
@@ -112,7 +115,7 @@ class Run:
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def time(self, clock, **where):
-        """Adds an epoch's seconds to the log of times, and those that passed waiting for its batches."""
+        """Add an epoch's seconds to the log of times, and the seconds of waiting for its batches."""
         seconds, waited = clock.seconds(), sum(loader.waited for loader in self.loaders)
         self.times.append(where | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
         for loader in self.loaders:
@@ -120,7 +123,7 @@ class Run:
         return seconds
 
     def begin(self, training) -> dict | None:
-        """The run is not refused any more: puts back what was saved, if anything was, and returns it."""
+        """Load the saved state into the training and return it, or begin the folder of a new run."""
         state, self.state = self.state, None
         if state:
             pdarts.load_state_dict(training, state["training"])
@@ -130,14 +133,14 @@ class Run:
         return state
 
     def meters(self, names: dict[str, str], state: dict | None) -> list[Meter]:
-        """Those of an epoch: new, or as they were when it was interrupted."""
+        """Return the meters of an epoch: new ones, or in the state of the interruption."""
         if state and state["meters"]:
             states = state["meters"][processes()[0]]
             return [Meter(*name, of) for name, of in zip(names.items(), states)]
         return [Meter(*name) for name in names.items()]
 
     def save(self, training, meters=(), **more):
-        """All that is needed to go on; meters: of an epoch that is interrupted."""
+        """Save everything that the run needs to resume; meters: of an epoch that is interrupted."""
         states = gather([meter.state() for meter in meters]) if meters else []
         self.folder.write("log.jsonl", _lines(self.log))
         self.folder.write("times.jsonl", _lines(self.times))
@@ -146,7 +149,7 @@ class Run:
         self.checkpoints.save(state | {"log": self.log, "times": self.times})
 
     def stop_if_asked(self, training, meters, **more):
-        """Saves and raises `Stopped` if any process got a signal."""
+        """Save the state and raise `Stopped` if any process got a signal."""
         if number := largest(self.signal):
             share_buffers(training.network)
             self.save(training, meters, **more)
@@ -154,12 +157,12 @@ class Run:
 
 
 def _lines(records: list[dict]) -> str:
-    """As JSON, the same bytes in equal runs."""
+    """Return the records as lines of JSON, the same bytes in equal runs."""
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _describe(config, images: Images, device: torch.device) -> dict:
-    """What config.json holds."""
+    """Return the content of config.json."""
     return {
         "settings": dataclasses.asdict(config),
         "data": images.name,

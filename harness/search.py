@@ -78,7 +78,7 @@ def search(
                 continue
             stage, epoch = len(searching.stages), event.epoch if isinstance(event, Epoch) else searching.epoch
             label = f"stage {stage + 1}/{len(work)}  epoch {epoch:2d}/{config.epochs - 1}"
-            if meters is None:  # an epoch begins, or goes on, maybe after its last step
+            if meters is None:  # an epoch begins or is resumed, maybe after its last step
                 where = f"stage {stage + 1}, epoch {epoch}"
                 meters = run.meters({"training loss": where, "alpha loss": where}, state)
                 state = None

@@ -1,4 +1,4 @@
-"""DARTS's second-order architecture step, which P-DARTS does without: `Search(..., architect=SecondOrder)`."""
+"""DARTS's second-order architecture step, an alternative to P-DARTS's: `Search(..., architect=SecondOrder)`."""
 
 from __future__ import annotations
 

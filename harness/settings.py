@@ -1,4 +1,4 @@
-"""What a run sets besides the method's hyper-parameters, and the presets."""
+"""The settings of a run besides the method's hyper-parameters, and the presets."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def loaded(content):
 
 DAMAGE = {
     "cut off": (lambda c: c[: len(c) // 2], r"cannot read .*checkpoint.pt \(.*\); expected an undamaged checkpoint; "),
-    "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it goes on: --resume .*before"),
+    "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it is whole: --resume .*before"),
     "nothing": (lambda c: b"", "expected an undamaged checkpoint"),
     "no checkpoint": (lambda c: saved({"weights": 1}), "cannot read"),
     "later format": (lambda c: saved(loaded(c) | {"format": 4}), "has format 4; expected 3: another version wrote it"),

@@ -1,4 +1,4 @@
-"""Tests of the command line: what it runs, what it refuses in one line, and how it says to go on."""
+"""Tests of the command line: the commands, what is refused in one line, and the command that resumes."""
 
 import dataclasses
 import json
@@ -113,9 +113,10 @@ BAD = {
     "two stages": (["search", "--depths", 5, 11], "differ in their numbers of stages; expected one value for"),
     "no primitives": (["search", "--primitives"], "argument --primitives: expected at least one argument"),
     "unknown primitive": (["search", "--primitives", "none", "conv"], "unknown primitives ['conv']; expected some of"),
-    "a primitive twice": (["search", "--primitives", "none", "none"], "expected names of operations, each once"),
+    "a primitive twice": (["search", "--primitives", "none", "none"], "expected one or more, each once"),
     "fewer primitives": (["search", "--primitives", "none", "skip_connect"], "keep starts with 8; expected 2, all"),
-    "no nodes": (["search", "--nodes", 0], "nodes is 0; expected 1 to 100"),
+    "no nodes": (["search", "--nodes", 0], "the search space has cells of 0 nodes; expected 1 or more"),
+    "too many nodes": (["search", "--nodes", 101], "nodes is 101; expected at most 100"),
     "too few cells": (["search", "--depths", 2, 3, 4], "depths is 2; expected a whole number from 3"),
     "too few images": (["search", "--images", 3], "images is 3; expected at least 4, or 0 for all"),
     "nothing to download": (["search", "--download"], "nothing to download for shapes; expected --preset cifar10 or"),
@@ -279,7 +280,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
     assert taken > 30
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -302,8 +303,8 @@ def test_the_command_line_says_how_to_go_on_and_does(here, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pdarts.py"])
     assert stopped(monkeypatch, arguments) == 143
     error = capsys.readouterr().err
-    assert error.startswith("pdarts.py: stopped by SIGTERM; to go on: python pdarts.py ") and error.count("\n") == 1
-    command = shlex.split(error.split("to go on: ")[1])[2:]
+    assert error.startswith("pdarts.py: stopped by SIGTERM; to resume: python pdarts.py ") and error.count("\n") == 1
+    command = shlex.split(error.split("to resume: ")[1])[2:]
     assert command == [*arguments[:-2], "--resume", "a run"]
     kernels.use("auto")  # as in a new process
     assert cli.command(["search", "--resume", "a run"]) == 0  # settings, data, space and kernels are in the folder

@@ -1,4 +1,4 @@
-"""Tests of several processes: they compute what one does, agree, stop together and go on together."""
+"""Tests of several processes: they compute the same as one, agree, and stop and resume together."""
 
 import json
 import os
@@ -204,7 +204,7 @@ def test_a_search_of_two_processes_goes_on_when_one_dies_and_both_end_together(f
     assert result.returncode == 0, result.stderr
     assert "failed (exitcode: " in result.stderr  # one died in its second epoch, and then the other
     assert "Python's own end" not in result.stdout  # where torch's threads abort or block it, at random
-    # Rank 0 speaks, and goes on after the first epoch.
+    # Rank 0 speaks, and resumes after the first epoch.
     assert result.stdout.count("epoch  0/1") == 1 and result.stdout.count("epoch  1/1") == 1
     assert result.stdout.count("node 0 =") == 2
     log = [json.loads(line) for line in (folder / "found/log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Tests of searches and evaluations as runs: what they write, and that they go on, bit for bit, wherever they ended."""
+"""Tests of searches and evaluations as runs: their files, and resuming, bit for bit, wherever they ended."""
 
 import collections
 import dataclasses

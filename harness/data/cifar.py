@@ -20,7 +20,7 @@ from pdarts import InputError
 
 
 class CifarFormat(NamedTuple):
-    """Where a CIFAR data set is found and what its files look like."""
+    """The address and the files of a CIFAR data set."""
 
     url: str
     md5: str
@@ -35,7 +35,7 @@ class CifarFormat(NamedTuple):
     std: tuple[float, float, float]
 
     def version_in(self, folder: pathlib.Path) -> str | None:
-        """The name of the version's folder that there is in `folder`, the binary one if there are both."""
+        """Return the name of the folder of a version in `folder`, the binary one if there are both."""
         return next((name for name in (self.binary, self.python) if (folder / name).is_dir()), None)
 
 
@@ -70,7 +70,7 @@ CIFAR = {
 
 
 class PickledArray:
-    """Stands in for numpy.ndarray while unpickling: takes the state, runs nothing."""
+    """A stand-in for numpy.ndarray while unpickling, which takes the state and runs nothing."""
 
     def __setstate__(self, state):
         _, self.shape, self.dtype, self.fortran_order, self.data = state
@@ -82,7 +82,7 @@ class PickledArray:
 
 
 class PickledDtype:
-    """Stands in for numpy.dtype."""
+    """A stand-in for numpy.dtype."""
 
     def __init__(self, name, *_):
         self.name = name.decode() if isinstance(name, bytes) else name
@@ -93,7 +93,7 @@ class PickledDtype:
 
 # Python's own unpickler: the one in C allocates whatever sizes a damaged file claims.
 class CifarUnpickler(pickle._Unpickler):
-    """Allows the names of an array in a CIFAR file, with stand-ins for them, and refuses everything else."""
+    """An unpickler that knows stand-ins for an array in a CIFAR file and refuses every other name."""
 
     ALLOWED = {"_reconstruct": lambda *_: PickledArray(), "ndarray": PickledArray, "dtype": PickledDtype}
 
@@ -124,7 +124,7 @@ class CifarUnpickler(pickle._Unpickler):
 
 
 def read_file(path: pathlib.Path, form: CifarFormat, binary: bool):
-    """-> images [N,3,32,32] uint8 and labels [N]."""
+    """Return the images of a file, uint8 [N,3,32,32], and their labels [N]."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -155,7 +155,7 @@ def read_file(path: pathlib.Path, form: CifarFormat, binary: bool):
 
 
 def read_cifar(name: str, folder: pathlib.Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of "cifar10" or "cifar100" in `folder`, the binary or the python version of it:
+    """Return x_train, y_train, x_test, y_test of "cifar10" or "cifar100" in `folder`, in the binary or python version:
     images [N,32,32,3] uint8 and labels [N]."""
     form = CIFAR[name]
     version = form.version_in(folder)
@@ -171,7 +171,7 @@ def read_cifar(name: str, folder: pathlib.Path) -> list[np.ndarray]:
 
 
 def download_cifar(name: str, folder: pathlib.Path, form: CifarFormat | None = None):
-    """Fetches the binary version into `folder`, unless it is there. Either all of it arrives there or nothing."""
+    """Fetch the binary version into `folder`, unless it is there. Either all of it arrives there or nothing."""
     form = form or CIFAR[name]
     if (folder / form.binary).exists():
         return

@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class as for torchvision's ImageFolder, and a cache of them, resized."""
+"""Folders of images, one folder per class as for torchvision's ImageFolder, and a cache of the resized images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Listing:
     test: list[tuple[str, int]]
 
     def subset(self, fraction: float) -> Listing:
-        """A part of the training images of each class, one at least; a larger fraction holds those of a smaller."""
+        """Return a part of each class's training images, one at least; a larger part holds a smaller one."""
         if not 0 < fraction <= 1:
             raise InputError(f"fraction is {fraction}; expected more than 0 and at most 1")
         groups = [[] for _ in self.classes]
@@ -59,7 +59,7 @@ class Listing:
 
 
 def shown(text: str) -> str:
-    """What messages and lists say of a file's name: one line, even if the name has several."""
+    """Return a file's name as messages and lists show it: in one line, even if the name has several."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -75,7 +75,7 @@ def inside(root: str, path: str) -> bool:
 
 
 def entries(root: str, path: str, outside: list[str]):
-    """(path relative to root, whether it is a folder) of the folders and images in a folder, in order.
+    """Yield (path relative to root, whether it is a folder) of the folders and images in a folder, in order.
     Links that lead out of `root`, a real path, go to `outside` instead."""
     with os.scandir(os.path.join(root, path)) as scanned:
         found = sorted((entry for entry in scanned if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -89,7 +89,7 @@ def entries(root: str, path: str, outside: list[str]):
 
 
 def images_below(root: str, folder: str, outside: list[str]) -> list[str]:
-    """The images in a folder and in those within it, sorted. A folder that has several links is gone through once."""
+    """Return the images in a folder and in the folders in it, sorted. A folder with several links is read once."""
     images, folders, seen = [], [folder], set()
     while folders:
         path = folders.pop()
@@ -103,7 +103,7 @@ def images_below(root: str, folder: str, outside: list[str]) -> list[str]:
 
 
 def scan(folder) -> Listing:
-    """The images of FOLDER/train/CLASS and FOLDER/val/CLASS, or FOLDER/test/CLASS if there is no val."""
+    """List the images of FOLDER/train/CLASS and FOLDER/val/CLASS, or FOLDER/test/CLASS if there is no val."""
     folder = os.fspath(folder)
     root, outside, found = os.path.realpath(folder), [], {}
     train, val, test = (os.path.isdir(os.path.join(root, name)) for name in ("train", "val", "test"))
@@ -143,7 +143,7 @@ def scan(folder) -> Listing:
 
 
 def digest(listing: Listing, *more, times=False) -> str:
-    """Of classes, names, labels and sizes of the files, and when they were changed if `times`; and of `more`."""
+    """Return a digest of classes, names, labels and sizes of the files, of their `times`, if asked, and of `more`."""
     result = hashlib.blake2b(repr((more, listing.classes)).encode(), digest_size=16)
     for split, part in (b"train", listing.train), (b"test", listing.test):
         result.update(split)
@@ -158,7 +158,7 @@ def digest(listing: Listing, *more, times=False) -> str:
 
 
 def fingerprint(listing: Listing) -> str:
-    """Equal for equal names, labels and sizes of files, as in a copied folder."""
+    """Return a text that is equal for equal names, labels and sizes of files, as in a copied folder."""
     return digest(listing)
 
 
@@ -166,7 +166,7 @@ def fingerprint(listing: Listing) -> str:
 
 
 def decode(path) -> torch.Tensor:
-    """uint8 [3,H,W], colour whatever the file holds, not turned by EXIF, as with ImageFolder; not contiguous.
+    """Return a file's image: uint8 [3,H,W], always in colour, not turned by EXIF, as with ImageFolder; not contiguous.
     ValueError with the reason for a file that cannot be read, InputError if nothing is installed that reads any."""
     try:
         from PIL import Image  # torchvision cannot be imported without it either
@@ -191,7 +191,7 @@ def decode(path) -> torch.Tensor:
 
 
 def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [3,H,W] -> uint8 [3,size,size]: the shorter side becomes `size`, then the middle is cut out."""
+    """Resize uint8 [3,H,W] until the shorter side is `size`, and cut out the middle, uint8 [3,size,size]."""
     short, long = sorted(image.shape[1:])
     if long > 16 * short:  # resizing the whole of a line would take any amount of memory
         image = middle(image, 16 * short, 16 * short)
@@ -201,7 +201,7 @@ def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def middle(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The middle of [3,H,W], height x width or all there is, where torchvision's CenterCrop has it."""
+    """Cut out the middle of [3,H,W], height x width at most, where torchvision's CenterCrop has it."""
     top, left = (max(0, round((side - to) / 2)) for side, to in zip(image.shape[1:], (height, width)))
     return image[:, top : top + height, left : left + width]
 
@@ -210,8 +210,8 @@ def middle(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 class Decoded(Dataset):
-    """Item i decodes image i and, if there is a size, writes it as row i of the file `target`.
-    -> what is wrong with the image or "", or an error that has nothing to do with it."""
+    """A dataset whose item i decodes image i and, if there is a size, writes it as row i of the file `target`.
+    An item is the damage of the image, "" if there is none, or an error that has nothing to do with the image."""
 
     def __init__(self, listing: Listing, size: int, target: pathlib.Path):
         self.paths = [path for path, _ in listing.train + listing.test]
@@ -236,7 +236,7 @@ class Decoded(Dataset):
             return shown(str(error)) or "damaged"
 
     def run(self, workers: int, progress) -> dict[str, str]:
-        """All items; path and reason of each damaged image."""
+        """Make all items; return path and reason of each damaged image."""
         damaged, done, told = {}, 0, 0.0
         # A generator of its own, or else filling the cache would change the random numbers of the run.
         for results in DataLoader(self, 16, num_workers=workers, collate_fn=list, generator=torch.Generator()):
@@ -261,7 +261,7 @@ def pixel_digest(path: pathlib.Path) -> str:
 
 
 def recall(record: pathlib.Path, listing: Listing, size: int) -> dict[str, str] | None:
-    """The damaged images that `build` found, or None if what it left is not whole."""
+    """Return the damaged images that `build` found, or None if its files are not whole."""
     try:
         content, pixels = json.loads(record.read_bytes()), record.with_suffix(".u8")
         damaged = {str(path): str(why) for path, why in content["damaged"].items()}
@@ -276,11 +276,13 @@ def recall(record: pathlib.Path, listing: Listing, size: int) -> dict[str, str] 
 
 
 def build(record: pathlib.Path, listing, size, workers, skip_damaged, progress) -> dict[str, str]:
-    """The damaged images. Leaves the record and, if there is a size, the pixels beside it, unless there are damaged
-    images and they are not to be skipped. The record comes last: without it, pixels are not whole."""
+    """Decode all images and return the damaged ones.
+
+    Write the record and, if there is a size, the pixels beside it, unless there are damaged images that must not be
+    skipped. The record comes last: without it, the pixels are not whole."""
     pixels, row = record.with_suffix(".u8"), 3 * size**2
     target = pixels.with_name(f".{pixels.name}.tmp")
-    for left in (record, pixels, *record.parent.glob(".*.u8.tmp")):  # by builds that were killed: none goes on now
+    for left in (record, pixels, *record.parent.glob(".*.u8.tmp")):  # by builds that were killed: no other is under way
         left.unlink(missing_ok=True)
     need, free = listing.images * row, shutil.disk_usage(record.parent).free
     if free < need:
@@ -313,7 +315,7 @@ def build(record: pathlib.Path, listing, size, workers, skip_damaged, progress) 
 
 
 def sound(listing, size, workers, skip_damaged, cache, progress) -> tuple[Listing, dict[str, str], pathlib.Path]:
-    """The listing without damaged images, those, and the file that holds the pixels if there is a size."""
+    """Return the listing without damaged images, the damaged ones, and the file of the pixels if there is a size."""
     cache = pathlib.Path(cache or os.path.join(listing.folder, CACHE))
     record = cache / f"{f'{size}px' if size else 'checked'}-{digest(listing, size, times=True)}.json"
     try:
@@ -348,17 +350,18 @@ def sound(listing, size, workers, skip_damaged, cache, progress) -> tuple[Listin
 
 
 def check(listing: Listing, workers=0, skip_damaged=False, cache=None, progress=None) -> Listing:
-    """The listing without damaged images. All are decoded, in `workers` processes, the first time; the outcome is kept.
+    """Return the listing without damaged images, decoding all in `workers` processes unless that was done before.
 
-    InputError if any are damaged, unless skip_damaged. cache: its folder; progress(done, total) is called meanwhile."""
+    InputError if an image is damaged, unless skip_damaged. cache: the folder of the outcome. progress(done, total) is
+    called meanwhile."""
     return sound(listing, 0, workers, skip_damaged, cache, progress)[0]
 
 
 def cached(listing: Listing, size: int, workers=0, skip_damaged=False, cache=None, progress=None):
-    """-> x_train uint8 [N,3,size,size], y_train int64 [N], x_test, y_test, and [(path, reason)] of damaged images.
+    """Return x_train uint8 [N,3,size,size], y_train int64 [N], x_test, y_test, and [(path, reason)] of damaged images.
 
-    The images are resized once and kept in a file, which x_* map: they are read as needed and must not be written to.
-    The rest is as in check."""
+    The images are resized once, into a file that x_* map: they are read as needed and must not be written to. The
+    other arguments are those of `check`."""
     if size < 1:
         raise InputError(f"size is {size}; expected 1 or more")
     left, damaged, pixels = sound(listing, size, workers, skip_damaged, cache, progress)

@@ -1,4 +1,4 @@
-"""Image data sets: arrays of one's own, .npz files, generated shapes, CIFAR; and what a run takes from them."""
+"""Image data sets: arrays, .npz files, folders, generated shapes and CIFAR, and the batches of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Images:
 
     @staticmethod
     def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None) -> Images:
-        """Checks arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
+        """Check arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
 
         num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given."""
         parts = {}
@@ -90,14 +90,14 @@ class Images:
         return Images(name, *tensors, num_classes, mean, std)
 
     def to(self, device) -> Images:
-        """On the device, unless they are mapped and many: then their batches come there."""
+        """Move the images to the device, or only their batches, if the images are mapped and many."""
         if self.device and self.x_train.nbytes + self.x_test.nbytes > 2**32:
             return dataclasses.replace(self, device=torch.device(device))
         moved = {f: t.to(device) for f, t in vars(self).items() if isinstance(t, torch.Tensor)}
         return dataclasses.replace(self, **moved, device=None)
 
     def fingerprint(self) -> str:
-        """Equal for equal images and labels."""
+        """Return a text that is equal for equal images and labels."""
         if self.version:
             return f"{self.version}, {len(self)} and {len(self.y_test)} images"
         digest = hashlib.blake2b(digest_size=16)
@@ -107,14 +107,14 @@ class Images:
         return digest.hexdigest()
 
     def first(self, images: int) -> Images:
-        """Only the first training images, `images` at most; 0: all of them."""
+        """Keep the first training images only, `images` at most; 0: all of them."""
         if 0 < images < 4:
             raise InputError(f"images is {images}; expected at least 4, or 0 for all")
         n = images or len(self.x_train)
         return dataclasses.replace(self, x_train=self.x_train[:n], y_train=self.y_train[:n])
 
     def search_data(self, config: pdarts.SearchConfig) -> pdarts.Data:
-        """The first half of the training images for the weights, the second for the alphas.
+        """Return loaders of the first half of the training images, for the weights, and of the second, for the alphas.
         InputError if the images come sorted by class, so that the halves are not alike."""
         about = (self.num_classes, self.mean, self.std, self.device)
         data = pdarts.search_data(self.x_train, self.y_train, config, *about)
@@ -131,12 +131,12 @@ class Images:
         return data
 
     def evaluate_data(self, config: pdarts.EvaluateConfig) -> pdarts.Data:
-        """All training images."""
+        """Return a loader of all training images."""
         loader = pdarts.Loader(self.x_train, self.y_train, config, self.mean, self.std, self.device)
         return pdarts.Data(loader, self.num_classes, self.x_train.shape[1])
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1), batch: int = 256):
-        """Batches of the first `limit` test images: normalised, float32 [N,C,H,W], and their labels, int64 [N].
+        """Yield batches of the first `limit` test images, normalised, float32 [N,C,H,W], and their labels, int64 [N].
         part: (rank, number) of several processes, each of which takes every number-th image."""
         rank, number = part
         loader = self.evaluate_data(pdarts.EvaluateConfig()).train
@@ -147,7 +147,7 @@ class Images:
 
 
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
-    """Generated images, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
+    """Generate images, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
     rng = np.random.default_rng(seed)
     n = train + test
     label = rng.permutation(np.arange(n) % 10)
@@ -183,9 +183,9 @@ def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
 
 
 def load_npz(path: pathlib.Path) -> Images:
-    """Anybody's own data: x_train, y_train, x_test, y_test as in Images.from_arrays.
+    """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file.
 
-    The training images are shuffled (by a fixed seed): the search halves them, and own files are often sorted."""
+    The training images are shuffled (by a fixed seed): a search halves them, and such files are often sorted."""
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         check_zip(path)
@@ -208,9 +208,9 @@ DataSet = Images | Photographs | Loaders
 
 
 def load_folder(path: str, settings, workers: int, **options) -> Images | Photographs:
-    """The images of a folder: its files, if the settings augment those, else all of them resized, in a mapped file.
+    """Return the images of a folder: its files, if the settings augment these, else resized, in a mapped file.
 
-    In random order (by a fixed seed): the search halves them, and --images takes the first ones."""
+    Their order is random (by a fixed seed): a search halves them, and --images takes the first ones."""
     listing, rng = folders.scan(path).subset(settings.fraction), np.random.default_rng(0)
     train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
     listing = dataclasses.replace(listing, train=train, test=test)
@@ -225,7 +225,7 @@ def load_folder(path: str, settings, workers: int, **options) -> Images | Photog
 
 
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
-    """The images that `settings.dataset` and --data name: generated shapes, CIFAR, an .npz file, a folder of images.
+    """Return the images of `settings.dataset` and --data: generated shapes, CIFAR, an .npz file, a folder of images.
 
     workers and options: see harness.data.folders.cached.
     """

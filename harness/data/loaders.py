@@ -1,4 +1,4 @@
-"""Data sets of one's own: any loader, or torch's DataLoader made so that a run goes on with the same bits.
+"""Custom data sets: any loader, or torch's DataLoader in a way that lets a run resume with the same bits.
 
     train, val = Batches(half, batch=96, workers=4), Batches(other_half, batch=96, workers=4)
     data = Loaders(train, val, test_batches=DataLoader(test_set, 256), num_classes=10)
@@ -37,9 +37,9 @@ class Batches:
 
     dataset: `dataset[i]` is (image, label), a float tensor [C,H,W], normalised and augmented, and a class index.
     workers: processes that load; 0: this one. finish: (batch as collated, device) -> images [N,C,H,W], labels [N].
-    What `dataset[i]` draws at random from torch, numpy or `random` follows from the seed of the epoch and the place of
-    the image in it: neither the number of workers nor an interruption changes a bit. `part`: for several processes.
-    A last batch that leaves a process a single image is left out.
+    The random numbers that `dataset[i]` draws from torch, numpy or `random` follow from the seed of the epoch and the
+    place of the image in it: neither the number of workers nor an interruption changes a bit. `part` is for several
+    processes. A last batch that leaves a process a single image is left out.
     """
 
     def __init__(self, dataset, batch: int, workers: int = 0, finish: Callable = as_it_is, collate=default_collate):
@@ -49,7 +49,7 @@ class Batches:
         len(self)  # is refused now if it is
 
     def part(self, rank: int, number: int) -> Batches:
-        """Of every batch each number-th image, of which all processes get as many."""
+        """Return the loader of one process: each number-th image of every batch, the same number in all processes."""
         mine = copy.copy(self)
         mine.rank, mine.number = rank, number
         len(mine)  # is refused now if it is
@@ -91,7 +91,7 @@ def leave_signals_to_the_run(_):
 
 
 class Seeded:
-    """`dataset[i]`, with what it draws at random seeded; the state of the generators is left as it was."""
+    """`dataset[i]` with seeded random numbers; the state of the generators is left as it was."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -111,7 +111,7 @@ class Seeded:
 
 
 class Checked:
-    """A loader whose first batch of an epoch is looked at, since a network would take almost any."""
+    """A loader whose first batch of an epoch is checked, since a network would take almost any."""
 
     def __init__(self, loader, size, num_classes, device):
         self.loader, self.size, self.num_classes, self.device = loader, size, num_classes, device
@@ -145,11 +145,11 @@ class Checked:
 
 @dataclasses.dataclass
 class Loaders:
-    """A data set of own loaders, in the place of `Images`; their batches are as large as they make them.
+    """A data set of custom loaders, in the place of `Images`; they decide how large their batches are.
 
     train, val: see pdarts.Data; an evaluation needs no `val`. test_batches: an iterable of batches, or (); of several
-    processes each takes every n-th. size: (C,H,W) of the images. version: what tells this data from other data of the
-    same form, since a run goes on with its own only.
+    processes each takes every n-th. size: (C,H,W) of the images. version: tells this data from other data of the
+    same form, since a run resumes with its own data only.
     """
 
     train: Any
@@ -157,7 +157,7 @@ class Loaders:
     test_batches: Iterable = ()
     num_classes: int = 10
     size: tuple[int, int, int] = (3, 32, 32)
-    name: str = "own loaders"
+    name: str = "custom loaders"
     version: str = ""
     path: str | None = None
     device: torch.device = torch.device("cpu")
@@ -184,7 +184,7 @@ class Loaders:
         return Checked(loader, tuple(self.size), self.num_classes, self.device)
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1)):
-        """Those of `test_batches` on the device, until `limit` images are reached."""
+        """Yield the `test_batches` on the device, until `limit` images are reached."""
         rank, number, seen = *part, 0
         for i, (images, labels) in enumerate(self.test_batches):
             if limit is not None and seen >= limit:

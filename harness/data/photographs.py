@@ -25,7 +25,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.4, 0.2  # official
 
 @dataclasses.dataclass
 class Photographs:
-    """A data set of the files of a listing, in the place of `Images`. size: (3,S,S) of what the network sees."""
+    """A data set of the files of a listing, in the place of `Images`. size: (3,S,S), as the network sees them."""
 
     listing: folders.Listing
     side: int
@@ -54,7 +54,7 @@ class Photographs:
         return folders.fingerprint(self.listing)
 
     def first(self, images: int) -> Photographs:
-        """Only the first training images, `images` at most; 0: all of them."""
+        """Keep the first training images only, `images` at most; 0: all of them."""
         train = self.listing.train[: images or None]
         return dataclasses.replace(self, listing=dataclasses.replace(self.listing, train=train))
 
@@ -70,7 +70,7 @@ class Photographs:
         return pdarts.Data(loader, self.num_classes)
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1), batch: int = 256):
-        """Batches of the first `limit` test images, resized and cut out of the middle; as Images.test."""
+        """Yield batches of the first `limit` test images, resized and cropped to the middle, as Images.test does."""
         rank, number = part
         images = self.listing.test[:limit][rank::number]
         loader = DataLoader(
@@ -93,7 +93,7 @@ def read(folder, path):
 
 @dataclasses.dataclass
 class Crops:
-    """(random crop, uint8 [3,side,side]; what to do to its colours, float [8]), label."""
+    """A dataset of ((random crop, uint8 [3,side,side]; changes of its colours, float [8]), label)."""
 
     listing: folders.Listing
     side: int
@@ -116,7 +116,7 @@ class Crops:
 
 @dataclasses.dataclass
 class Middles:
-    """(the middle of a resized image, uint8 [3,side,side]), label. At 224, images are resized to 256 (official)."""
+    """A dataset of (the middle of a resized image, uint8 [3,side,side]; label). For 224, images get 256 (official)."""
 
     folder: str
     images: list
@@ -134,7 +134,7 @@ class Middles:
 
 
 def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of 8 to 100 % of an image, of a ratio of 3/4 to 4/3 (Szegedy et al., 2015)."""
+    """Draw (top, left, height, width): 8 to 100 % of an image, of a ratio of 3/4 to 4/3 (Szegedy et al., 2015)."""
     for _ in range(10):
         area = height * width * torch.empty(()).uniform_(0.08, 1).item()
         ratio = math.exp(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
@@ -160,7 +160,7 @@ def normalised(images):
 
 
 def jittered(batch, device):
-    """Images with their brightness, contrast, saturation and hue changed, in an order of its own each; normalised."""
+    """Change brightness, contrast, saturation and hue of each image, in its own order, and normalise."""
     (images, colours), labels = batch
     images, factors = images.to(device, non_blocking=True).float() / 255, colours[:, :4].to(device, non_blocking=True)
     for turn in range(4):
@@ -194,7 +194,7 @@ def saturated(images, factor):
 
 
 def turned(images, turn):
-    """Hue by a part of the circle of colours, -0.5 to 0.5."""
+    """Turn the hue by a part of the circle of colours, -0.5 to 0.5."""
     red, green, blue = images.unbind(1)
     value, low = images.amax(1), images.amin(1)
     chroma = value - low

@@ -121,7 +121,7 @@ def test_images_that_stay_in_a_file_yield_the_same_batches(folder, monkeypatch):
      "images of 32 x 32 leave the auxiliary head 1 x 1; expected 33 or more (for folders: --size), or --no-auxiliary"),
 ])  # fmt: skip
 def test_wrong_options_for_folders_get_one_line(folder, capsys, arguments, message):
-    assert cli.command([*arguments, "--data", str(folder)]) == 2
+    assert cli.command([*arguments, "--data", str(folder), "--kernels", "off"]) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and stderr.count("\n") == 1
 

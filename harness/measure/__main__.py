@@ -16,7 +16,7 @@ from harness.measure.options import Parser, add_command, run_command
 def gpu(args):
     """All measurements of a GPU in half an hour, and checks of what runs there, as DIR/report.md and report.json.
 
-    Each of the eleven parts runs in a process of its own with a time limit, so that one that fails, hangs or crashes
+    Each of the ten parts runs in a process of its own with a time limit, so that one that fails, hangs or crashes
     does not stop the others. `--parts 1 3` runs some only: the other parts that DIR holds stay in the report. Without
     a GPU the same command runs on the CPU, small, and says what does not apply.
     """

@@ -51,7 +51,7 @@ class Scale(NamedTuple):
 
 
 def one_stage(settings: SearchSettings, **changes) -> SearchSettings:
-    """DARTS's search: 8 cells, all candidates, alphas from the first epoch on, no dropout."""
+    """Return the settings of DARTS's search: 8 cells, all candidates, alphas from the first epoch on, no dropout."""
     single = {"depths": (8,), "keep": (8,), "skip_dropout": (0.0,), "alpha_start": 0}
     return dataclasses.replace(settings, **single, **changes)
 
@@ -81,7 +81,7 @@ SEARCHES = {
 
 
 class Entry(NamedTuple):
-    """A line of the plan. kind: "search", or "cell": the training of one. cell: which one of a search."""
+    """A line of the plan. kind: "search", or "cell" for the training of a cell; cell: its name in its search."""
 
     name: str
     kind: str
@@ -115,7 +115,7 @@ def plan(seeds: int) -> list[Entry]:
 
 
 def random_cells(seed: int, limit: int | None) -> Genotype:
-    """Two inputs of each node and their operations, at random; the normal cell has at most `limit` skip-connects."""
+    """Draw two inputs of each node and their operations; the normal cell has at most `limit` skip-connects."""
     generator = random.Random(seed)
     names = [name for name in pdarts.PRIMITIVES if name != "none"]
 
@@ -130,7 +130,7 @@ def random_cells(seed: int, limit: int | None) -> Genotype:
 
 
 class Claims:
-    """The runs of a plan in a folder, and what follows from them."""
+    """The runs of a plan in a folder, and their summary."""
 
     def __init__(self, folder, scale: str, seeds: int, data: str | None, device: str, dataset: str = "cifar10"):
         self.folder, self.scale, self.device = pathlib.Path(folder), SCALES[scale], device
@@ -149,7 +149,7 @@ class Claims:
 
     @staticmethod
     def same(old: dict, new: dict) -> bool:
-        """Settings that the old one does not name are younger than it."""
+        """Compare the claims of a folder with these; settings that it does not name are younger than it."""
         named = {name: values | old["settings"].get(name, {}) for name, values in new["settings"].items()}
         return old | {"settings": named} == new
 
@@ -161,7 +161,7 @@ class Claims:
         return {entry.name: found[entry.name] for entry in self.entries if entry.name in found}
 
     def add(self, result: dict):
-        """Add the result of a run, and make what follows from all results anew."""
+        """Add the result of a run, and make the summary anew."""
         with locked(self.folder / "locks/summary"):
             results = self.results() | {result["name"]: result}
             write_lines(self.folder / "results.jsonl", [results[e.name] for e in self.entries if e.name in results])
@@ -270,7 +270,7 @@ class Claims:
                 write_whole(self.folder / f"{name}.svg", svg.encode())
 
 
-# --- What follows from the results ------------------------------------------------------------------------------------
+# --- The summary of the results ---------------------------------------------------------------------------------------
 
 
 def spread(values, form="{:.3g}") -> str:

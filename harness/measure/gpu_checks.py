@@ -1,7 +1,7 @@
-"""Parts 1 to 5 of harness/measure/gpu_report.py: the machine, and whether what runs there is right.
+"""Parts 1 to 5 of harness/measure/gpu_report.py: the machine, and checks of the operators on it.
 
-A part is a function of (args, device) that yields (name of a table, row) pairs, and raises Wrong at its end if one of
-them is.
+A part is a function of (args, device) that yields (name of a table, row) pairs, and raises Wrong at its end if a row is
+wrong.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class NotApplicable(Exception):
 
 
 class Wrong(Exception):
-    """A part found results that are not right; its rows say which."""
+    """A part found wrong results, which its rows name."""
 
 
 def relative(mine, right):
-    """|mine - right| / |right|, which is nan where mine holds one."""
+    """Return |mine - right| / |right|, which is nan if mine holds nan."""
     mine, right = mine.detach().double().cpu(), right.detach().double().cpu()
     return float((mine - right).norm() / right.norm().clamp(min=1e-300))
 
@@ -57,7 +57,7 @@ def versions(args, device):
         return "", {"what": what, "value": value if isinstance(value, float) else str(value)}
 
     def said(*command):
-        """The last line that a program prints."""
+        """Return the last line that a program prints."""
         if not shutil.which(command[0]):
             return "not found"
         return (subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines() or [""])[-1]
@@ -92,9 +92,9 @@ def build(args, device):
         except (RuntimeError, OSError, ImportError) as error:
             why = reason(error)
         seconds = time.perf_counter() - start  # of the first: a library that was built before takes less than a second
-        yield "", {"device": kind, "served": why is None, "seconds to build or load": seconds, "why not": why}
+        yield "", {"device": kind, "supported": why is None, "seconds to build or load": seconds, "why not": why}
         if why and kind == device.type:
-            raise Wrong(f"the kernels do not serve {kind}: {why}")
+            raise Wrong(f"the kernels do not support {kind}: {why}")
 
 
 # --- 3: operators against float64 on the CPU --------------------------------------------------------------------------
@@ -105,7 +105,7 @@ ALLOWED = {"float64": 1e-11, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def statistics_of(channels, like):
-    """Running means and variances."""
+    """Return running means and variances."""
     return torch.linspace(-0.5, 0.5, channels).to(like), torch.linspace(0.5, 2, channels).to(like)
 
 
@@ -122,7 +122,7 @@ def separable(f, x, pointwise, *depthwise, stride=1, dilation=1, norm=False):
 
 
 def operators(shape):
-    """(name, call, shapes of feature maps, shapes of parameters), of which call(FUSED or PLAIN, *parameters, *maps)."""
+    """Yield (name, call, shapes of maps, shapes of parameters) for call(FUSED or PLAIN, *parameters, *maps)."""
     channels, many = shape[1], CANDIDATES[0]
     yield "mixed_sum", lambda f, p, *ys: f.mixed_sum(ys, p), [shape] * many, [(many,)]
     for training in (True, False):
@@ -181,7 +181,7 @@ def correctness(args, device):
 
 
 def operator_errors(call, maps, parameters, device, dtype, memory_format):
-    """The relative errors of the result and (the largest one) of its gradients; whether the bits are the same twice."""
+    """Return the relative errors of result and gradients (the largest), and whether two calls give the same bits."""
     torch.manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # parameters stay wide, as under autocast
     weights = [torch.randn(s, dtype=wide) / max(1, math.prod(s[1:])) ** 0.5 for s in parameters]
@@ -203,7 +203,7 @@ def operator_errors(call, maps, parameters, device, dtype, memory_format):
 
 
 def network_rows(args, device, wrong, operations):
-    """Loss and gradients of whole search networks, fused, against plain torch in float64 on the CPU."""
+    """Compare loss and gradients of whole search networks, fused, with plain torch in float64 on the CPU."""
     small = {"depths": (3, 4, 5), "channels": args.channels}
     config = dataclasses.replace(pdarts.CIFAR10, skip_dropout=NO_DROPOUT, **small)  # masks would differ
     ((images, labels),) = batches(1, 8, torch.device("cpu"))
@@ -250,7 +250,7 @@ def captured(args, device):
 
 
 def compare_captured(args, device, dtype, fused):
-    """Of steps of every shape of a batch, 5 or more; the last batch of an epoch is half as large."""
+    """Compare 5 steps or more of each shape of a batch; the last batch of an epoch is half as large."""
     config = pdarts.SearchConfig(
         depths=(4,),
         keep=(8,),
@@ -291,7 +291,7 @@ def uncapturable(device):
     x = torch.rand(1000, device=device)
     stubborn = CapturedStep(lambda x: [x * float(x.sum())], device)  # which waits for the GPU
     right = x * float(x.sum())
-    goes_on = all(torch.equal(stubborn(x)[0], right) for _ in range(CapturedStep.WARM_UP + 3))
+    stays_plain = all(torch.equal(stubborn(x)[0], right) for _ in range(CapturedStep.WARM_UP + 3))
     draws = []
     for step in (CapturedStep(lambda x: [x + torch.rand_like(x)], device), lambda x: [x + torch.rand_like(x)]):
         for seed in range(CapturedStep.WARM_UP + 3):
@@ -299,7 +299,7 @@ def uncapturable(device):
             draws.append(step(x)[0])
     half = len(draws) // 2
     same = all(map(torch.equal, draws[:half], draws[half:]))
-    return {"refused": stubborn.refused, "plain steps go on": goes_on, "the next is captured, equal bits": same}
+    return {"refused": stubborn.refused, "steps stay plain": stays_plain, "the next is captured, equal bits": same}
 
 
 # --- 5: layouts of torch's own convolutions ---------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def layouts(args, device):
 
 
 class Convolution:
-    """One of torch's, and its gradients, on several sets of inputs, of which the L2 cache holds but a small part."""
+    """A convolution of torch's and its gradients, on several sets of inputs, more than the L2 cache holds."""
 
     def __init__(self, shape, size, dilation, dtype, layout, device):
         channels = shape[1]
@@ -351,7 +351,7 @@ class Convolution:
         return {"forward (ms)": self.forward, "gradient of x (ms)": of_x, "of weight (ms)": of_weight}
 
     def error(self):
-        """The largest relative error of the three, for some images, against float64 on the CPU."""
+        """Return the largest relative error of the three, for some images, against float64 on the CPU."""
         some = [self.maps[0][0][:4], self.maps[0][1][:4], self.weight]
         exact = [t.double().cpu() for t in some]
         return max((relative(f(*some), f(*exact)) for f in self.functions().values()), key=lambda e: (math.isnan(e), e))

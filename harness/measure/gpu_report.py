@@ -6,9 +6,9 @@
     4 captured steps                 8 the mixed operation
 
 Each part runs in a process of its own with a time limit, so that one that fails, hangs or crashes does not stop the
-others. DIR/report.md and report.json are written after each part and hold what it measured, however it ended;
-part-N.log is what it printed. `--parts 1 3` runs some only: what other parts left in DIR before stays in the report.
-Without a GPU the same command runs on the CPU, small, and says what does not apply.
+others. DIR/report.md and report.json are written after each part and hold its measurements, however it ended;
+part-N.log holds its output. `--parts 1 3` runs some only: the results of other parts in DIR stay in the report. Without
+a GPU the same command runs on the CPU, small, and says what does not apply.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PARTS = {
 
 
 def report(args: Namespace) -> int:
-    """Runs args.parts, one after the other; returns 1 if one of them did not end well."""
+    """Run args.parts, one after the other; return 1 if one of them did not end well."""
     folder = pathlib.Path(args.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     content = {"parts": {}}
@@ -84,7 +84,7 @@ def report(args: Namespace) -> int:
 
 
 def run_part(number: int, args: Namespace, folder: pathlib.Path) -> dict:
-    """What the report holds of a part, which runs in a process of its own."""
+    """Run a part in a process of its own and return its entry of the report."""
     limit = args.minutes * 60 * PARTS[number].minutes / 30
     path, log = folder / f"part-{number}.json", folder / f"part-{number}.log"
     path.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def run_part(number: int, args: Namespace, folder: pathlib.Path) -> dict:
 
 
 def measure_part(args: Namespace):
-    """A part, in its own process: leaves in a file what is known after each row."""
+    """Run a part in this process; write the known rows to a file after each row."""
     (number,) = args.parts
     path = pathlib.Path(args.out, f"part-{number}.json")
     result = {"tables": {}}
@@ -150,7 +150,7 @@ def measure_part(args: Namespace):
 
 
 def finite(value):
-    """JSON has no words for infinity and nan."""
+    """Return the value with text for infinity and nan, for which JSON has no words."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -159,7 +159,7 @@ def finite(value):
 
 
 def markdown(content: dict) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = ["# What was measured", "", f"{content.get('device', 'unknown device')}; {content.get('versions', '')}", ""]
     parts = content["parts"]
     summary = [

@@ -1,4 +1,4 @@
-"""Parts 6 to 11 of harness/measure/gpu_report.py: how fast it is, and a whole search."""
+"""Parts 6 to 10 of harness/measure/gpu_report.py: the speed of steps and operations, and a whole search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from harness.measure.timing import ROOT, copy_bandwidth, time_steps
 
 # --- 6, 7: steps of a search ------------------------------------------------------------------------------------------
 
-# What is fused on CUDA, None: as otherwise, and in how many streams, of sides that have less of it than the others.
+# The fused operations on CUDA (None: the same as otherwise) and the streams of sides that have less than the others.
 LESS = {
     "ours, one stream, graph": (None, "1"),
     "ours, mixed operations only, graph": ("mixed", "2"),
@@ -39,7 +39,7 @@ LESS = {
 
 
 def sides(args, device, config, batch):
-    """{name: stage -> function that builds it}; None for what needs a GPU where there is none."""
+    """Return {name: stage -> function that builds it}, or {name: None} where a GPU is needed and missing."""
 
     def ours(**ways):
         return lambda stage: functools.partial(OurStep, stage, config, *batch, number=args.search, **ways)
@@ -49,7 +49,7 @@ def sides(args, device, config, batch):
 
     on_cuda = device.type == "cuda"
     return {
-        # What is not ours first: an error in a kernel may end the use of the GPU for this process.
+        # Other sides before ours: an error in a kernel may end the use of the GPU for this process.
         **({"official": official} if args.official and config.dtype == "float32" else {}),
         "plain": ours(fused=False),
         "plain, graph": ours(fused=False, graph=True) if on_cuda else None,
@@ -61,7 +61,7 @@ def sides(args, device, config, batch):
 
 @contextlib.contextmanager
 def with_less(name):
-    """Where a side of LESS has what it names."""
+    """Enter a block in which a side of LESS has the operations and streams that it names."""
     if name not in LESS:
         yield
         return
@@ -78,7 +78,7 @@ def with_less(name):
 
 
 def measured(args, device, make, kinds, name=""):
-    """Rows of one side, or one with the reason why there are none."""
+    """Yield the rows of one side, or one with the problem that it has."""
     try:
         with with_less(name):
             yield from time_steps({"": make}, kinds, device, args.seconds, args.rounds)
@@ -118,7 +118,7 @@ def raise_if_any(problems):
 
 
 def step_row(result):
-    """What the report holds of a row of `time_steps`."""
+    """Return a row of `time_steps` as the report shows it."""
     return {
         "step of": result.get("step"),
         "ms": milliseconds(result.get("seconds")),
@@ -145,7 +145,7 @@ def ratio_to_ours(row, rows):
 
 
 def whole_search(args, device):
-    """Projected from steps on one batch: augmentation, checkpoints and tests are not in it.
+    """Project a search from steps on one batch, without augmentation, checkpoints and tests.
 
     The skip dropout has the initial rates of the paper's search on CIFAR-10: a step takes the same time at every rate
     above 0, so that the steps stand for those of all epochs.
@@ -211,7 +211,7 @@ def mixed_operation(args, device):
 
 
 def demo(args, device):
-    """A search of the demo, each a process of its own: twice, and once stopped by SIGINT and resumed."""
+    """Run the demo's search in processes: twice, and once stopped by SIGINT and resumed."""
     options = ["--deterministic", "--device", str(device)]
     if device.type == "cpu":  # small
         sizes = {"images": 64, "epochs": 2, "alpha-start": 1, "batch-size": 16, "channels": min(args.channels, 4)}
@@ -274,6 +274,3 @@ def evaluation_steps(args, device):
                         r["to ours"] = ratio_to_ours(r, rows)
                     yield f"C = {channels}, {cells} cells, {dtype}", rows[-1]
     raise_if_any(problems)
-
-
-# --- 11: separable convolutions and pooling ---------------------------------------------------------------------------

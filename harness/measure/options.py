@@ -92,7 +92,7 @@ OPTIONS = {
     "data": {"metavar": "DIR", "help": "the folder of CIFAR-10 (default: generated images)"},
     "out": {"metavar": "DIR", "required": True, "help": "folder of the results; resumes from those that it holds"},
     "minutes": {"type": positive, "default": 30, "metavar": "M", "help": "time for all parts together (default: 30)"},
-    "parts": {"type": int, "nargs": "+", "default": range(1, 12), "choices": range(1, 12), "metavar": "N",
+    "parts": {"type": int, "nargs": "+", "default": range(1, 11), "choices": range(1, 11), "metavar": "N",
               "help": "(default: all)"},
     "scale": {"default": "small", "choices": ("small", "paper"), "help": "sizes (default: small)"},
     "seeds": {"type": at_least(1), "default": 3, "metavar": "N", "help": "searches of each kind (default: 3)"},

@@ -99,7 +99,7 @@ def test_the_other_parts_run_on_the_cpu(few_cells, few_weights, tmp_path, monkey
     cpu = torch.device("cpu")
     monkeypatch.setattr(gpu_speed, "copy_bandwidth", lambda _: 1e9)  # that of the machine, a second, is in part 1
     (built,) = (row for _, row in gpu_checks.build(small_args(), cpu) if row["device"] == "cpu")
-    assert built["served"] and built["why not"] is None
+    assert built["supported"] and built["why not"] is None
     found = []
     with pytest.raises(gpu_checks.Wrong, match="official: InputError: no model_search.py"):
         for row in gpu_speed.steps(small_args(official=str(tmp_path)), cpu):

@@ -1,11 +1,11 @@
-"""Counts launches of kernels and bytes of a step on CUDA: `python -m harness.measure traffic`. No GPU is needed.
+"""The launches of kernels and the bytes of a step on CUDA, counted on the CPU: `python -m harness.measure traffic`.
 
-A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with its own convolutions
-and pooling and the fused mixed operation, "cells" with whole cells; bytes of feature maps are scaled to --batch, and
-"saved" is what the forward pass leaves for the backward pass. An operation counts as one launch that reads its inputs
-and writes its results once, views as none, and what is known better as `KNOWN` has it; `Launches` follows
+A step runs on the CPU, with few images, in the operations that CUDA would run: "torch's" with torch's convolutions and
+pooling and the fused mixed operation, "cells" with whole cells. Bytes of feature maps are scaled to --batch, "saved"
+are the bytes that the forward pass saves for the backward pass. An operation counts as one launch that reads its inputs
+and writes its results once, a view as none; `KNOWN` has the operations of which more is known, and `Launches` follows
 kernels/csrc/torch/cell_cuda.h. A kernel of torch's that reads an input several times, as that of the weights of a
-depthwise convolution does for every tap, counts as one that reads it once: it is the least that is compared.
+depthwise convolution does for every tap, counts as one that reads it once: minimum traffic is compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kernels.program import KINDS
 IMAGES = 4  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
 SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations that are fused
-RATE = 0.3  # of the skip dropout; a cell draws it within its kernels, which costs neither launches nor feature maps
+RATE = 0.3  # of the skip dropout
 
 
 def mixed(call, size):
@@ -50,7 +50,7 @@ def mixed_backward(call, size):
 
 
 def between(x, y, pointwise, size):
-    """Bytes of what the pointwise convolution reads, which is kept."""
+    """Return the bytes of the input of the pointwise convolution, which is saved."""
     return size(y) // pointwise.shape[0] * x.shape[1]
 
 
@@ -75,7 +75,7 @@ def max_pool_backward(call, size):
 
 
 class Launches:
-    """Those of a cell, level by level, and the bytes that they move."""
+    """The launches of a cell, level by level, and the bytes that they move."""
 
     def __init__(self, inputs, weights, program, outputs, batch, size):
         self.batch, self.outputs, self.size, self.count, self.bytes = batch, outputs, size, 0, 0
@@ -112,7 +112,7 @@ class Launches:
         self.shapes.append((n, c, *size))
 
     def kept(self):
-        """Bytes that are kept on CUDA, less those that are on the CPU."""
+        """Return the bytes that are saved on CUDA, less those on the CPU."""
         between = [z for _, _, parts, *_ in self.operations for z, written, _ in parts if written]
         outputs = [self.shapes[v] for v in self.outputs if len(self.outputs) > 1]
         alike = [shape for shape, (*_, alike) in zip(self.shapes, self.operations) if alike]
@@ -129,7 +129,7 @@ class Launches:
         return v < self.inputs or self.operations[v][0] == "sum"
 
     def grouped(self, values):
-        """Values of steps whose convolutions are one launch."""
+        """Return groups of values whose convolutions are one launch."""
         groups = collections.defaultdict(list)
         for v in values:
             _, (source,), *_, stride, _ = self.operations[v]
@@ -214,7 +214,7 @@ class Launches:
         self.count += bool(normed) + of_probabilities + (not all(map(self.is_state, terms)))
 
     def convolution_gradients(self, group, users, of_weights, wanted):
-        """Returns how many weights have gradients."""
+        """Count the launches; return the number of weights that have gradients."""
         shapes = self.shapes
         parts = [(v, i, *part) for v in group for i, part in enumerate(self.operations[v][2])]
         asked = {v: of_weights[2 * (v - self.inputs) :][:2] for v in group}
@@ -266,8 +266,8 @@ KNOWN = {
     "aten::native_batch_norm_backward": batch_norm_backward,
     "aten::max_pool2d_with_indices_backward": max_pool_backward,
 }
-# Bytes that are kept on CUDA, less those that are on the CPU.
-MORE_KEPT = {
+# Bytes that are saved on CUDA, less those on the CPU.
+MORE_SAVED = {
     "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
 }
 KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
@@ -280,7 +280,7 @@ class Call:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts launches and bytes, of all operations and of each."""
+    """A mode that counts launches and bytes of each operation."""
 
     def __init__(self, images: int, batch: int):
         super().__init__()
@@ -304,11 +304,11 @@ class Traffic(TorchDispatchMode):
             moved = self.size([args, list((kwargs or {}).values()), results])
         self.launches[name] += launches
         self.bytes[name] += moved
-        self.kept += MORE_KEPT[name](Call(args, results), self.size) if name in MORE_KEPT else 0
+        self.kept += MORE_SAVED[name](Call(args, results), self.size) if name in MORE_SAVED else 0
         return results
 
-    def kept_by(self, forward) -> float:
-        """Bytes that autograd keeps of a call for the backward pass."""
+    def saved_by(self, forward) -> float:
+        """Return the bytes that autograd saves of a call for the backward pass."""
         kept = {}
 
         def pack(t):
@@ -323,7 +323,7 @@ class Traffic(TorchDispatchMode):
 
 @contextlib.contextmanager
 def side(operations):
-    """Where the operations are computed as on CUDA, each by itself; those that are named by ours."""
+    """Enter a block in which the operations run one by one, as on CUDA, the named ones by ours."""
     with contextlib.ExitStack() as stack:
         for module in ("kernels.ops", "kernels.fuse"):
             stack.enter_context(mock.patch.object(sys.modules[module], "supports", lambda name, x: name in operations))
@@ -331,15 +331,15 @@ def side(operations):
 
 
 def rows(stages, channels: int, batch: int, number: int = 1):
-    """A row for every stage, kind of step and side; and the counts of its operations."""
+    """Yield a row for every stage, kind of step and side, and the counts of its operations."""
     config = dataclasses.replace(pdarts.CIFAR10, channels=channels)
     ((images, labels),) = batches(1, IMAGES, torch.device("cpu"))
     for stage in stages:
         for name, operations in SIDES.items():
             with side(operations):
                 step = OurStep(stage, config, images, labels, number=number)
-                step.network.set_skip_dropout(0.0 if "cell" in operations else RATE)
-                kept = Traffic(IMAGES, batch).kept_by(step.forward)
+                step.network.set_skip_dropout(RATE)
+                saved = Traffic(IMAGES, batch).saved_by(step.forward)
                 for which in ("weights", "alphas"):
                     step.run(which)  # what an optimizer makes at its first step
                     with Traffic(IMAGES, batch) as counted:
@@ -347,12 +347,12 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                     moved = sum(counted.bytes.values())
                     about = {"stage": stage, "step of": which, "convolutions and pooling": name}
                     floors = {f"ms at {rate / 1e12:.1f} TB/s": 1e3 * moved / rate for rate in RATES}
-                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB saved": kept / 1e9}
+                    numbers = {"launches": sum(counted.launches.values()), "GB": moved / 1e9, "GB saved": saved / 1e9}
                     yield {**about, **numbers, **floors}, counted
 
 
 def print_table(args):
-    """Prints the table and returns its rows."""
+    """Print the table and return its rows."""
     kernels.use("on")
     print(f"float32, batch {args.batch}, C = {args.channels}; counted, not measured")
     print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")

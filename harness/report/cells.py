@@ -38,12 +38,12 @@ MAX_NODES = 100  # of a cell; published ones have 4 or 5
 
 
 def skips_of(pairs) -> int:
-    """Skip-connects of a cell."""
+    """Return the number of skip-connects of a cell."""
     return sum(name == "skip_connect" for name, _ in pairs)
 
 
 def depth_of(pairs) -> int:
-    """Operations, skip-connects too, on the longest path from an input of the cell to its output."""
+    """Return the number of operations, skip-connects too, on the longest path through the cell."""
     depths = [0, 0]
     for i in range(0, len(pairs), 2):
         depths.append(1 + max(depths[source] for _, source in pairs[i : i + 2]))
@@ -52,9 +52,10 @@ def depth_of(pairs) -> int:
 
 @torch.no_grad()
 def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
-    """Parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head; before fusion.
+    """Return parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head.
 
-    Multiply-adds are those of convolutions and the classifier. See docs/RUNS.md for what others count."""
+    Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers. The
+    network must not be fused yet."""
     was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter:
         network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
@@ -64,7 +65,7 @@ def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int =
 
 
 def check_genotype(genotype, name="genotype") -> Genotype:
-    """`genotype` in its canonical types, or an InputError that says which entry is wrong."""
+    """Return `genotype` in its canonical types; an InputError names the entry that is wrong."""
     if not isinstance(genotype, Genotype):
         raise InputError(f"{name} is a {type(genotype).__name__}; expected a Genotype, such as GENOTYPES['PDARTS']")
     cells = []
@@ -95,7 +96,7 @@ def check_genotype(genotype, name="genotype") -> Genotype:
 
 
 def read_genotype(source: str) -> Genotype:
-    """A name from PUBLISHED, or a JSON file with the fields of Genotype, such as the genotype.json of a search."""
+    """Return the genotype of a name in PUBLISHED, or of a JSON file such as the genotype.json of a search."""
     if source in PUBLISHED:
         return PUBLISHED[source]
     path = pathlib.Path(source)
@@ -119,7 +120,7 @@ GAP, LANE, PORT, BOX, LABEL = 132, 34, 14, 36, (108, 22)  # pixels: between stat
 
 
 def draw(genotype: Genotype) -> dict[str, str]:
-    """{"normal": SVG, "reduce": SVG} of the two cells."""
+    """Return {"normal": SVG, "reduce": SVG} of the two cells."""
     genotype = check_genotype(genotype)
     return {
         "normal": cell_svg(genotype.normal, genotype.normal_concat, "normal cell"),
@@ -127,7 +128,7 @@ def draw(genotype: Genotype) -> dict[str, str]:
 
 
 def cell_svg(pairs, concat, title: str) -> str:
-    """One cell: inputs left, nodes, output right, every edge labelled with its operation."""
+    """Draw a cell: inputs left, nodes, output right, every edge labelled with its operation."""
     nodes = len(pairs) // 2
     names = ["c_{k-2}", "c_{k-1}", *map(str, range(nodes)), "c_{k}"]
     edges = sorted((2 + i // 2 - source, source, 2 + i // 2, name) for i, (name, source) in enumerate(pairs))
@@ -184,7 +185,7 @@ def cell_svg(pairs, concat, title: str) -> str:
 
 
 def svg_bracket(x0, x1, start, y, colour):
-    """From (x0, start) up or down to y, across and back to (x1, start): rounded, with an arrow head at the end."""
+    """Draw a line from (x0, start) up or down to y, across and back to (x1, start), rounded, with an arrow head."""
     up = 1 if y < start else -1
     path = (f"M{x0:g} {start:g} V{y + up * 8:g} Q{x0:g} {y:g} {x0 + 8:g} {y:g} "
             f"H{x1 - 8:g} Q{x1:g} {y:g} {x1:g} {y + up * 8:g} V{start - up * 4:g}")
@@ -201,7 +202,7 @@ def svg_box(x, y, width, height, text, kind, colour):
 
 
 def cell_table(genotype: Genotype) -> str:
-    """Both cells as lines of text."""
+    """Return both cells as lines of text."""
     inputs = {0: "c_{k-2}", 1: "c_{k-1}"}
     columns = [["normal cell"], ["reduction cell"]]
     for column, pairs in zip(columns, (genotype.normal, genotype.reduce)):

@@ -42,7 +42,7 @@ def colour_of(operation: str) -> str:
 
 
 class Line(NamedTuple):
-    """A value of each epoch, None where there is none: it is drawn where there are some in a row, else as dots."""
+    """A value of each epoch, or None. Values in a row are drawn as a line, single ones as dots."""
 
     name: str
     colour: str
@@ -51,7 +51,7 @@ class Line(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The horizontal axis: so many epochs in each stage, the first `warmup` of which train weights only."""
+    """The horizontal axis: the epochs of each stage, the first `warmup` of which train weights only."""
 
     epochs: Sequence[int]
     warmup: int = 0
@@ -61,7 +61,7 @@ class Stages(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where a panel lies in a drawing."""
+    """The place of a panel in a drawing."""
 
     x: float
     y: float
@@ -89,7 +89,7 @@ def rectangle(kind: str, x: float, y: float, width: float, height: float) -> str
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
-    """Round numbers between two others, one at least."""
+    """Return round numbers between two others, one at least."""
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(factor * size for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * size) <= most)
     first = math.ceil(low / step - 1e-9)
@@ -97,7 +97,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 
 def limits(lines: Sequence[Line], low: float | None = None) -> tuple[float, float]:
-    """Of the vertical axis, a little more than the values need."""
+    """Return the limits of the vertical axis, a little more than the values need."""
     values = [v for line in lines for v in line.values if v is not None] or [0.0, 1.0]
     low, high = min(values) if low is None else low, max(values)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -107,7 +107,7 @@ def limits(lines: Sequence[Line], low: float | None = None) -> tuple[float, floa
 def panel(
     frame: Frame, title: str, lines: Sequence[Line], stages: Stages, low_high, labels=True, numbered=True, percent=False
 ):
-    """Axes and lines. labels: numbers beside the axes; numbered: those of the stages below."""
+    """Draw axes and lines. labels: numbers beside the axes; numbered: the numbers of the stages below."""
     (low, high), total = low_high, sum(stages.epochs)
 
     def across(epoch):
@@ -179,7 +179,7 @@ def legend(x: float, y: float, lines: Sequence[Line], step: float = 17) -> list[
 
 
 def alphas_svg(log: list[dict], candidates: list, edges: Sequence[tuple[int, int]], stages: Stages) -> str:
-    """softmax(alpha) of every edge, (node, input). log: records of log.jsonl; candidates: (normal, reduce) of each
+    """Draw softmax(alpha) of every edge, (node, input). log: records of log.jsonl; candidates: (normal, reduce) of each
     stage so far."""
     nodes = edges[-1][0] + 1
     width, height, gap, margin = 150, 84, (18, 34), (78, 62)
@@ -222,7 +222,7 @@ BLUE, ORANGE, GREEN = "#3274c4", "#d9722e", "#2a9d5c"
 
 
 def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
-    """Losses, accuracies and rates of the records of log.jsonl; rate: "skip_dropout" or "drop_path"."""
+    """Draw losses, accuracies and rates of the records of log.jsonl; rate: "skip_dropout" or "drop_path"."""
 
     def line(name, colour, key):
         return Line(name, colour, [record.get(key) for record in log])
@@ -257,7 +257,7 @@ def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
 
 
 def dots_svg(groups: Sequence[tuple[str, Sequence[float]]], title: str) -> str:
-    """A row of dots, and a bar at their mean, for each group of values."""
+    """Draw a row of dots, and a bar at their mean, for each group of values."""
     left, width, step, top = 190, 460, 24, 46
     values = [v for _, group in groups for v in group] or [0.0, 1.0]
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""What a run shows of itself: its charts, and one page that holds all of it, rewritten after every epoch."""
+"""The report of a run: its charts, and one page that holds all of it, rewritten after every epoch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def share(value) -> str:
 
 
 def data_of(run) -> list[str]:
-    """The options that stand for the images of a run."""
+    """Return the options that stand for the images of a run."""
     path = run.description["path"]
     return ["--preset", run.config.dataset.replace("shapes", "demo"), *(["--data", path] if path else [])]
 
@@ -83,7 +83,7 @@ def settings_of(description: dict) -> list[str]:
 
 
 def write_search(run, searching, genotype: pdarts.Genotype | None = None):
-    """alphas.svg, curves.svg and report.html of a search; genotype: its cell, once it is finished."""
+    """Write alphas.svg, curves.svg and report.html of a search; genotype: its cell, once it is finished."""
     if run.folder.path is None or not run.log:
         return
     config, log, data = run.config, run.log, run.description["data"]
@@ -112,7 +112,7 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     ]
     for number, stage in enumerate(searching.stages, 1):
         parts.append(cells_of(stage.genotype(config.max_skips), f"stage {number}"))
-    parts.append(heading("To go on"))
+    parts.append(heading("Next"))
     if genotype:
         parts.append(command("evaluate", run.folder.path / "genotype.json", *data_of(run)))
     else:
@@ -124,7 +124,7 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
 
 
 def stages_of(run, stages, candidates) -> str:
-    """A row for each stage that has begun."""
+    """Return a table with a row for each stage that has begun."""
     names = "stage", "cells", "candidates", "epochs", "time", "weights' half", "alphas' half", "test", "skip-connects"
     rows = []
     for number, (normal, _) in enumerate(candidates, 1):
@@ -140,7 +140,7 @@ def stages_of(run, stages, candidates) -> str:
 
 
 def write_evaluation(run, genotype: pdarts.Genotype):
-    """curves.svg and report.html of an evaluation."""
+    """Write curves.svg and report.html of an evaluation."""
     if run.folder.path is None:
         return
     config, last, data = run.config, run.log[-1], run.description["data"]
@@ -156,7 +156,7 @@ def write_evaluation(run, genotype: pdarts.Genotype):
         figure(curves),
         heading("The cell"),
         cells_of(genotype, ""),
-        heading("To go on"),
+        heading("Next"),
     ]
     if finished:
         words = ["evaluate", run.folder.path / "genotype.json", "--weights", run.folder.path / "weights.pt"]
