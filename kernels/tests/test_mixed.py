@@ -169,6 +169,7 @@ def test_fused_norm_refuses_a_single_value_per_channel(device):
         normed(*leaves(device, 2, (1, 3, 1, 1)))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # by torch itself
 def test_forward_mode_is_refused(device):
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(*[torch.rand(1, 2, 3, 3, device=device)] * 2)

@@ -82,6 +82,7 @@ def test_pool_passes_gradcheck_and_compiles(device, kind):
 
 
 @KINDS
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # by torch itself
 def test_second_derivative_and_forward_mode_of_pool_are_refused(device, kind):
     x = numbers(2, 3, 5, 6, device=device).requires_grad_()
     (gradient,) = torch.autograd.grad(kernels.pool(x, kind).square().sum(), x, create_graph=True)

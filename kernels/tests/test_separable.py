@@ -143,6 +143,7 @@ def test_separable_convolution_passes_gradcheck_and_compiles(device, norm):
     assert_compiles(function, inputs)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # by torch itself
 def test_second_derivative_and_forward_mode_of_separable_convolutions_are_refused(device):
     x, depthwise, pointwise = leaves(device)
     y = kernels.separable(x, depthwise, pointwise)
