@@ -33,7 +33,7 @@ DAMAGE = {
     "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it goes on: --resume .*before"),
     "nothing": (lambda c: b"", "expected an undamaged checkpoint"),
     "no checkpoint": (lambda c: saved({"weights": 1}), "cannot read"),
-    "later format": (lambda c: saved(loaded(c) | {"format": 3}), "has format 3; expected 2: another version wrote it"),
+    "other format": (lambda c: saved(loaded(c) | {"format": 2}), "has format 2; expected 3: another version wrote it"),
     "code": (lambda c: saved({"format": Exploit("ran")}), "cannot read"),
 }
 

@@ -90,7 +90,7 @@ def check_what_two_processes_agree_on(rank):
 def check_that_two_processes_stop_and_go_on_together(rank, folder):
     """Where only one of them gets a signal; its settings and data must be the other's."""
     few_weights_and_edges()
-    images, alternate = random_images((8, 8), 3, 24), pdarts.Search.alternate
+    images, alternate = random_images((8, 8, 3), 3, 24), pdarts.Search.alternate
     search(ONE_STAGE, images, f"{folder}/whole")
 
     def interrupted(*arguments):
@@ -108,7 +108,7 @@ def check_that_two_processes_stop_and_go_on_together(rank, folder):
     pdarts.Search.alternate = alternate
     search(ONE_STAGE, images, **way)
     with pytest.raises(InputError, match="the processes have different settings or data; expected the same on every"):
-        search(ONE_STAGE, random_images((8, 8), 3, 24 + rank), f"{folder}/other")
+        search(ONE_STAGE, random_images((8, 8, 3), 3, 24 + rank), f"{folder}/other")
     assert not os.path.exists(f"{folder}/other")
 
 

@@ -112,8 +112,8 @@ def test_images_that_stay_in_a_file_yield_the_same_batches(folder, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["search", "--workers", "-1"], "workers is -1; expected 0 to 1000"),
-    (["search", "--fraction", "0"], "fraction is 0.0; expected at least 1e-09 and at most 1"),
-    (["search", "--size", "4"], "size is 4; expected at least 8 and at most 1024"),
+    (["search", "--fraction", "0"], "fraction is 0.0; expected a number from 1e-09 to 1"),
+    (["search", "--size", "4"], "size is 4; expected a whole number from 8 to 1024"),
     (["evaluate", "PDARTS", "--augment", "mixup"], "invalid choice: 'mixup'"),
     (["evaluate", "PDARTS", "--preset", "imagenet", "--size", "32"],
      "images of 32 x 32 leave the auxiliary head 1 x 1; expected 33 or more (for folders: --size), or --no-auxiliary"),

@@ -14,17 +14,22 @@ from harness.settings import SEARCH_PRESETS
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+class OnTheCPU(pdarts.Search):
+    def __init__(self, *arguments, device=None, **options):
+        super().__init__(*arguments, **options)
+
+
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path, few_weights, few_edges):
     """What the blocks take as given, and settings that end soon."""
     monkeypatch.chdir(tmp_path)
     one_stage = {f.name: getattr(ONE_STAGE, f.name) for f in dataclasses.fields(pdarts.SearchConfig)}
     monkeypatch.setattr(pdarts, "SearchConfig", lambda **_: pdarts.CIFAR10.__class__(**one_stage))
     for name in SEARCH_PRESETS:
         monkeypatch.setitem(SEARCH_PRESETS, name, ONE_STAGE)
-    for owner, name in (pdarts, "search_data"), (pdarts, "Search"):  # on the CPU
-        whole = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, device=None, _whole=whole, **b: _whole(*a, **b))
+    search_data = pdarts.search_data
+    monkeypatch.setattr(pdarts, "search_data", lambda *a, device=None, **b: search_data(*a, **b))
+    monkeypatch.setattr(pdarts, "Search", OnTheCPU)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(12) % 3
@@ -34,7 +39,7 @@ def small(monkeypatch, tmp_path):
             "y_test": labels} | arrays  # fmt: skip
 
 
-def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights, few_edges):
+def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys):
     assert len(BLOCKS) == 3
     for block in BLOCKS:
         assert block.count("\n") <= 15
