@@ -57,10 +57,12 @@ class InputError(ValueError):
 # --- Hyper-parameters -------------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, bounds: tuple[float, float] = (0, 1e30), choices: tuple[str, ...] = ()):
-    """A field of a config: its default, its meaning with the source of the default, and the values that it may have.
+def setting(
+    default: Any, help: str, bounds: tuple[float, float] = (0, 1e30), choices: tuple[str, ...] = ()
+) -> dataclasses.Field:
+    """Return a field of a config with its default, its meaning and source, and the values that it may have.
 
-    Numbers lie within inclusive `bounds` (far above 1e30 float32 overflows), strings are one of `choices`, if there are
+    Numbers lie within inclusive `bounds` (far above 1e30 float32 overflows); strings are one of `choices`, if there are
     any. A tuple holds one value for each stage.
     """
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "choices": choices})
@@ -70,7 +72,7 @@ def setting(default: Any, help: str, bounds: tuple[float, float] = (0, 1e30), ch
 class SearchConfig:
     """The settings of a search. The defaults are the paper's for CIFAR-10 ("paper, search") or the official code's.
 
-    InputError if a value is out of bounds or two values contradict each other.
+    InputError is raised if a value is out of bounds or if two values contradict each other.
     """
 
     depths: tuple[int, ...] = setting((5, 11, 17), "cells of each stage's network (paper, search)", bounds=(3, 1000))
@@ -113,7 +115,7 @@ class SearchConfig:
 class EvaluateConfig:
     """The settings of an evaluation, the training of a found cell from scratch. The defaults are those for CIFAR.
 
-    They are the paper's ("paper, evaluation") or the official code's. InputError if a value is out of bounds.
+    They are the paper's ("paper, evaluation") or the official code's. InputError is raised if a value is out of bounds.
     """
 
     depth: int = setting(20, "cells of the network (paper, evaluation)", bounds=(3, 1000))
@@ -142,8 +144,8 @@ class EvaluateConfig:
         check_settings(self)
 
 
-def check_settings(config: SearchConfig | EvaluateConfig):
-    """InputError unless each `setting` of the config has the type of its default and a value that it may have."""
+def check_settings(config: SearchConfig | EvaluateConfig) -> None:
+    """Raise InputError unless each `setting` of the config has the type of its default and a value that it may have."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not field.metadata:
@@ -155,7 +157,7 @@ def check_settings(config: SearchConfig | EvaluateConfig):
             check_setting(field, value, type(field.default))
 
 
-def check_setting(field: dataclasses.Field, value: Any, kind: type):
+def check_setting(field: dataclasses.Field, value: Any, kind: type) -> None:
     choices = field.metadata["choices"]
     low, high = field.metadata["bounds"]
     fits = type(value) is kind
@@ -221,7 +223,7 @@ def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> Operation
 
 
 def depthwise_separable(channels: int, kernel_size: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
-    """The unit of sep_conv and dil_conv: ReLU, depthwise convolution, pointwise convolution, batch norm."""
+    """Return the unit of sep_conv and dil_conv: ReLU, depthwise convolution, pointwise convolution, batch norm."""
     padding = dilation * (kernel_size // 2)
     depthwise = nn.Conv2d(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
     pointwise = nn.Conv2d(channels, channels, 1, bias=False)
@@ -285,7 +287,7 @@ Candidates = tuple[tuple[str, ...], ...]  # for each edge K names, in the order 
 
 
 def cell_edges(nodes: int) -> tuple[tuple[int, int], ...]:
-    """(node from 0, source) of every edge, in the order of their numbers: a node takes one from each earlier state."""
+    """Return (node from 0, source) of every edge in the order of their numbers: each earlier state leads to a node."""
     return tuple((node, source) for node in range(nodes) for source in range(2 + node))
 
 
@@ -294,7 +296,7 @@ class SearchSpace:
     """The candidates of an edge, names in OPERATIONS in this order, and the number of nodes in a cell.
 
     Two candidates have a role in the method: `none`, which is never chosen, and `skip_connect`, which is an nn.Identity
-    at stride 1. InputError for a name that is not in OPERATIONS or comes twice, or if there is none, or no node.
+    at stride 1. InputError is raised for a name that is not in OPERATIONS or comes twice, for no name and for no node.
     """
 
     primitives: tuple[str, ...] = PRIMITIVES
@@ -319,9 +321,9 @@ SPACE = SearchSpace()
 
 
 def inverted_dropout(x: Tensor, rate: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeroes parts of x with probability `rate` and divides the rest by 1 - rate.
+    """Zero parts of x with probability `rate`, a tensor with one element, and divide the rest by 1 - rate.
 
-    rate: a tensor with one element. shape: of the mask, which is broadcast to that of x.
+    shape: that of the dropout mask, which is broadcast to the shape of x.
     """
     # At rate 0 nothing is drawn, where this costs nothing to know: a GPU would have to be waited for, and a compiled
     # graph cannot branch on a number in a tensor.
@@ -407,10 +409,10 @@ class Stemmed(nn.Module):
     """A network with one of the two stems, whose feature maps are the inputs of the first cell."""
 
     def add_stem(self, stem: str, in_channels: int, channels: int, stride: int) -> tuple[int, int, bool]:
-        """Returns the channels of inputs 0 and 1, and whether input 0 is twice as high and wide as input 1.
+        """Build the stem; return the channels of inputs 0 and 1, and whether input 0 is twice as high and wide as 1.
 
         cifar: a 3x3 convolution to 3*C channels. imagenet: three convolutions of stride 2 to C channels.
-        channels: C of the first cell. stride: of the cifar stem.
+        channels: C of the first cell. stride: that of the cifar stem.
         """
         if stem == "cifar":
             self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stride))
@@ -423,7 +425,7 @@ class Stemmed(nn.Module):
         return channels, channels, True
 
     def first_states(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs 0 and 1 of the first cell."""
+        """Return inputs 0 and 1 of the first cell."""
         if hasattr(self, "stem"):
             s0 = s1 = self.stem(images)  # [N,3*C,ceil(H/stride),ceil(W/stride)]
         else:
@@ -437,7 +439,7 @@ class SearchNetwork(Stemmed):
 
     channels: C of the first cell. depth: L, at least 3; the reduction cells L//3 and 2L//3 double the channels and
     halve height and width. alphas_normal, alphas_reduce: parameters [14,K], shared by all cells of the kind, drawn from
-    1e-3 * N(0,1). InputError for candidates that are not those of the space in its order, as many on each edge.
+    1e-3 * N(0,1). InputError is raised unless all edges have as many candidates, which follow the order of the space.
     """
 
     def __init__(
@@ -465,7 +467,7 @@ class SearchNetwork(Stemmed):
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(candidates_normal), len(candidates_normal[0])))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(len(candidates_reduce), len(candidates_reduce[0])))
 
-    def set_skip_dropout(self, rate: float):
+    def set_skip_dropout(self, rate: float) -> None:
         for module in self.modules():
             if isinstance(module, SkipDropout):
                 module.rate.fill_(rate)
@@ -487,14 +489,14 @@ class SearchNetwork(Stemmed):
 
 
 def reduction_cells(depth: int) -> tuple[int, int]:
-    """The positions of the two reduction cells, from 0."""
+    """Return the positions of the two reduction cells, from 0."""
     if depth < 3:
         raise InputError(f"depth is {depth}; expected at least 3 cells, two of them reduction cells")
     return depth // 3, 2 * depth // 3
 
 
 def check_candidates(candidates: Sequence[Sequence[str]], edges: int | None = None) -> Candidates:
-    """The candidates as tuples; InputError unless all edges of a cell, by default one of any size, have as many."""
+    """Return the candidates as tuples; raise InputError unless all edges of a cell, of any size, have as many."""
     candidates = tuple(map(tuple, candidates))
     lengths = [len(names) for names in candidates]
     numbers = [edges] if edges else [len(cell_edges(nodes)) for nodes in range(1, len(candidates))]
@@ -507,10 +509,10 @@ def check_candidates(candidates: Sequence[Sequence[str]], edges: int | None = No
 
 
 def shrink(candidates: Candidates, alphas: Tensor, keep: int) -> Candidates:
-    """Search space approximation: the `keep` candidates of every edge with the largest softmax(alpha).
+    """Search space approximation: return the `keep` candidates of every edge with the largest softmax(alpha).
 
-    candidates: 14 tuples of K names; alphas: [14,K]. Returns 14 tuples of `keep` names, in their old order. `none`
-    competes like any other candidate. InputError if `keep` or the shape of the alphas does not fit.
+    candidates: 14 tuples of K names; alphas: [14,K]. The result is 14 tuples of `keep` names in their old order. `none`
+    competes like any other candidate. InputError is raised if `keep` or the shape of the alphas does not fit.
     """
     candidates = check_candidates(candidates)
     if not 1 <= keep <= len(candidates[0]):
@@ -525,7 +527,7 @@ def shrink(candidates: Candidates, alphas: Tensor, keep: int) -> Candidates:
 
 
 def edge_probabilities(candidates: Candidates, alphas: Tensor) -> list[list[float]]:
-    """softmax(alphas) as a list of K numbers for each edge; InputError if the alphas do not fit the candidates."""
+    """Return softmax(alphas) as K numbers for each edge; raise InputError if alphas do not fit the candidates."""
     alphas = torch.as_tensor(alphas).detach()
     expected = [len(candidates), len(candidates[0])]
     if list(alphas.shape) != expected:
@@ -537,10 +539,10 @@ def edge_probabilities(candidates: Candidates, alphas: Tensor) -> list[list[floa
 
 
 def skip_dropout_rate(initial: float, epoch: int, epochs: int = 25, alpha_start: int = 10) -> float:
-    """The dropout rate after skip-connects in `epoch` (from 0) of a stage.
+    """Return the dropout rate after skip-connects in `epoch` (from 0) of a stage.
 
-    From `initial` it falls linearly while weights learn alone; when alphas start to learn, it starts from `initial`
-    again and falls exponentially (official; the paper only says that it decays).
+    From `initial` the rate falls linearly while weights learn alone. When alphas start to learn, it starts from
+    `initial` again and falls exponentially (official; the paper only says that it decays).
     """
     if epoch < alpha_start:
         return initial * (epochs - 1 - epoch) / epochs
@@ -575,10 +577,10 @@ def derive(
     candidates_normal: Candidates, candidates_reduce: Candidates, alphas_normal: Tensor, alphas_reduce: Tensor,
     max_skips: int | None = 2,
 ) -> Genotype:
-    """The cells that candidates (14 tuples of K names) and alphas ([14,K]) stand for.
+    """Return the cells that candidates (14 tuples of K names) and alphas ([14,K]) stand for.
 
-    The normal cell keeps at most `max_skips` (M) skip-connects; None: as many as it has. InputError if an edge has no
-    candidate but `none`, or if no normal cell has so few skip-connects.
+    The normal cell keeps at most `max_skips` (M) skip-connects; None sets no limit. InputError is raised if an edge has
+    no candidate but `none`, or if no normal cell has so few skip-connects.
     """
     candidates_normal = check_candidates(candidates_normal)
     candidates_reduce = check_candidates(candidates_reduce)
@@ -598,7 +600,7 @@ def derive(
 
 
 def strongest_edges(candidates: Candidates, probabilities: list[list[float]]) -> list[ChosenEdge]:
-    """The two strongest edges into each node, in the order of their numbers.
+    """Return the two strongest edges into each node, in the order of their numbers.
 
     The operation of an edge is its strongest candidate other than `none`, whose probability is the edge's strength.
     """
@@ -625,7 +627,7 @@ REMOVED = -1.0
 
 
 def refine(candidates: Candidates, probabilities: list[list[float]], max_skips: int) -> list[ChosenEdge]:
-    """Architecture refinement: the strongest edges of a cell with at most `max_skips` (M) skip-connects.
+    """Architecture refinement: return the strongest edges of a cell with at most `max_skips` (M) skip-connects.
 
     While a cell has more, the weakest of them is removed, and candidates *and* edges are chosen again: another edge may
     come in and bring its own skip-connect.
@@ -649,20 +651,22 @@ def refine(candidates: Candidates, probabilities: list[list[float]], max_skips: 
 # --- The architect: the update of the alphas (DARTS, sec. 2.3) --------------------------------------------------------
 
 
-def identity(x):
+def identity(x: Any) -> Any:
     return x
 
 
-def require_gradients(parameters: Iterable[nn.Parameter], not_of: Iterable[nn.Parameter] = ()):
-    """Lets the next backward pass compute gradients of `parameters` and, to save time, none of the others."""
+def require_gradients(parameters: Iterable[nn.Parameter], not_of: Iterable[nn.Parameter] = ()) -> None:
+    """Let the next backward pass compute gradients of `parameters` and, to save time, none of the others."""
     for p in not_of:
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor], clip: float):
-    """Updates the parameters along the gradients, whose norm is clipped to `clip` first."""
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: Gradients, clip: float
+) -> None:
+    """Update the parameters along the gradients, whose norm is clipped to `clip` first."""
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and gradient.stride() != p.stride():
             # A fused optimizer goes through both in the order of their memory, which may be channels-last.
@@ -676,7 +680,7 @@ def loss_and_logits(
     network: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32",
     auxiliary_weight: float = 0.0, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy, a scalar, and the logits [N,num_classes] of a batch.
+    """Return the mean cross-entropy, a scalar, and the logits [N,num_classes] of a batch.
 
     The feature maps have `dtype`; weights, statistics and losses stay float32.
     """
@@ -717,7 +721,7 @@ class Architect:
     def update(
         self, images: Tensor, labels: Tensor, train_images: Tensor | None = None, train_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Updates the alphas by a batch of the validation split; returns its loss and logits before the update.
+        """Update the alphas by a batch of the validation split; return its loss and logits before the update.
 
         train_images, train_labels: the batch by which the weights are updated next; the first order ignores it.
         """
@@ -728,13 +732,13 @@ class Architect:
     def gradients(
         self, images: Tensor, labels: Tensor, train_images: Tensor | None, train_labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Gradients]:
-        """The loss and the logits of the validation batch, and the gradients of the alphas."""
+        """Return the loss and the logits of the validation batch, and the gradients of the alphas."""
         require_gradients(self.alphas, not_of=self.weights)
         loss, logits = self.loss(images, labels)
         return loss, logits, self.average(torch.autograd.grad(loss, self.alphas))
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss that the alphas descend, and the logits; the place to add a regulariser."""
+        """Return the loss that the alphas descend, and the logits. A subclass may add a regulariser here."""
         return loss_and_logits(self.network, images, labels, self.dtype)
 
 
@@ -780,13 +784,13 @@ class Stage(NamedTuple):
 
 
 def cosine(lr: float, epoch: int, epochs: int) -> float:
-    """The learning rate of `epoch` (from 0), falling from `lr` towards 0."""
+    """Return the learning rate of `epoch` (from 0), which falls from `lr` towards 0."""
     # Deviation: the official code, on a current torch, is an epoch ahead of this.
     return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 def sgd(weights: list[nn.Parameter], config: SearchConfig | EvaluateConfig) -> torch.optim.SGD:
-    """The optimizer of the weights. Its learning rate is a tensor, of which a captured step sees each new value."""
+    """Return the optimizer of the weights. Its learning rate is a tensor, so that a captured step sees new values."""
     device = weights[0].device
     lr = torch.tensor(config.lr, device=device)
     fused = device.type in ("cpu", "cuda")
@@ -798,7 +802,7 @@ class Search:
 
     The iteration yields a `Step` after each step, an `Epoch` after the last step of an epoch and a `Stage` after the
     last epoch of a stage. architect: the class that updates the alphas. prepare, average, wrap_step, rank: see the
-    end of this file. InputError if the config does not fit the space, or if there is no validation split.
+    end of this file. InputError is raised if the config does not fit the space or if there is no validation split.
     """
 
     def __init__(
@@ -854,8 +858,8 @@ class Search:
             self.epoch = 0
             yield self.stages[-1]
 
-    def begin_stage(self):
-        """A deeper network with fewer candidates; weights, alphas and optimizers are new (paper, sec. 3.2)."""
+    def begin_stage(self) -> None:
+        """Build a deeper network with fewer candidates; weights, alphas and optimizers are new (paper, sec. 3.2)."""
         config = self.config
         stage = len(self.stages)
         if stage == 0:
@@ -880,7 +884,7 @@ class Search:
         self.run_step = self.wrap_step(self.alternate)
 
     def batches(self, seed: int) -> Iterator[tuple[Batch, Batch | tuple[()]]]:
-        """The train and the validation batch of each step that is left of the epoch; () while weights learn alone."""
+        """Return the train and the validation batch, () while weights learn alone, of each step left in the epoch."""
         if self.epoch < self.config.alpha_start:
             val_batches = itertools.repeat(())
         else:
@@ -890,9 +894,9 @@ class Search:
     def alternate(
         self, images: Tensor, labels: Tensor, val_images: Tensor | None = None, val_labels: Tensor | None = None
     ) -> list[Tensor]:
-        """Updates the alphas by the validation batch, if there is one, and then the weights by the train batch.
+        """Update the alphas by the validation batch, if there is one, and then the weights by the train batch.
 
-        Returns the loss and the number of correct predictions of the train batch, then those of the validation batch.
+        The result is the loss and the number of correct predictions of the train batch, then of the validation batch.
         """
         val_results = []
         if val_images is not None:
@@ -905,12 +909,12 @@ class Search:
         return [loss.detach(), (logits.argmax(1) == labels).sum(), *val_results]
 
     def genotype(self) -> Genotype:
-        """The cells of the last stage that has ended."""
+        """Return the cells of the last stage that has ended."""
         return self.stages[-1].genotype(self.config.max_skips)
 
 
 def endless(loader: EpochLoader, seed: int, start: int) -> Iterator[Batch]:
-    """The batches of one epoch of the loader after the other, from batch `start` on."""
+    """Yield the batches of one epoch of the loader after the other, from batch `start` on."""
     first, start = divmod(start, len(loader))
     for number in itertools.count(first):
         yield from loader.epoch(seed_of(seed, number), start if number == first else 0)
@@ -934,7 +938,7 @@ class Cell(nn.Module):
     """A cell of the evaluation network, made of the (operation, source) pairs of a genotype.
 
     s0 [N,channels_0,H_0,W_0], s1 [N,channels_1,H,W] -> [N,len(concat)*channels,H/stride,W/stride], where stride is 2 in
-    a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError for a wrong pair.
+    a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError is raised for a wrong pair.
     """
 
     def __init__(
@@ -1030,7 +1034,7 @@ class Network(Stemmed):
                 self.auxiliary_head = AuxiliaryHead(channels_1, num_classes)
         self.classifier = nn.Linear(channels_1, num_classes)
 
-    def set_drop_path(self, rate: float):
+    def set_drop_path(self, rate: float) -> None:
         for module in self.modules():
             if isinstance(module, DropPath):
                 module.rate.fill_(rate)
@@ -1047,7 +1051,7 @@ class Network(Stemmed):
 
 
 def parse_genotype(normal: str, reduce: str) -> Genotype:
-    """Cells as text, "operation source, operation source | ...": two pairs for each node, all nodes concatenated."""
+    """Read both cells from "operation source, operation source | ...": | parts nodes, all of which are concatenated."""
     pairs = []
     for text in (normal, reduce):
         words = [pair.split() for pair in text.replace("|", ",").split(",")]
@@ -1081,11 +1085,11 @@ GENOTYPES = {
 
 
 def linear(lr: float, epoch: int, epochs: int) -> float:
-    """The learning rate of `epoch` (from 0), falling evenly; the last 5 epochs share the last step down (official)."""
+    """Return the learning rate of `epoch` (from 0), which falls evenly; the last 5 epochs share one fall (official)."""
     last = min(5, epochs - 1)
     left = epochs - epoch
-    down = lr / (epochs - last)
-    return down * (left - last if left > last else left / last)
+    fall = lr / (epochs - last)
+    return fall * (left - last if left > last else left / last)
 
 
 class Evaluation:
@@ -1133,7 +1137,7 @@ class Evaluation:
             yield Epoch(0, self.epoch - 1, lr, rate)
 
     def train(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """Updates the weights by a batch; returns its loss and its number of correct predictions."""
+        """Update the weights by a batch; return its loss and its number of correct predictions."""
         config = self.config
         loss, logits = loss_and_logits(
             self.network, images, labels, config.dtype, config.auxiliary_weight, config.label_smoothing
@@ -1148,9 +1152,9 @@ class Evaluation:
 def correct_predictions(
     network: nn.Module, batches: Iterable[Batch], dtype: str = "float32", top: Sequence[int] = (1,)
 ) -> tuple[int, ...]:
-    """For each k of `top` the number of images whose class is among the k largest logits, then that of all images.
+    """Return numbers of images: for each k of `top` of those whose class is among the k largest logits, then of all.
 
-    The network computes in evaluation mode and is left in the mode in which it was.
+    The network computes in evaluation mode and is in its former mode afterwards.
     """
     counts = [0] * (len(top) + 1)
     was_training = network.training
@@ -1174,10 +1178,10 @@ class EpochLoader(Protocol):
     """A source of batches, such as `Loader`. An epoch depends on its seed and not on torch's global random state."""
 
     def __len__(self) -> int:
-        """The number of batches of an epoch."""
+        """Return the number of batches in an epoch."""
 
     def epoch(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from batch `start` on."""
+        """Yield the batches of an epoch from batch `start` on."""
 
 
 class Data(NamedTuple):
@@ -1190,7 +1194,7 @@ class Data(NamedTuple):
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of x/255, x uint8 [N,C,H,W]; the deviation is at least one level."""
+    """Return mean and standard deviation [C] of x/255, for x uint8 [N,C,H,W]; the deviation is at least one level."""
     std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
     return mean, std.clamp_min(1 / 255)
 
@@ -1200,9 +1204,10 @@ def search_data(
     mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
     device: torch.device | str | None = None,
 ) -> Data:
-    """The first half of the images trains the weights, the second the alphas: they must come shuffled.
+    """Split images into halves, of which the first trains the weights and the second the alphas.
 
-    num_classes: by default as many as the labels show. The other arguments are those of `Loader`.
+    The images must come shuffled. num_classes: by default one more than the largest label. The other arguments are
+    those of `Loader`.
     """
     if mean is None:
         mean, std = statistics(x)
@@ -1217,7 +1222,7 @@ class Loader:
 
     x: images, uint8 [N,C,H,W]. y: labels, int64 [N]. mean, std: those of x/255, [C]; by default they are computed.
     device: that of the batches; by default it is that of x, which may also stay in main memory or in a mapped file.
-    InputError if x and y have another type or shape.
+    InputError is raised if x and y have another type or shape.
     """
 
     # Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it.
@@ -1257,7 +1262,7 @@ class Loader:
         return (x.float() / 255 - self.mean) / self.std
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Images uint8 [N,C,H,W] -> float32 [N,C,H,W]."""
+        """Return images, uint8 [N,C,H,W], as float32 [N,C,H,W]: cropped, flipped, normalised and cut out."""
         n, _, h, w = x.shape
         padding = self.config.crop_padding
 
@@ -1303,14 +1308,14 @@ WrapStep = Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]
 
 
 def seed_of(*counters: int) -> int:
-    """The seed, 63 bits, of this stage, epoch, step, ...: no random state but these counters is needed to resume."""
+    """Return the seed, 63 bits, of a stage, epoch, step, ...: these counters are all the random state of a run."""
     return int.from_bytes(hashlib.sha256(repr(counters).encode()).digest()[:8], "little") >> 1
 
 
 def state_dict(training: Search | Evaluation) -> dict[str, Any]:
-    """All that `load_state_dict` needs to resume between any two events with the same bits.
+    """Return all that `load_state_dict` needs to resume between any two events with the same bits.
 
-    Its tensors are those in use: they are saved, or cloned, before the training goes on.
+    The tensors are those in use: they must be saved or cloned before the training continues.
     """
     state = {"epoch": training.epoch, "step": training.step}
     if isinstance(training, Search):
@@ -1323,8 +1328,8 @@ def state_dict(training: Search | Evaluation) -> dict[str, Any]:
     return state
 
 
-def load_state_dict(training: Search | Evaluation, state: dict[str, Any]):
-    """Puts a Search or an Evaluation of the same arguments, before its iteration, where the state was taken."""
+def load_state_dict(training: Search | Evaluation, state: dict[str, Any]) -> None:
+    """Resume: `training` has the same arguments as that of the state, and its iteration has not begun."""
     if isinstance(training, Search):
         training.stages = [Stage(*stage) for stage in state["stages"]]
         training.network = None
@@ -1338,15 +1343,15 @@ def load_state_dict(training: Search | Evaluation, state: dict[str, Any]):
     training.step = state["step"]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """Loads momenta and the like; the settings of the optimizer stay, and so does the tensor of its learning rate."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> None:
+    """Load momenta and the like; the optimizer keeps its settings and the tensor of its learning rate."""
     lr = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    optimizer.param_groups[0]["lr"] = lr  # torch has put a copy there
+    optimizer.param_groups[0]["lr"] = lr  # load_state_dict has put a copy there
 
 
 def run(method: type[Search] | type[Evaluation], *arguments, **options) -> Search | Evaluation:
-    """A whole `Search` or `Evaluation` of these arguments. Torch's random state is left as it was."""
+    """Return a `Search` or an `Evaluation` after its whole iteration; torch's random state is as it was before."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         training = method(*arguments, **options)
         for _ in training:

@@ -69,7 +69,7 @@ def assert_same(a, b, where=""):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, where + keystr(path)
 
 
-class OwnLoader:
+class CustomLoader:
     """Batches of given images and labels, in order, in double precision; notes the (seed, start) of its epochs."""
 
     def __init__(self, x, y, batch, part=slice(None)):
@@ -469,7 +469,7 @@ def test_refinement_finds_candidates_whose_probability_rounds_to_zero():
     assert {name for name, _ in cell.normal} == {"avg_pool_3x3"}
 
 
-def test_refinement_goes_on_where_the_weakest_skip_is_all_that_its_edge_has():
+def test_refinement_continues_where_the_weakest_skip_is_all_that_its_edge_has():
     candidates = (("none", "skip_connect"), ("skip_connect", "sep_conv_3x3"))
     alphas = torch.tensor([[0.7, 0.3], [0.6, 0.4]]).log()
     assert derive(candidates, candidates, alphas, alphas, 1).normal == [("skip_connect", 0), ("sep_conv_3x3", 1)]
@@ -611,8 +611,8 @@ def test_equal_seeds_give_equal_bits_and_leave_the_caller_s_random_state():
     assert "skip_connect" not in {name for name, _ in no_skips.normal}
 
 
-def goes_on_after_every_event(make):
-    """The events of what `make` makes, which, begun anew with the state after any of them, goes on to the same bits."""
+def resumes_after_every_event(make):
+    """Return the events of what `make` makes; resumed with the state after any of them, it ends with the same bits."""
     whole, events, states = make(), [], []
     for event in whole:
         events.append(event)
@@ -628,20 +628,20 @@ def goes_on_after_every_event(make):
     return events
 
 
-def test_a_search_goes_on_after_any_event_with_the_same_bits():
-    def with_own_loaders():  # of 3 batches and 2
-        data = pdarts.Data(OwnLoader(x, y, 6), 4, val=OwnLoader(x[:6], y[:6], 3))
+def test_a_search_resumes_after_any_event_with_the_same_bits():
+    def with_custom_loaders():  # of 3 batches and 2
+        data = pdarts.Data(CustomLoader(x, y, 6), 4, val=CustomLoader(x[:6], y[:6], 3))
         return small_search(config, data, prepare=nn.Module.double)
 
     config, (x, y) = dataclasses.replace(SMALL, depths=(3,), keep=(4,), skip_dropout=(0.3,)), arrays()
     # stages, epochs, steps
-    assert len(goes_on_after_every_event(small_search)) == 2 * (2 * (2 + 1) + 1)
-    assert len(goes_on_after_every_event(with_own_loaders)) == 2 * (3 + 1) + 1
+    assert len(resumes_after_every_event(small_search)) == 2 * (2 * (2 + 1) + 1)
+    assert len(resumes_after_every_event(with_custom_loaders)) == 2 * (3 + 1) + 1
 
 
 def test_a_shorter_validation_split_is_begun_again_with_a_new_seed():
     x, y = arrays()
-    train, val, batches = OwnLoader(x[:10], y[:10], 2), OwnLoader(x[10:14], torch.arange(4), 2), []
+    train, val, batches = CustomLoader(x[:10], y[:10], 2), CustomLoader(x[10:14], torch.arange(4), 2), []
     list(small_search(data=pdarts.Data(train, 4, val=val), prepare=nn.Module.double,
                       wrap_step=lambda step: lambda *batch: batches.append(batch) or step(*batch)))
     assert [batch[3].tolist() for batch in batches if len(batch) == 4] == 2 * [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
@@ -700,7 +700,7 @@ def test_two_ranks_that_average_their_gradients_do_the_steps_of_one_process():
         return network
 
     def begun(part, **options):
-        data = pdarts.Data(OwnLoader(x[:8], y[:8], 4, part), 4, val=OwnLoader(x[8:], y[8:], 4, part))
+        data = pdarts.Data(CustomLoader(x[:8], y[:8], 4, part), 4, val=CustomLoader(x[8:], y[8:], 4, part))
         search = small_search(config, data, prepare=frozen, **options)
         search.begin_stage()  # here, one after the other: torch's random state is shared
         return search
@@ -856,8 +856,8 @@ def small_evaluation(config=EVALUATION, genotype=TWO_NODES, **options):
     return pdarts.Evaluation(genotype, config, pdarts.Data(Loader(*arrays(14), config), 4), **options)
 
 
-def test_an_evaluation_goes_on_after_any_event_with_the_same_bits():
-    events = goes_on_after_every_event(lambda: small_evaluation(dataclasses.replace(EVALUATION, epochs=2)))
+def test_an_evaluation_resumes_after_any_event_with_the_same_bits():
+    events = resumes_after_every_event(lambda: small_evaluation(dataclasses.replace(EVALUATION, epochs=2)))
     assert [type(event).__name__ for event in events] == ["Step", "Step", "Step", "Epoch"] * 2  # 6, 6 and 2 images
 
 

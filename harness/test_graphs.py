@@ -21,7 +21,7 @@ SPACE = pdarts.SearchSpace(("none", "max_pool_3x3", "skip_connect", "sep_conv_3x
 SEARCH = dataclasses.replace(ONE_STAGE, keep=(4,), epochs=4, alpha_start=2)
 EVALUATION = EvaluateSettings(depth=3, channels=8, epochs=3, batch_size=4, cutout=4, auxiliary=False)
 CELL = pdarts.Genotype(*[[("sep_conv_3x3", 0), ("skip_connect", 1)], [2]] * 2)
-IMAGES = random_images((8, 8), 3, 22)  # in halves of 11: two batches of 4 and a tail of 3
+IMAGES = random_images((8, 8, 3), 3, 22)  # in halves of 11: two batches of 4 and a tail of 3
 
 
 class Recorder(TorchDispatchMode):
@@ -130,7 +130,7 @@ def searched(**options):
 
 
 def evaluated(**options):
-    data = pdarts.Data(pdarts.Loader(IMAGES.x_train[:11], IMAGES.y_train[:11], EVALUATION), 3, 1)
+    data = pdarts.Data(pdarts.Loader(IMAGES.x_train[:11], IMAGES.y_train[:11], EVALUATION), 3, 3)
     training = pdarts.Evaluation(CELL, EVALUATION, data, **options)
     with torch.random.fork_rng():
         losses = [event.loss for event in training if isinstance(event, pdarts.Step)]
@@ -151,7 +151,7 @@ def test_a_captured_search_ends_with_the_bits_of_a_plain_one(mode):
     plain = searched(prepare=prepare)
     assert same(searched(prepare=prepare, wrap_step=Captured), plain)
     (step,) = Captured.made
-    shapes = [(4, 1, 8, 8), (3, 1, 8, 8)]
+    shapes = [(4, 3, 8, 8), (3, 3, 8, 8)]
     assert not step.refused
     assert {tuple(tuple(shape) for shape, _ in key)[::2] for key in step.captured} == {
         *((s,) for s in shapes),
