@@ -320,16 +320,16 @@ SPACE = SearchSpace()
 # --- The mixed operation, the cell and the search network (paper, sec. 3.1) -------------------------------------------
 
 
-def inverted_dropout(x: Tensor, rate: Tensor, shape: Sequence[int]) -> Tensor:
+def inverted_dropout(x: Tensor, rate: Tensor, like: Tensor) -> Tensor:
     """Zero parts of x with probability `rate`, a tensor with one element, and divide the rest by 1 - rate.
 
-    shape: that of the dropout mask, which is broadcast to the shape of x.
+    like: a tensor of the shape of the dropout mask, which is broadcast to the shape of x.
     """
     # At rate 0 nothing is drawn, where this costs nothing to know: a GPU would have to be waited for, and a compiled
     # graph cannot branch on a number in a tensor.
     if rate.is_cpu and not torch.compiler.is_compiling() and rate == 0:
         return x
-    kept = torch.rand(shape, device=x.device) >= rate
+    kept = torch.rand_like(like, dtype=torch.float32) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
 
 
@@ -341,7 +341,7 @@ class SkipDropout(nn.Module):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return inverted_dropout(x, self.rate, x.shape) if self.training else x
+        return inverted_dropout(x, self.rate, x) if self.training else x
 
 
 class MixedOp(nn.Module):
@@ -931,7 +931,7 @@ class DropPath(nn.Module):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return inverted_dropout(x, self.rate, (x.shape[0], 1, 1, 1)) if self.training else x
+        return inverted_dropout(x, self.rate, x[:, :1, :1, :1]) if self.training else x
 
 
 class Cell(nn.Module):
