@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .program import FactorizedReduce, Norm, Pool, Separable, Sum, known_on_cuda
-from .trace import attribute
+from .trace import attribute, has_hooks
 
 SHIFTED = (slice(None), slice(None), slice(1, None), slice(1, None))
 ADD = operator.add, torch.add, "add"
@@ -51,7 +51,8 @@ class Matcher:
         self.root, self.device, self.modules = root, device, dict(root.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.output = next(node for node in reversed(graph.nodes) if node.op == "output")
-        norms = (self.module(node, nn.BatchNorm2d) for node in graph.nodes)
+        norms = [self.module(node, nn.BatchNorm2d) for node in graph.nodes]
+        self.once = {norm for norm in norms if norm and norms.count(norm) == 1}  # the others move statistics in turn
         self.settings = next((s for norm in norms if norm and (s := settings_of(norm))), (False, 0.1, 1e-5))
         self.kinds, self.left = {}, set()  # left: to torch, though they have a kind
         self.unread = self.dead(graph)
@@ -62,16 +63,17 @@ class Matcher:
         for node in reversed(graph.nodes):
             if node in alive or node in unread:
                 (alive if node in alive else unread).update(node.all_input_nodes)
-            elif node.op == "call_module" and type(self.module(node)) not in (nn.ReLU, nn.Identity):
+            elif node.op == "call_module" and not (self.module(node, nn.ReLU) or self.module(node, nn.Identity)):
                 unread.update((node, *node.all_input_nodes))
         return unread - alive
 
     def module(self, node, kind=nn.Module):
-        """The module that a node calls, if it is of exactly this class; any module by default."""
+        """The module that a node calls, if it is of exactly this class, any by default, without hooks and such."""
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
         module = self.modules[node.target]
-        return module if kind is nn.Module or type(module) is kind else None
+        known = (kind is nn.Module or type(module) is kind) and "forward" not in module.__dict__ and not has_hooks(module)
+        return module if known else None
 
     def real(self, node):
         """The node that computes a node's value: identities compute nothing."""
@@ -185,7 +187,7 @@ class Matcher:
     def norm(self, node):
         norm = self.module(node, nn.BatchNorm2d)
         x = self.real(node.args[0]) if norm and len(node.args) == 1 else None
-        known = x is not None and self.kind(x).name == "step" and settings_of(norm) == self.settings
+        known = x is not None and norm in self.once and self.kind(x).name == "step" and settings_of(norm) == self.settings
         return Kind("norm", (x,), (norm,)) if known else None
 
     # --- Terms --------------------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ class Part:
     def __init__(self, matcher: Matcher, target: fx.Node, members: set, reads: dict):
         self.matcher, self.target, self.members, self.reads = matcher, target, members, reads
         self.inputs, self.operations, self.norms, self.numbers = [], [], {}, {}
-        self.weights, self.dropout, self.drop_path = [], [], []
+        self.weights, self.dropout, self.drop_path, self.nodes = [], [], [], []
         for node in sorted(members - {target}, key=matcher.order.get):
             if matcher.kind(node).name not in TERMS or reads[node] > 1:
                 self.value(node)
@@ -328,7 +330,7 @@ class Part:
         if kind.name == "step":
             step = kind.more[0](0)
             v = self.value(kind.of[0]) if isinstance(step, Separable) else self.whole(kind.of[0])
-            v = self.operation(step._replace(source=v))
+            v = self.operation(step._replace(source=v), node)
         elif kind.name == "norm":
             (x,) = kind.of
             v = self.value(x)
@@ -337,8 +339,9 @@ class Part:
             return self.sum(self.terms(node))
         return self.sum([self.term(v)]) if self.reads[node] > 1 else v
 
-    def operation(self, operation):
+    def operation(self, operation, node=None):
         self.operations.append(operation)
+        self.nodes.append(node)
         return len(self.operations) - 1
 
     def term(self, v, number=1.0, factors=(), dropout=None, drop_path=None):
@@ -391,6 +394,17 @@ class Part:
         self.roots = list(dict.fromkeys(node for _, factors in self.weights for node, _ in factors))
         del self.matcher, self.reads, self.numbers
 
+    def of_other_channels(self):
+        """The nodes of steps that compute another number of channels than most, which `cell` does not take."""
+        channels = {}
+        for op, node in zip(self.operations, self.nodes):
+            if isinstance(op, Separable):
+                channels[node] = len(op.pointwise)
+            elif isinstance(op, FactorizedReduce):
+                channels[node] = len(op.first) + len(op.second)
+        common = max(channels.values(), key=[*channels.values()].count, default=0)
+        return {node for node, number in channels.items() if number != common}
+
     def pays(self):
         """Whether there is something to fuse: a step, or a sum of several terms with weights or norms."""
         sums = [len(op.terms) for op in self.operations if isinstance(op, Sum)]
@@ -413,10 +427,11 @@ def parts_of(graph: fx.Graph, root: nn.Module, device: torch.device):
             for node in sorted(wanted, key=matcher.order.get)
             if node.op != "placeholder"
         ]
-        useless = [i for i in instructions if isinstance(i, Part) and not i.pays()]
-        if not useless:
+        parts = [i for i in instructions if isinstance(i, Part)]
+        left = {node for part in parts for node in (part.of_other_channels() if part.pays() else part.members)}
+        if not left:
             return instructions, matcher
-        matcher.left.update(node for part in useless for node in part.members)
+        matcher.left |= left
 
 
 def _reads(matcher):

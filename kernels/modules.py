@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -288,7 +289,7 @@ class Run:
     """How a part is run: a program for `cell`, one for each way in which its inputs are the same tensors."""
 
     def __init__(self, part, settings, device):
-        self.part, self.settings, self.programs, self.places = part, settings, {}, {}
+        self.part, self.settings, self.programs, self.places, self.warned = part, settings, {}, {}, False
         self.counts = [norm.num_batches_tracked for norm in part.modules]
         self.on_cuda = known_on_cuda(part.operations, part.norms, part.outputs)
         numbers = [1.0, *dict.fromkeys(number for number, _ in part.weights if number != 1)]
@@ -308,13 +309,20 @@ class Run:
             self.programs[same] = self.program(same)
         program = self.programs[same]
         inputs = [t for i, t in enumerate(inputs) if same[i] == i]
-        dropout = self.dropout(env, x)
-        if self.settings[0]:
-            torch._foreach_add_(self.counts, 1) if self.counts else None
-        rest = program.outputs, weights, program.norms, *self.settings, dropout
-        if supports("cell", x) and (x.is_cpu or self.on_cuda):
-            return run_cell(inputs, *program.numbers, *rest)
-        return cell(inputs, program.operations, *rest)
+        rest = program.outputs, weights, program.norms, *self.settings, self.dropout(env, x)
+        try:
+            if supports("cell", x) and (x.is_cpu or self.on_cuda):
+                y = run_cell(inputs, *program.numbers, *rest)
+            else:
+                y = cell(inputs, program.operations, *rest)
+        except RuntimeError as error:  # shapes that torch would broadcast, or an error that torch has too
+            if not self.warned:
+                self.warned = True
+                warnings.warn(f"torch computes what is no cell for the kernels: {error}", RuntimeWarning, stacklevel=3)
+            return None
+        if self.settings[0] and self.counts:
+            torch._foreach_add_(self.counts, 1)
+        return y
 
     def program(self, same):
         """The part's program where inputs are the same tensors."""
@@ -370,9 +378,9 @@ class Run:
                     place = place * size + i % size
                 row.append(starts[root] + place)
             rows.append(row)
-        columns = max(1, *map(len, rows))
+        columns = max([1, *map(len, rows)])
         padded = [row + [starts[-1]] * (columns - len(row)) for row in rows]
-        return [torch.tensor(column, device=self.numbers.device) for column in zip(*padded)]
+        return [torch.tensor([row[i] for row in padded], device=self.numbers.device, dtype=torch.long) for i in range(columns)]
 
     def rates(self, env, drops):
         places, rates = zip(*drops)

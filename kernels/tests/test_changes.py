@@ -1,0 +1,371 @@
+"""A fused module stays what it is: changes before fusion, after it, and after the first call, against plain torch."""
+
+import copy
+import functools
+import io
+import types
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
+
+import kernels
+
+pytestmark = pytest.mark.usefixtures("fused")
+
+
+class Operation(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.op = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+def separable(channels=4, twice=1):
+    def unit():
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        return nn.ReLU(), depthwise, nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    return Operation(*(layer for _ in range(twice) for layer in unit()))
+
+
+class MixedOp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.BatchNorm2d(4, affine=False))
+        self.ops = nn.ModuleList([nn.Identity(), pool, separable(), separable(twice=2)])
+
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(weights, self.ops))
+
+
+class Cell(nn.Module):
+    """Of two inputs and one node."""
+
+    def __init__(self):
+        super().__init__()
+        self.preprocess = nn.ModuleList([Operation(nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))] * 2)
+        self.preprocess[1] = copy.deepcopy(self.preprocess[0])
+        self.edges = nn.ModuleList([MixedOp(), MixedOp()])
+        self.concat = [2, 0]
+        self.gain = 1.0
+
+    def forward(self, s0, s1, weights):
+        states = [self.preprocess[0](s0), self.preprocess[1](s1)]
+        states.append(sum(edge(x, w) for edge, x, w in zip(self.edges, states, weights)))
+        return torch.cat([states[i] for i in self.concat], dim=1) * self.gain
+
+
+def a_cell():
+    torch.manual_seed(0)
+    cell = Cell().double()
+    for norm in cell.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias)
+    return cell
+
+
+def operation(cell):
+    return cell.edges[0].ops[2]
+
+
+def layer(cell, i, of=2):
+    return cell.edges[0].ops[of].op[i]
+
+
+def replace(i, make, of=2):
+    def change(cell):
+        cell.edges[0].ops[of].op[i] = make(layer(cell, i, of)).double()
+
+    return change
+
+
+def setting(i, **settings):
+    def change(cell):
+        for name, value in settings.items():
+            setattr(layer(cell, i), name, value)
+
+    return change
+
+
+def patch(module):
+    """Another forward on the instance."""
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)
+
+
+class Adapter(nn.Module):
+    """A convolution and a trained correction beside it."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.down, self.up = nn.Conv2d(4, 1, 1, bias=False), nn.Conv2d(1, 4, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
+class Louder(nn.Conv2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def of_class(kind):
+    def change(cell):
+        layer(cell, 2).__class__ = kind
+
+    return change
+
+
+def every_norm(change):
+    def of_all(cell):
+        for norm in cell.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                change(norm)
+
+    return of_all
+
+
+def untracked(norm):
+    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+
+
+def weight_of(i, change):
+    def of_cell(cell):
+        module = layer(cell, i)
+        change(module, module.weight)
+
+    return of_cell
+
+
+def assigned(cell):
+    state = {name: 2 * t if t.is_floating_point() else t + 1 for name, t in cell.state_dict().items()}
+    cell.load_state_dict(state, assign=True)
+
+
+def loaded(cell):
+    cell.load_state_dict({name: t / 2 if t.is_floating_point() else t + 1 for name, t in cell.state_dict().items()})
+
+
+def scaled(cell):
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.mul_(1.5)
+
+
+def pruned(cell):
+    prune.l1_unstructured(layer(cell, 2), "weight", 0.5)
+
+
+def pruned_for_good(cell):
+    pruned(cell)
+    prune.remove(layer(cell, 2), "weight")
+
+
+def narrower(cell):
+    """A channel less within an operation, as channel pruning leaves it."""
+    conv, norm = layer(cell, 2, of=3), layer(cell, 3, of=3)
+    second = cell.edges[0].ops[3].op
+    conv.weight = nn.Parameter(conv.weight.detach()[:3])
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, getattr(norm, name)[:3].clone())
+    norm.weight, norm.bias = nn.Parameter(norm.weight.detach()[:3]), nn.Parameter(norm.bias.detach()[:3])
+    second[5].weight, second[5].groups = nn.Parameter(second[5].weight.detach()[:3]), 3
+    second[5].in_channels = second[5].out_channels = 3
+    second[6].weight = nn.Parameter(second[6].weight.detach()[:, :3])
+
+
+def hook(find, kind, function):
+    def change(cell):
+        getattr(find(cell), f"register_{kind}_hook")(function)
+
+    return change
+
+
+def removed_hook(cell):
+    layer(cell, 2).register_forward_hook(double_output).remove()
+
+
+def double_output(module, inputs, output):
+    return 2 * output
+
+
+def double_input(module, inputs):
+    return tuple(2 * x for x in inputs)
+
+
+def double_gradient(module, of_inputs, of_outputs):
+    return tuple(g if g is None else 2 * g for g in of_inputs)
+
+
+def swapped_edges(cell):
+    cell.edges[0], cell.edges[1] = cell.edges[1], cell.edges[0]
+
+
+def swapped_operations(cell):
+    ops = cell.edges[0].ops
+    ops[0], ops[2] = ops[2], ops[0]
+
+
+def shared(cell):
+    cell.edges[1].ops[3] = cell.edges[0].ops[3]
+
+
+def shared_weight(cell):
+    layer(cell, 2).weight = cell.edges[1].ops[2].op[2].weight
+
+
+def pool(**settings):
+    def change(cell):
+        cell.edges[0].ops[1][0] = nn.AvgPool2d(3, 1, padding=1, **settings)
+
+    return change
+
+
+def parametrized(function):
+    return lambda cell: function(layer(cell, 2))
+
+
+CHANGES = {
+    "nothing": lambda cell: None,
+    "hook of an operation": hook(operation, "forward", double_output),
+    "hook of a convolution": hook(lambda c: layer(c, 1), "forward", double_output),
+    "hook of a norm": hook(lambda c: layer(c, 3), "forward", double_output),
+    "hook of a ReLU": hook(lambda c: layer(c, 0), "forward", double_output),
+    "hook of a Sequential": hook(lambda c: operation(c).op, "forward", double_output),
+    "hook of an identity": hook(lambda c: c.edges[0].ops[0], "forward", double_output),
+    "hook of a mixed operation": hook(lambda c: c.edges[0], "forward", double_output),
+    "hook of the cell": hook(lambda c: c, "forward", double_output),
+    "hook before an operation": hook(operation, "forward_pre", double_input),
+    "hook before a convolution": hook(lambda c: layer(c, 2), "forward_pre", double_input),
+    "hook of gradients": hook(operation, "full_backward", double_gradient),
+    "hook of a convolution's gradients": hook(lambda c: layer(c, 2), "full_backward", double_gradient),
+    "hook that was removed": removed_hook,
+    "forward of an operation": lambda cell: patch(operation(cell)),
+    "forward of a convolution": lambda cell: patch(layer(cell, 1)),
+    "forward of an identity": lambda cell: patch(cell.edges[0].ops[0]),
+    "forward of a mixed operation": lambda cell: patch(cell.edges[1]),
+    "forward of the cell": patch,
+    "class of a convolution": of_class(Louder),
+    "operation for an identity": lambda cell: cell.edges[0].ops.__setitem__(2, nn.Identity()),
+    "ELU for ReLU": replace(0, lambda old: nn.ELU()),
+    "ReLU in place": replace(0, lambda old: nn.ReLU(inplace=False)),
+    "GroupNorm": replace(3, lambda old: nn.GroupNorm(2, 4)),
+    "identity for a norm": replace(3, lambda old: nn.Identity()),
+    "another norm": replace(3, lambda old: nn.BatchNorm2d(4)),
+    "SyncBatchNorm in evaluation": lambda cell: nn.SyncBatchNorm.convert_sync_batchnorm(cell.eval()),
+    "another convolution": replace(2, lambda old: nn.Conv2d(4, 4, 1, bias=False)),
+    "a bias": replace(2, lambda old: nn.Conv2d(4, 4, 1)),
+    "a dense convolution": replace(1, lambda old: nn.Conv2d(4, 4, 3, padding=1, bias=False)),
+    "a dilated convolution": replace(1, lambda old: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False)),
+    "a 7x7 convolution": replace(1, lambda old: nn.Conv2d(4, 4, 7, padding=3, groups=4, bias=False)),
+    "an oblong convolution": replace(1, lambda old: nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4, bias=False)),
+    "circular padding": replace(
+        1, lambda old: nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False, padding_mode="circular")
+    ),
+    "padding as a name": replace(1, lambda old: nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False)),
+    "an adapter": replace(2, Adapter),
+    "an operation of one more step": lambda cell: operation(cell).op.append(nn.Tanh()),
+    "an operation of one more unit": lambda cell: operation(cell).op.extend(separable().double().op),
+    "edges swapped": swapped_edges,
+    "operations swapped": swapped_operations,
+    "an operation shared by two edges": shared,
+    "a weight shared by two convolutions": shared_weight,
+    "average pool": pool(count_include_pad=False),
+    "average pool that counts the border": pool(),
+    "average pool with a divisor": pool(divisor_override=5, count_include_pad=False),
+    "eps": setting(3, eps=1e-2),
+    "eps of every norm": every_norm(lambda norm: setattr(norm, "eps", 1e-2)),
+    "momentum": setting(3, momentum=0.3),
+    "momentum of every norm": every_norm(lambda norm: setattr(norm, "momentum", 0.3)),
+    "cumulative statistics": setting(3, momentum=None),
+    "no running statistics": lambda cell: untracked(layer(cell, 3)),
+    "no running statistics at all": every_norm(untracked),
+    "a frozen norm": lambda cell: layer(cell, 3).eval(),
+    "all norms frozen": every_norm(nn.Module.eval),
+    "evaluation": nn.Module.eval,
+    "padding of a convolution": setting(1, padding=(2, 2), dilation=(2, 2)),
+    "frozen weights": weight_of(2, lambda conv, w: w.requires_grad_(False)),
+    "everything frozen": lambda cell: cell.requires_grad_(False),
+    "another parameter": weight_of(2, lambda conv, w: setattr(conv, "weight", nn.Parameter(2 * w.detach()))),
+    "data of a parameter": weight_of(2, lambda conv, w: setattr(w, "data", 2 * w.detach())),
+    "channels-last weights": lambda cell: cell.to(memory_format=torch.channels_last),
+    "values in place": scaled,
+    "load_state_dict": loaded,
+    "load_state_dict with assign": assigned,
+    "zeros": weight_of(2, lambda conv, w: nn.init.zeros_(w)),
+    "weight_norm by hooks": parametrized(torch.nn.utils.weight_norm),
+    "spectral_norm by hooks": parametrized(torch.nn.utils.spectral_norm),
+    "weight_norm": parametrized(parametrizations.weight_norm),
+    "spectral_norm": parametrized(parametrizations.spectral_norm),
+    "pruned": pruned,
+    "pruned for good": pruned_for_good,
+    "a channel less": narrower,
+    "a list that the code reads": lambda cell: cell.concat.reverse(),
+    "a number that the code reads": lambda cell: setattr(cell, "gain", 0.5),
+    "dropout of rate 0": lambda cell: cell.edges[0].ops.__setitem__(0, nn.Dropout(0.0)),
+    "dropout in evaluation": lambda cell: cell.edges[0].ops.__setitem__(0, nn.Dropout(0.5).eval()),
+    "dropout of everything": lambda cell: cell.edges[0].ops.__setitem__(0, nn.Dropout(1.0)),
+    "an operation fewer": lambda cell: cell.edges[0].ops.pop(3),
+}
+
+
+def computed(cell, inputs):
+    """What a step and an evaluation give, twice."""
+    results, (s0, s1, weights) = [], inputs
+    for _ in range(2):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        y = cell(*leaves)
+        gradients = torch.autograd.grad(
+            y.square().mean(), [*leaves, *(p for p in cell.parameters() if p.requires_grad)], allow_unused=True
+        )
+        results += [y.detach(), *gradients]
+    return [t.clone() for t in results + list(cell.buffers()) if t is not None] + [cell.eval()(s0, s1, weights).detach()]
+
+
+WARNINGS = "ignore:.*weight_norm.*:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning"
+
+
+@pytest.mark.filterwarnings(*WARNINGS, "ignore:.*non-positive.*")
+@pytest.mark.parametrize("moment", ["before fusion", "after fusion", "after a call"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fused_cell_stays_what_it_is(change, moment):
+    plain = a_cell()
+    mine = copy.deepcopy(plain)
+    inputs = [torch.randn(2, 6, 6, 5), torch.randn(2, 6, 6, 5), torch.rand(2, 4)]
+    inputs = [t.double() for t in inputs]
+    results = []
+    for cell, convert in ((plain, lambda cell: cell), (mine, kernels.fuse)):
+        if moment == "before fusion":
+            torch.manual_seed(1)
+            CHANGES[change](cell)
+        cell = convert(cell)
+        if moment == "after a call":
+            cell(*inputs)
+        if moment != "before fusion":
+            torch.manual_seed(1)
+            CHANGES[change](cell)
+        results.append(computed(cell, inputs))
+    assert isinstance(mine, kernels.modules.Fused)
+    for right, one in zip(*results, strict=True):
+        torch.testing.assert_close(one.contiguous(), right.contiguous(), rtol=1e-10, atol=1e-12)
+
+
+def test_every_change_but_three_changes_the_result():
+    """So that none of them tests nothing."""
+    inputs = [torch.randn(2, 6, 6, 5).double() for _ in range(2)] + [torch.rand(2, 4).double()]
+    before, same = computed(a_cell(), inputs), []
+    for name, change in CHANGES.items():
+        cell = a_cell()
+        torch.manual_seed(1)
+        change(cell)
+        after = computed(cell, inputs)
+        if len(after) == len(before) and all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(after, before)):
+            same.append(name)
+    assert len(same) <= 9, same
