@@ -195,7 +195,7 @@ class Matcher:
     def dropout(self, node):
         module = self.module(node, nn.Dropout)
         dropped = module and module.p < 1 and not module.inplace
-        return Kind("dropout", (self.real(node.args[0]),), (module.p,)) if dropped else None
+        return Kind("dropout", (self.real(node.args[0]),), (float(module.p),)) if dropped else None
 
     def drop(self, node):
         """x * (kept / (1 - rate)).to(x.dtype), kept = rand_like(y) >= rate, where y is x or has a number for an image."""

@@ -295,6 +295,9 @@ class Run:
         numbers = [1.0, *dict.fromkeys(number for number, _ in part.weights if number != 1)]
         self.columns = [([] if n == 1 else [numbers.index(n)], factors) for n, factors in part.weights]
         self.numbers = torch.tensor(numbers, device=device)
+        self.dropped = torch.tensor([place for place, _ in part.drop_path], dtype=torch.long, device=device)
+        rates = {rate for _, rate in part.dropout + part.drop_path if isinstance(rate, float)}
+        self.constant_rates = {rate: torch.tensor(rate, device=device) for rate in rates}
 
     def compute(self, env):
         """The value of the part; None if its tensors are not what the kernels take."""
@@ -357,7 +360,7 @@ class Run:
             return p
         places, rates = self.rates(env, self.part.drop_path)
         masks = dropout_masks(dropout_key(x.device), rates, places, (len(x), 1, 1, 1)).flatten(1).to(p.dtype)
-        of_images = masks.new_ones(len(p), len(x)).index_copy(0, torch.tensor(places, device=x.device), masks)
+        of_images = masks.new_ones(len(p), len(x)).index_copy(0, self.dropped, masks)
         return p[:, None] * of_images
 
     def columns_of(self, shapes):
@@ -384,9 +387,8 @@ class Run:
 
     def rates(self, env, drops):
         places, rates = zip(*drops)
-        device = self.numbers.device
-        rates = [env[r].float() if isinstance(r, fx.Node) else torch.tensor(float(r), device=device) for r in rates]
-        return list(places), torch.stack([rate.view(()) for rate in rates])
+        rates = [env[rate].float().view(()) if isinstance(rate, fx.Node) else self.constant_rates[rate] for rate in rates]
+        return list(places), torch.stack(rates)
 
     def dropout(self, env, x):
         if not self.part.dropout:

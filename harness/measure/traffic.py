@@ -282,6 +282,8 @@ class Call:
 class Traffic(TorchDispatchMode):
     """A mode that counts launches and bytes of each operation."""
 
+    of_fused_operators = True
+
     def __init__(self, images: int, batch: int):
         super().__init__()
         self.images, self.factor = images, batch / images
@@ -325,7 +327,7 @@ class Traffic(TorchDispatchMode):
 def side(operations):
     """Enter a block in which the operations run one by one, as on CUDA, the named ones by ours."""
     with contextlib.ExitStack() as stack:
-        for module in ("kernels.ops", "kernels.fuse"):
+        for module in ("kernels.ops", "kernels.modules"):
             stack.enter_context(mock.patch.object(sys.modules[module], "supports", lambda name, x: name in operations))
         yield
 

@@ -72,6 +72,8 @@ class DepthwiseConvolutions(TorchDispatchMode):
     torch takes the channels-last way where one of them looks like it, also a weight [C,1,k,k] that is contiguous too.
     """
 
+    of_fused_operators = True
+
     def __init__(self):
         super().__init__()
         self.seen = set()
