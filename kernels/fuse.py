@@ -47,7 +47,7 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
         if strict:
             raise RuntimeError(f"the kernels do not support {device}; expected a device on which they run")
         return network
-    convert(units(network, device, leaf)[0])
+    convert(units(network, device, leaf)[0], device)
     rows = report(network)
     if strict and (not rows or any(row.fused != "whole" for row in rows)):
         raise RuntimeError(f"not all of the network is fused as a whole:\n{rows}")
@@ -93,9 +93,15 @@ def _outcome(plan):
     left = [i for i in plan.instructions if isinstance(i, fx.Node) and i.op != "get_attr" and i not in weights]
     if not left and len(plan.parts) == 1:
         return "whole", ""
-    why = [f"{type(plan.called[n]).__name__} {n.target}" if n in plan.called else str(n.target) for n in left]
+    why = [_name(n, plan) for n in left]
     why += [f"{type(module).__name__}: {reason}" for module, reason in plan.refused.items()]
     return "in parts", "torch computes " + ", ".join(dict.fromkeys(why)) if why else ""
+
+
+def _name(node, plan):
+    if node in plan.called:
+        return f"{plain_class(plan.called[node]).__name__} {node.target}"
+    return node.target if isinstance(node.target, str) else node.target.__name__
 
 
 def _device(network):

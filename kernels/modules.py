@@ -118,10 +118,8 @@ class State:
             return None
         constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
         plan = self.plan_of(module, {name: constants.get(name) for name in values}, device)
-        if plan is None and self.plans[0].new:
-            self.plans[0].new = False
-            for child in module.children():  # what can be fused within
-                convert(units(child, device, self.leaf)[0])
+        if self.plans[0].new:
+            self.plans[0].convert_within(module, device, self.leaf)
         return plan
 
     def plan_of(self, module, values, device):
@@ -167,6 +165,13 @@ class Plan:
         self.called = {n: module.get_submodule(n.target) for n in self.graph.nodes if n.op == "call_module"}
         self.output = matcher.output.args[0]
         self.runs = {part: Run(part, self.settings, device) for part in self.parts}
+
+    def convert_within(self, module, device, leaf):
+        """Fuses what can be within modules that the plan calls, or within all that the module holds if there is none."""
+        self.new = False
+        for inner in self.refused if self.instructions else module.children():
+            convert(units(inner, device, leaf)[0], device)
+        self.hold()
 
     def hold(self):
         """Notes all that the modules hold: a plan depends on it, but for the values of tensors."""
@@ -243,7 +248,7 @@ def units(module, device, leaf):
     if isinstance(module, Fused):
         return {}, {}
     own = not type(module).__module__.startswith("torch.") and not isinstance(module, leaf)
-    refused = {}
+    refused, failed = {}, ""
     if own:
         tracer = Tracer(device, (nn.Module,))
         try:
@@ -255,14 +260,18 @@ def units(module, device, leaf):
                     return {module: state}, {}
                 refused[module] = state.plans[0].reason
         except Untraceable as error:
-            refused[module] = str(error)
+            failed = str(error)
+            if any(node.target in JOINS for node in tracer.graph.nodes):
+                refused[module] = failed
     found = {}
     for child in module.children():
         inner, why = units(child, device, leaf)
         found |= inner
         refused |= why
-    if found:  # what cannot be followed now may be with the arguments of a call
-        return ({module: State(leaf)} if module in refused else {}) | found, refused
+    if found:
+        # With the numbers that a call gives for arguments it may be followed.
+        later = failed and list(placeholders(module).values()).count(None) > 1
+        return ({module: State(leaf)} if later else {}) | found, refused
     if own or isinstance(module, nn.Sequential):
         state = State(leaf)
         if state.plan_of(module, placeholders(module), device):
@@ -276,13 +285,13 @@ def placeholders(module):
     return {name: None if default is inspect.Parameter.empty else Constant(default) for name, default in defaults}
 
 
-def convert(modules: dict[nn.Module, State]):
+def convert(modules: dict[nn.Module, State], device):
     for module, state in modules.items():
         module.__class__ = fused_class(type(module))
         module.__dict__["_fused"] = state
-    for state in modules.values():
+    for module, state in modules.items():
         for plan in state.plans:
-            plan.hold()
+            plan.convert_within(module, device, state.leaf)
 
 
 class Run:
