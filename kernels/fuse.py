@@ -50,6 +50,7 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
     convert(units(network, device, leaf)[0], device)
     rows = report(network)
     if strict and (not rows or any(row.fused != "whole" for row in rows)):
+        unfuse(network)
         raise RuntimeError(f"not all of the network is fused as a whole:\n{rows}")
     if all(row.fused == "no" for row in rows):
         warnings.warn(f"nothing of the network is fused:\n{rows}", RuntimeWarning, stacklevel=2)
@@ -78,7 +79,7 @@ def report(network: nn.Module) -> Report:
                 state(module).plan_of(module, placeholders(module), device)
                 plan = state(module).plans[0]
             if plan.instructions:
-                inner.update(module.modules())
+                inner.update(set(module.modules()) - {m for called in plan.refused for m in called.modules()})
             rows.append(Row(names[module], plain_class(module).__name__, *_outcome(plan)))
     for module, why in units(network, device, ())[1].items():
         if why:
@@ -89,7 +90,10 @@ def report(network: nn.Module) -> Report:
 def _outcome(plan):
     if not plan.instructions:
         return "no", plan.reason
-    weights = {root for part in plan.parts for root in part.roots}
+    weights, todo = set(), [root for part in plan.parts for root in part.roots]
+    while todo:
+        weights.add(node := todo.pop())
+        todo += node.all_input_nodes
     left = [i for i in plan.instructions if isinstance(i, fx.Node) and i.op != "get_attr" and i not in weights]
     if not left and len(plan.parts) == 1:
         return "whole", ""

@@ -17,7 +17,7 @@ from .match import Part, parts_of
 from .ops import cell, dropout_key, dropout_masks, run_cell
 from .program import Dropout, Sum, cell_program, known_on_cuda
 from .runtime import fused, on_cuda, supports
-from .trace import Constant, Tracer, Untraceable, attribute
+from .trace import Constant, Tracer, Untraceable, attribute, element
 
 PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
 VAIN = 20  # traces without a plan being used twice, after which a module stays plain
@@ -54,7 +54,9 @@ _classes: dict[type, type] = {}
 
 def fused_class(kind):
     if kind not in _classes:
-        _classes[kind] = type(f"Fused{kind.__name__}", (Fused, kind), {"__module__": kind.__module__})
+        forward = functools.wraps(kind.forward)(lambda self, *args, **kwargs: Fused.forward(self, *args, **kwargs))
+        members = {"__module__": kind.__module__, "forward": forward}
+        _classes[kind] = type(f"Fused{kind.__name__}", (Fused, kind), members)
     return _classes[kind]
 
 
@@ -117,20 +119,21 @@ class State:
         if self.vain > VAIN or not fused(device):
             return None
         constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
-        plan = self.plan_of(module, {name: constants.get(name) for name in values}, device)
+        shapes = {name: v.shape for name, v in values.items() if name not in constants}
+        plan = self.plan_of(module, {name: constants.get(name) for name in values}, device, shapes)
         if self.plans[0].new:
             self.plans[0].convert_within(module, device, self.leaf)
         return plan
 
-    def plan_of(self, module, values, device):
-        """values: a Constant, or None for a tensor, by name."""
+    def plan_of(self, module, values, device, shapes=None):
+        """values: a Constant, or None for a tensor, by name. shapes: of the tensors, if they are known."""
         key = device.type, on_cuda(), values
         for i, plan in enumerate(self.plans):
-            if plan.key == key and plan.holds():
+            if plan.key == key and plan.fits(shapes) and plan.holds():
                 self.vain = 0
                 self.plans.insert(0, self.plans.pop(i))
                 return plan if plan.instructions else None
-        plan = Plan(module, key, values, device, self.leaf)
+        plan = Plan(module, key, values, device, self.leaf, shapes)
         self.plans, self.vain = [plan, *self.plans[: PLANS - 1]], self.vain + 1
         return plan if plan.instructions else None
 
@@ -138,17 +141,25 @@ class State:
 class Plan:
     """How a module is computed, and of what: instructions are nodes of its graph that torch computes, and parts."""
 
-    def __init__(self, module, key, values, device, leaf):
+    def __init__(self, module, key, values, device, leaf, shapes=None):
         self.key, self.instructions, self.parts, self.reason, self.graph = key, [], [], "", None
         self.refused, self.new = {}, True
         self.modules = list(module.modules())
         self.versions = []
         self.hold()
-        tracer = Tracer(device, leaf)
+        tracer = Tracer(device, leaf, shapes)
+        self.lengths, self.longest = tracer.lengths, {}
         try:
-            self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
-            if not self.holds():
-                raise Untraceable("its code changes what it holds")
+            before = [dict(d) for d in self.dicts]
+            try:
+                self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
+                if not self.holds():
+                    raise Untraceable("its code changes what it holds")
+            finally:
+                for d, old in zip(self.dicts, before):
+                    if d.keys() != old.keys() or not all(map(operator.is_, d.values(), old.values())):
+                        d.clear()
+                        d.update(old)
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
             self.reason = str(error)
@@ -158,6 +169,11 @@ class Plan:
         if not self.parts:
             self.instructions, self.reason = [], "nothing in it is what the kernels compute"
             return
+        for node in self.graph.nodes:
+            name, index = element(node)
+            if node.users and index:
+                place = name, len(index) - 1
+                self.longest[place] = max(self.longest.get(place, 0), 1 + index[-1])
         self.versions = [(tensor, tensor._version) for tensor in tracer.inspected]
         self.refused = tracer.refused
         self.settings, self.real = matcher.settings, matcher.real
@@ -165,6 +181,13 @@ class Plan:
         self.called = {n: module.get_submodule(n.target) for n in self.graph.nodes if n.op == "call_module"}
         self.output = matcher.output.args[0]
         self.runs = {part: Run(part, self.settings, device) for part in self.parts}
+
+    def fits(self, shapes):
+        """Whether tensors have as many rows and entries as the code went over."""
+        if shapes is None:
+            return not self.lengths
+        same = all(shapes[name][d : d + 1] == (n,) for (name, d), n in self.lengths.items())
+        return same and all(shapes[name][d : d + 1] >= (n,) for (name, d), n in self.longest.items())
 
     def convert_within(self, module, device, leaf):
         """Fuses what can be within modules that the plan calls, or within all that the module holds if there is none."""

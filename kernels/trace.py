@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import pickle
 import random
 import sys
 import threading
@@ -50,16 +51,17 @@ for _name in ("add", "sub", "mul", "truediv"):
 
 
 class Tracer(fx.Tracer):
-    """device: of the tensors. leaf: classes of modules that are not looked into.
+    """device: of the tensors. leaf: classes of modules that are not looked into. shapes: of placeholders, if known.
 
     refused: the modules that could not be followed, and why. inspected: tensors on whose values the code branched.
+    lengths: {(placeholder, dimension): the number of rows or entries that a loop went over}.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, device, leaf=()):
+    def __init__(self, device, leaf=(), shapes=None):
         super().__init__()
-        self.device, self.leaf = device, leaf
+        self.device, self.leaf, self.shapes, self.lengths = device, leaf, shapes or {}, {}
         self.refused, self.inspected, self.own, self.thread = {}, [], set(), threading.get_ident()
 
     def follow(self, module, function: str, arguments: dict):
@@ -74,10 +76,12 @@ class Tracer(fx.Tracer):
             try:
                 graph = self.trace(module)
                 if random_state() != state:
-                    raise Untraceable("the code draws random numbers to decide")
+                    raise Untraceable("the code draws random numbers that are not traced")
                 return graph
             except Exception as error:  # whatever the code of a user raises on seeing a proxy
-                raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+                raise Untraceable(reason(error)) from error
+            finally:
+                restore(*state)
 
     def traced_factory(self, factory):
         def create(*sizes, **options):
@@ -112,7 +116,7 @@ class Tracer(fx.Tracer):
                 while (node := next(reversed(self.graph.nodes), None)) is not last:
                     self.graph.erase_node(node)
                 del self.inspected[inspected:]
-                self.refused[module] = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.refused[module] = reason(error)
                 return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
         return super().call_module(module, attempt, args, kwargs)
@@ -149,9 +153,14 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def iter(self, proxy):
-        for i in range(LONGEST):
+        name, index = element(proxy.node)
+        length = self.shapes[name][len(index)] if len(index) < len(self.shapes.get(name, ())) else None
+        if length is not None:
+            self.lengths[name, len(index)] = length
+        for i in range(LONGEST if length is None else length):
             yield proxy[i]
-        raise Untraceable("a loop has no end that can be seen")
+        if length is None:
+            raise Untraceable("a loop has no end that can be seen")
 
     def to_bool(self, proxy):
         """A branch: on what parameters, buffers and numbers say, else refused."""
@@ -175,11 +184,22 @@ class Tracer(fx.Tracer):
         return [tensor for argument in node.all_input_nodes for tensor in self.tensors(argument)]
 
 
+def reason(error):
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
+
+
 def random_state():
     """Of all generators that Python code decides by."""
     numpy = sys.modules.get("numpy")
-    drawn = numpy.random.get_state(legacy=False) if numpy else None
-    return random.getstate(), repr(drawn), torch.get_rng_state().tolist()
+    return random.getstate(), numpy and pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
+
+
+def restore(of_python, of_numpy, of_torch):
+    random.setstate(of_python)
+    if of_numpy:
+        sys.modules["numpy"].random.set_state(pickle.loads(of_numpy))
+    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
 
 
 class Constant:
@@ -190,6 +210,14 @@ class Constant:
 
     def __eq__(self, other):
         return isinstance(other, Constant) and type(other.value) is type(self.value) and other.value == self.value
+
+
+def element(node):
+    """(the name of the placeholder, the indices) that a node is an element of; (None, ()) if it is none."""
+    index = ()
+    while node.op == "call_function" and node.target is operator.getitem and type(node.args[1]) is int:
+        node, index = node.args[0], (node.args[1], *index)
+    return (node.target, index) if node.op == "placeholder" else (None, ())
 
 
 def attribute(module, path):

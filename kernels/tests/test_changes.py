@@ -369,3 +369,327 @@ def test_every_change_but_three_changes_the_result():
         if len(after) == len(before) and all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(after, before)):
             same.append(name)
     assert len(same) <= 9, same
+
+
+# --- Code as others write it ------------------------------------------------------------------------------------------
+
+
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return x.mul(0.0) if self.stride == 1 else x[:, :, :: self.stride, :: self.stride].mul(0.0)
+
+
+class NewZeros(nn.Module):
+    def forward(self, x):
+        n, c, h, w = x.size()
+        device = torch.device("cuda") if x.is_cuda else torch.device("cpu")
+        return torch.zeros(n, c, h, w, device=device, dtype=torch.float64)
+
+
+class Halves(nn.Module):
+    """A factorized reduction."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU(inplace=False)
+        self.first, self.second = (nn.Conv2d(4, 2, 1, stride=2, bias=False) for _ in range(2))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.relu(x)
+        return self.norm(torch.cat([self.first(x), self.second(x[:, :, 1:, 1:])], 1))
+
+
+class Functional(nn.Module):
+    def __init__(self, size=5):
+        super().__init__()
+        self.depthwise = nn.Conv2d(4, 4, size, padding=size // 2, groups=4, bias=False)
+        self.pointwise = nn.Conv2d(4, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.pointwise(self.depthwise(F.relu(x))))
+
+
+class Mixed(nn.Module):
+    def __init__(self, *ops):
+        super().__init__()
+        self.ops = nn.ModuleList(ops or [nn.Identity(), Zero(1), NewZeros(), separable(), Functional()])
+
+
+class ByIndex(Mixed):
+    def forward(self, x, weights):
+        y = 0
+        for i, op in enumerate(self.ops):
+            y += op(x) * weights[i]
+        return y
+
+
+class Stacked(Mixed):
+    def forward(self, x, weights):
+        return torch.stack([weights[i] * op(x) for i, op in enumerate(self.ops)]).sum(dim=0)
+
+
+class Sigmoids(Mixed):
+    def forward(self, x, weights):
+        return sum(torch.sigmoid(w) * op(x) for w, op in zip(weights, self.ops))
+
+
+class Softmax(Mixed):
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(torch.softmax(weights, dim=-1), self.ops))
+
+
+class Fixed(Mixed):
+    def forward(self, x, weights):
+        a, b, c = self.ops[0], self.ops[3], self.ops[4]
+        return (0.25 * a(x) + b(x)) + (c(x) * 0.5 + weights[0] * a(x))
+
+
+class OneOnly(Mixed):
+    def forward(self, x, weights):
+        return self.ops[3](x) + self.ops[4](x) + weights[0]
+
+
+class Reduced(Mixed):
+    def __init__(self):
+        super().__init__(Zero(2), nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.BatchNorm2d(4)), Halves())
+
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(weights, self.ops))
+
+
+class Gated(Mixed):
+    """The share of an edge and those of its operations."""
+
+    def forward(self, x, weights):
+        edge = sum(weights[1 + k] * op(x) for k, op in enumerate(self.ops[:4]))
+        return weights[0] * edge + self.ops[4](x)
+
+
+class Branching(Mixed):
+    """It can be followed but for one of its modules."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = separable()
+
+        def forward(self, x):
+            return self.inner(x) if x.shape[0] > 1 else x
+
+    def __init__(self):
+        super().__init__(nn.Identity(), self.Odd(), separable())
+
+    def forward(self, x, weights):
+        return sum(w * op(x) for w, op in zip(weights, self.ops))
+
+
+@pytest.mark.parametrize("style", [ByIndex, Stacked, Sigmoids, Softmax, Fixed, Reduced, Gated, Branching, OneOnly])
+def test_code_in_any_style_is_fused_and_computes_the_same(style):
+    torch.manual_seed(0)
+    plain = style().double()
+    mine = kernels.fuse(copy.deepcopy(plain))
+    (row, *inner) = kernels.report(mine)
+    assert row.fused == ("in parts" if style in (Branching, OneOnly) else "whole")
+    assert inner == [] or style is Branching
+    inputs = [torch.randn(3, 4, 6, 8).double(), torch.rand(5).double()]
+    for right, one in zip(*(computed_of(module, inputs) for module in (plain, mine)), strict=True):
+        torch.testing.assert_close(one.contiguous(), right.contiguous(), rtol=1e-10, atol=1e-12)
+
+
+def computed_of(module, inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = module(*leaves)
+    gradients = torch.autograd.grad(y.square().mean(), [*leaves, *module.parameters()], allow_unused=True)
+    return [y.detach(), *(g for g in gradients if g is not None), *module.buffers(), module.eval()(*inputs).detach()]
+
+
+class DropPath(Mixed):
+    """Drop-path in place, in training only, as the evaluation networks of DARTS have it."""
+
+    def forward(self, x, probability):
+        y = self.ops[3](x)
+        if self.training and probability > 0.0:
+            y.div_(1 - probability)
+            y.mul_(torch.ones(len(x), 1, 1, 1, dtype=x.dtype))
+        return y + self.ops[4](x)
+
+
+def test_what_can_be_followed_with_some_numbers_only_is_fused_with_them():
+    torch.manual_seed(0)
+    plain = DropPath().double()
+    mine, x = kernels.fuse(copy.deepcopy(plain)), torch.randn(2, 4, 6, 6).double()
+    for probability in (0.0, 0.5, 0.0):
+        assert torch.allclose(mine(x, probability), plain(x, probability), rtol=1e-10, atol=1e-12)
+        assert bool(mine._fused.plans[0].instructions) == (probability == 0)
+    assert isinstance(mine.ops[3].op, kernels.modules.Fused)  # where the whole cannot be
+
+
+class Random(Mixed):
+    def forward(self, x, weights):
+        if torch.rand(()) < 0.5:
+            return self.ops[3](x) + weights[0] * x
+        return self.ops[4](x) + weights[1] * x
+
+
+class Counting(Mixed):
+    calls = 0
+
+    def forward(self, x, weights):
+        self.calls += 1
+        return self.ops[3](x) * self.calls + weights[0] * x
+
+
+@pytest.mark.parametrize("kind", [Random, Counting])
+def test_code_that_depends_on_what_is_not_traced_is_left_alone(kind):
+    torch.manual_seed(0)
+    plain = kind().double()
+    inputs, mine = (torch.randn(2, 4, 6, 6).double(), torch.rand(2).double()), kernels.fuse(copy.deepcopy(plain))
+    for seed in range(6):
+        results = []
+        for module in (plain, mine):
+            torch.manual_seed(seed)
+            results.append(module(*inputs))
+        assert torch.allclose(*results, rtol=1e-10, atol=1e-12)
+
+
+# --- What users do with a fused module --------------------------------------------------------------------------------
+
+
+def an_example():
+    cell = a_cell()
+    return cell, [torch.randn(2, 6, 6, 5).double(), torch.randn(2, 6, 6, 5).double(), torch.rand(2, 4).double()]
+
+
+def saved_and_loaded(cell):
+    file = io.BytesIO()
+    torch.save(cell, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_fused_module_is_fused_and_of_its_own(copied):
+    cell, inputs = an_example()
+    mine = kernels.fuse(copy.deepcopy(cell))
+    other = copied(mine)
+    assert type(other) is type(mine) and other._fused is not mine._fused
+    with torch.no_grad():
+        for p in mine.parameters():
+            p.zero_()
+    assert torch.allclose(other(*inputs), cell(*inputs), rtol=1e-10, atol=1e-12)
+
+
+def test_unfuse_undoes_it():
+    cell, inputs = an_example()
+    mine = kernels.unfuse(kernels.fuse(copy.deepcopy(cell)))
+    assert type(mine) is Cell and mine.__dict__.keys() == cell.__dict__.keys()
+    assert torch.equal(mine(*inputs), cell(*inputs))
+
+
+def counted(cell, inputs):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        cell(*inputs)
+    return counter.get_total_flops()
+
+
+def exported(cell, inputs):
+    return [str(node.target) for node in torch.export.export(cell, tuple(inputs)).graph.nodes]
+
+
+def gradient(cell, inputs):
+    return torch.func.grad(lambda weights: cell.eval()(*inputs[:2], weights).square().mean())(inputs[2])
+
+
+def mapped(cell, inputs):
+    return torch.func.vmap(lambda weights: cell.eval()(*inputs[:2], weights))(inputs[2].expand(3, 2, 4).clone())
+
+
+def traced(cell, inputs):
+    return torch.jit.trace(cell.eval(), tuple(inputs), check_trace=False)(*inputs)
+
+
+def compiled(cell, inputs):
+    return torch.compile(cell, fullgraph=True, backend="eager")(*inputs)
+
+
+def seen_by_hooks(cell, inputs):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        cell(*inputs)
+    finally:
+        handle.remove()
+    return [name.removeprefix("Fused") for name in seen]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("look", [counted, exported, gradient, mapped, traced, compiled, seen_by_hooks])
+def test_counters_exporters_and_transforms_see_a_fused_module_as_the_plain_one(look):
+    cell, inputs = an_example()
+    mine = kernels.fuse(copy.deepcopy(cell))
+    mine(*inputs), cell(*inputs)
+    results = look(mine, inputs), look(cell, inputs)
+    assert torch.allclose(*results, rtol=1e-9) if isinstance(results[0], torch.Tensor) else results[0] == results[1]
+
+
+def test_a_report_says_what_is_left_and_why():
+    cell, _ = an_example()
+    layer(cell, 2).register_forward_hook(double_output)
+    cell.edges[1].ops[0] = Branching.Odd().double()
+    (row, inner) = kernels.report(kernels.fuse(cell))
+    assert row[:3] == ("", "Cell", "in parts") and "Conv2d edges.0.ops.2.op.2" in row.why
+    assert "Odd" in row.why and "edges.1.ops.0" in inner.name
+    assert str(kernels.report(cell)).count("\n") == 2
+
+
+def test_strict_fusion_refuses_what_is_not_whole():
+    mixed = MixedOp().double()
+    kernels.fuse(copy.deepcopy(mixed), strict=True)
+    mixed.ops[2].op[2].register_forward_hook(double_output)
+    with pytest.raises(RuntimeError, match="(?s)not all of the network is fused as a whole:.*Conv2d ops.2.op.2"):
+        kernels.fuse(mixed, strict=True)
+    assert type(mixed) is MixedOp  # and leaves it as it was
+
+
+def test_modules_of_a_leaf_class_are_not_looked_into():
+    cell, inputs = an_example()
+    mine = kernels.fuse(copy.deepcopy(cell), leaf=(Operation,))
+    assert "Operation edges.0.ops.2" in kernels.report(mine)[0].why
+    assert torch.allclose(mine(*inputs), cell(*inputs), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("network", [nn.ReLU(), nn.Linear(2, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))])
+def test_a_network_without_anything_to_fuse_gets_a_warning(network):
+    with pytest.warns(RuntimeWarning, match="nothing of the network is fused"):
+        assert kernels.fuse(network) is network
+
+
+def test_one_channel_is_no_depthwise_convolution():
+    torch.manual_seed(0)
+    plain = Operation(nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)).double()
+    x = torch.randn(2, 1, 4, 4).double()
+    assert torch.allclose(kernels.fuse(copy.deepcopy(plain))(x), plain(x), rtol=1e-10)
+
+
+def test_tensors_that_are_no_feature_maps_run_in_plain_torch():
+    cell, inputs = an_example()
+    mine = kernels.fuse(copy.deepcopy(cell))
+    for wrong in ([inputs[0][0], inputs[1][0], inputs[2]], [*inputs[:2], inputs[2][:, :3]], [*inputs[:2], inputs[2].float()]):
+        results = []
+        for module in (cell.eval(), mine.eval()):
+            try:
+                results.append(module(*wrong))
+            except (RuntimeError, ValueError) as error:
+                results.append(type(error))
+        if isinstance(results[0], torch.Tensor):
+            assert torch.allclose(*results, rtol=1e-6)
+        else:
+            assert results[0] is results[1]
