@@ -2,7 +2,9 @@
 
 What a module computes is traced (trace.py) and matched (match.py); names and source text do not matter. Modules stay
 where they are, and so do parameters, buffers and state_dict keys: only the class of a module that joins feature maps,
-such as a cell, is exchanged for a subclass (modules.py).
+such as a cell, is exchanged for a subclass (modules.py). It follows its plan only while all that its modules hold is
+what was traced; what has changed is traced again. Code is taken to depend on its arguments, on what modules hold and
+on nothing else, such as global variables.
 """
 
 from __future__ import annotations

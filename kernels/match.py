@@ -72,8 +72,8 @@ class Matcher:
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
         module = self.modules[node.target]
-        known = (kind is nn.Module or type(module) is kind) and "forward" not in module.__dict__ and not has_hooks(module)
-        return module if known else None
+        changed = "forward" in module.__dict__ or has_hooks(module)
+        return module if not changed and (kind is nn.Module or type(module) is kind) else None
 
     def real(self, node):
         """The node that computes a node's value: identities compute nothing."""
@@ -187,8 +187,8 @@ class Matcher:
     def norm(self, node):
         norm = self.module(node, nn.BatchNorm2d)
         x = self.real(node.args[0]) if norm and len(node.args) == 1 else None
-        known = x is not None and norm in self.once and self.kind(x).name == "step" and settings_of(norm) == self.settings
-        return Kind("norm", (x,), (norm,)) if known else None
+        known = x is not None and norm in self.once and settings_of(norm) == self.settings
+        return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
 
     # --- Terms --------------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class Matcher:
         return Kind("dropout", (self.real(node.args[0]),), (float(module.p),)) if dropped else None
 
     def drop(self, node):
-        """x * (kept / (1 - rate)).to(x.dtype), kept = rand_like(y) >= rate, where y is x or has a number for an image."""
+        """x * (kept / (1 - rate)).to(x.dtype), where kept is rand_like(y) >= rate and y is x or x[:, :1, :1, :1]."""
         product = self.call(node, *MUL)
         cast = self.call(product[1], "to") if product else None
         quotient = self.call(cast[0], operator.truediv) if cast and len(cast) == 2 else None
@@ -417,16 +417,15 @@ def parts_of(graph: fx.Graph, root: nn.Module, device: torch.device):
     matcher = Matcher(graph, root, device)
     while True:
         reads, wanted = _reads(matcher)
-        norms = [node for node in reads if matcher.kind(node).name == "norm"]
-        if shared := [node for node in norms if matcher.kind(node).of[0] in wanted or reads[matcher.kind(node).of[0]] > 1]:
-            matcher.left.update(shared)  # the kernels have a norm of what nothing else reads
+        norms = {node: matcher.kind(node).of[0] for node in reads if matcher.kind(node).name == "norm"}
+        if shared := {norm for norm, x in norms.items() if x in wanted or reads[x] > 1}:
+            matcher.left |= shared  # the kernels have a norm of what nothing else reads
             continue
         _until_nothing_is_computed_twice(matcher, reads, wanted)
-        instructions = [
-            Part(matcher, node, _members(matcher, node, wanted, reads), reads) if matcher.kind(node).name in FUSED else node
-            for node in sorted(wanted, key=matcher.order.get)
-            if node.op != "placeholder"
-        ]
+        instructions = [node for node in sorted(wanted, key=matcher.order.get) if node.op != "placeholder"]
+        for i, node in enumerate(instructions):
+            if matcher.kind(node).name in FUSED:
+                instructions[i] = Part(matcher, node, _members(matcher, node, wanted, reads), reads)
         parts = [i for i in instructions if isinstance(i, Part)]
         left = {node for part in parts for node in (part.of_other_channels() if part.pays() else part.members)}
         if not left:

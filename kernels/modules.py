@@ -69,7 +69,7 @@ def state(module) -> State:
 
 
 def is_looked_into(module):
-    """Whether somebody follows a module's computation: a tracer, a transform, a counter, a mode, hooks on all modules."""
+    """Whether somebody follows what a module computes: a tracer, a transform, a counter, hooks on all modules."""
     hooks = torch.nn.modules.module
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return (
@@ -131,7 +131,8 @@ class State:
         for i, plan in enumerate(self.plans):
             if plan.key == key and plan.fits(shapes) and plan.holds():
                 self.vain = 0
-                self.plans.insert(0, self.plans.pop(i))
+                if i:
+                    self.plans = [plan, *self.plans[:i], *self.plans[i + 1 :]]
                 return plan if plan.instructions else None
         plan = Plan(module, key, values, device, self.leaf, shapes)
         self.plans, self.vain = [plan, *self.plans[: PLANS - 1]], self.vain + 1
@@ -150,16 +151,9 @@ class Plan:
         tracer = Tracer(device, leaf, shapes)
         self.lengths, self.longest = tracer.lengths, {}
         try:
-            before = [dict(d) for d in self.dicts]
-            try:
-                self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
-                if not self.holds():
-                    raise Untraceable("its code changes what it holds")
-            finally:
-                for d, old in zip(self.dicts, before):
-                    if d.keys() != old.keys() or not all(map(operator.is_, d.values(), old.values())):
-                        d.clear()
-                        d.update(old)
+            self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
+            if not self.holds():
+                raise Untraceable("its code changes what it holds")
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
             self.reason = str(error)
@@ -174,6 +168,7 @@ class Plan:
             if node.users and index:
                 place = name, len(index) - 1
                 self.longest[place] = max(self.longest.get(place, 0), 1 + index[-1])
+        self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.versions = [(tensor, tensor._version) for tensor in tracer.inspected]
         self.refused = tracer.refused
         self.settings, self.real = matcher.settings, matcher.real
@@ -190,7 +185,7 @@ class Plan:
         return same and all(shapes[name][d : d + 1] >= (n,) for (name, d), n in self.longest.items())
 
     def convert_within(self, module, device, leaf):
-        """Fuses what can be within modules that the plan calls, or within all that the module holds if there is none."""
+        """Fuses what can be within modules that the plan calls, or, without a plan, within all of the module."""
         self.new = False
         for inner in self.refused if self.instructions else module.children():
             convert(units(inner, device, leaf)[0], device)
@@ -222,7 +217,7 @@ class Plan:
         return same and all(tensor._version == version for tensor, version in self.versions)
 
     def run(self, values):
-        env = {node: values[node.target] for node in self.graph.nodes if node.op == "placeholder" and node.target in values}
+        env = {node: values[node.target] for node in self.placeholders}
         for i in self.instructions:
             if isinstance(i, Part):
                 y = self.runs[i].compute(env)
@@ -264,9 +259,10 @@ def _items(container):
 
 
 def units(module, device, leaf):
-    """({module to fuse: its state}, {module: why it cannot be}): the outermost that join feature maps by their own code.
+    """({module to fuse: its state}, {module: why it cannot be}).
 
-    Where there is none, the innermost ones of which something can be fused.
+    The modules are the outermost ones whose own code joins feature maps, or, where there is none, the innermost ones of
+    which something can be fused.
     """
     if isinstance(module, Fused):
         return {}, {}
@@ -415,12 +411,13 @@ class Run:
             rows.append(row)
         columns = max([1, *map(len, rows)])
         padded = [row + [starts[-1]] * (columns - len(row)) for row in rows]
-        return [torch.tensor([row[i] for row in padded], device=self.numbers.device, dtype=torch.long) for i in range(columns)]
+        table = torch.tensor(padded, dtype=torch.long, device=self.numbers.device).view(-1, columns)
+        return list(table.t().contiguous())
 
     def rates(self, env, drops):
         places, rates = zip(*drops)
-        rates = [env[rate].float().view(()) if isinstance(rate, fx.Node) else self.constant_rates[rate] for rate in rates]
-        return list(places), torch.stack(rates)
+        tensors = [env[r].float().view(()) if isinstance(r, fx.Node) else self.constant_rates[r] for r in rates]
+        return list(places), torch.stack(tensors)
 
     def dropout(self, env, x):
         if not self.part.dropout:

@@ -19,7 +19,8 @@ import torch.nn as nn
 
 LONGEST = 4096  # rows or entries of a tensor that a loop goes over
 FACTORIES = "empty", "full", "ones", "rand", "zeros", "FloatTensor"  # they refuse the sizes of a traced tensor
-FRESH = {operator.add, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat, *map(torch.__dict__.get, FACTORIES)}
+FRESH = {operator.add, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat}
+FRESH |= {getattr(torch, name) for name in FACTORIES}
 
 _lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
 
@@ -72,9 +73,11 @@ class Tracer(fx.Tracer):
             for name, factory in factories.items():
                 stack.callback(setattr, torch, name, factory)
                 setattr(torch, name, self.traced_factory(factory))
-            state = random_state()
+            state, held = random_state(), [(m.__dict__, dict(m.__dict__)) for m in module.modules()]
             try:
                 graph = self.trace(module)
+                if not all(same(*dicts) for dicts in held):
+                    raise Untraceable("the code changes what its module holds")
                 if random_state() != state:
                     raise Untraceable("the code draws random numbers that are not traced")
                 return graph
@@ -82,6 +85,10 @@ class Tracer(fx.Tracer):
                 raise Untraceable(reason(error)) from error
             finally:
                 restore(*state)
+                for now, before in held:
+                    if not same(now, before):
+                        now.clear()
+                        now.update(before)
 
     def traced_factory(self, factory):
         def create(*sizes, **options):
@@ -176,7 +183,9 @@ class Tracer(fx.Tracer):
             raise Untraceable("a branch depends on a feature map")
         args = fx.node.map_arg(node.args, self.value)
         kwargs = fx.node.map_arg(node.kwargs, self.value)
-        return node.target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], node.target)(*args[1:], **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
 
     def tensors(self, node):
         if node.op == "get_attr":
@@ -210,6 +219,10 @@ class Constant:
 
     def __eq__(self, other):
         return isinstance(other, Constant) and type(other.value) is type(self.value) and other.value == self.value
+
+
+def same(now, before):
+    return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
 
 
 def element(node):
