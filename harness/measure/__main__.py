@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -11,6 +12,7 @@ from harness.measure import gpu_report
 from harness.measure import traffic as counting
 from harness.measure.claims import Claims
 from harness.measure.options import Parser, add_command, run_command
+from harness.measure.versions import VERSIONS, versions
 
 
 def gpu(args):
@@ -57,6 +59,11 @@ def main(arguments: list[str]) -> int:
     add_command(commands, traffic, "json", "batch", "channels", "stages", "search", batch=96, device="cpu")
     claims_parser = add_command(commands, claims, "device", "out", "scale", "seeds")
     claims_parser.add_argument("--data", metavar="DIR", required=True, help="the folder of CIFAR-10")
+    versions_parser = add_command(commands, versions, "out")
+    versions_parser.add_argument("--torch", nargs="+", default=VERSIONS, metavar="VERSION",
+                                 help=f"(default: {' '.join(VERSIONS)})")  # fmt: skip
+    versions_parser.add_argument("--python", default=sys.executable, metavar="FILE", help="(default: this Python)")
+    versions_parser.add_argument("--tests", nargs=argparse.REMAINDER, default=(), help="arguments of pytest, the last")
     result = run_command(parser, arguments)
     return result if isinstance(result, int) else 0
 
