@@ -26,7 +26,7 @@ import pdarts
 from harness.measure.search_steps import OurStep, batches
 from kernels.program import KINDS
 
-IMAGES = 4  # of the step that is run
+IMAGES = 2  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
 SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations that are fused
 RATE = 0.3  # of the skip dropout
@@ -330,6 +330,13 @@ def side(operations):
         yield
 
 
+def first_step(optimizer):
+    """Let the optimizer make its state."""
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
 def rows(stages, channels: int, batch: int, number: int = 1):
     """Yield a row for every stage, kind of step and side, and the counts of its operations."""
     config = dataclasses.replace(pdarts.CIFAR10, channels=channels)
@@ -340,8 +347,9 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                 step = OurStep(stage, config, images, labels, number=number)
                 step.network.set_skip_dropout(RATE)
                 saved = Traffic(IMAGES, batch).saved_by(step.forward)
-                for which in ("weights", "alphas"):
-                    step.run(which)  # what an optimizer makes at its first step
+                optimizers = {"weights": step.search.weight_optimizer, "alphas": step.search.architect.optimizer}
+                for which, optimizer in optimizers.items():
+                    first_step(optimizer)
                     with Traffic(IMAGES, batch) as counted:
                         step.run(which)
                     moved = sum(counted.bytes.values())
@@ -352,10 +360,11 @@ def rows(stages, channels: int, batch: int, number: int = 1):
 
 
 def print_table(args):
-    """Print the table and return its rows."""
+    """Print the table, each row when it is counted, and return the rows."""
     kernels.use("on")
+    torch.set_num_threads(1)  # the tensors are small
     print(f"float32, batch {args.batch}, C = {args.channels}; counted, not measured")
-    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")
+    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json", flush=True)
     table = []
     for row, counted in rows(args.stages, args.channels, args.batch, args.search):
         if not table:
