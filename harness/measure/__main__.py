@@ -16,11 +16,11 @@ from harness.measure.versions import VERSIONS, versions
 
 
 def gpu(args):
-    """All measurements of a GPU in half an hour, and checks of what runs there, as DIR/report.md and report.json.
+    """All measurements of a GPU in half an hour, and checks of its results, as DIR/report.md and report.json.
 
     Each of the ten parts runs in a process of its own with a time limit, so that one that fails, hangs or crashes
     does not stop the others. `--parts 1 3` runs some only: the other parts that DIR holds stay in the report. Without
-    a GPU the same command runs on the CPU, small, and says what does not apply.
+    a GPU the same command runs on the CPU, small, and names the parts that do not apply.
     """
     if not torch.cuda.is_available():  # else the processes of the parts use the GPU, and this one must not
         pick_device(args.device)

@@ -49,11 +49,6 @@ def mixed_backward(call, size):
     return launches, moved
 
 
-def between(x, y, pointwise, size):
-    """Return the bytes of the input of the pointwise convolution, which is saved."""
-    return size(y) // pointwise.shape[0] * x.shape[1]
-
-
 def convolution_backward(call, size):
     grad, x, *_, mask = call.arguments
     return sum(mask[:2]), sum(mask[:2]) * (size(grad) + size(x))

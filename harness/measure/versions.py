@@ -29,7 +29,7 @@ def versions(args):
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for version in args.torch:
-        row = test_version(version, args.python, args.tests, out)
+        row = run_tests(version, args.python, args.tests, out)
         rows.append(row)
         with open(out / "rows.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -44,7 +44,7 @@ def print_table(rows):
         print("| " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
 
 
-def test_version(version, python, tests, out):
+def run_tests(version, python, tests, out):
     """Install `version` of torch, run the tests, and return their row."""
     package = "torch" if version == "newest" else f"torch=={version}"
     others = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("torch")]
@@ -63,7 +63,7 @@ def test_version(version, python, tests, out):
         print(f"torch {version}: installs and runs the tests, see {log}", file=sys.stderr)
         if not run(python, "-m", "venv", ours.parents[1]):
             return row | minutes(began)
-        if run(ours, "-m", "pip", "install", "--quiet", package, *others, "pillow"):
+        if run(ours, "-m", "pip", "install", "--quiet", "--no-compile", package, *others, "pillow"):
             about = "import platform, torch; print(torch.__version__, platform.python_version())"
             answer = subprocess.run([ours, "-c", about], capture_output=True, text=True, check=True)
             row |= dict(zip(("torch", "Python"), answer.stdout.split()))
