@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import signal
-import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,17 +65,48 @@ def write_images(folder, n=24):
     np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
-def python(*arguments, cwd=ROOT, **environment):
-    """Run Python to its end, without the kernels."""
-    environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
+def fork(function, *arguments):
+    """Start `function(*arguments)` in a process that is forked from one that has imported torch."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 def in_two_processes(function, *arguments):
-    """Run `function(rank, 2, *arguments)` in two processes, forked from one that has imported torch."""
+    """Run `function(rank, 2, *arguments)` in two processes."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
     torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
+
+
+def begin(file, *arguments, cwd=ROOT, **environment):
+    """Start Python on a file as from a shell, without the kernels; return its process and a folder with its output."""
+    output = tempfile.mkdtemp()
+    environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
+    return fork(_main, output, pathlib.Path(cwd), environment, file, *map(str, arguments)), pathlib.Path(output)
+
+
+def _main(output, cwd, environment, file, *arguments):
+    for descriptor, name in (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pdarts", "harness", "kernels")]:
+        del sys.modules[name]  # here they are those beside the file
+    folder = (cwd / file).parent
+    sys.path = [str(folder), *(path for path in sys.path if pathlib.Path(path).resolve() != ROOT)]
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def python(file, *arguments, cwd=ROOT, **environment):
+    """Run Python on a file to its end, see `begin`; return its exit status and its output."""
+    process, output = begin(file, *arguments, cwd=cwd, **environment)
+    process.join(170)
+    process.kill()
+    stdout, stderr = ((output / name).read_text() for name in ("stdout", "stderr"))
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 
 def assert_same(a, b, where="checkpoint"):

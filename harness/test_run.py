@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +22,6 @@ import kernels
 import pdarts
 from harness.conftest import (
     CELL,
-    ENVIRONMENT,
     FAST_SEARCH,
     ONE_NODE,
     ONE_STAGE,
@@ -31,8 +30,10 @@ from harness.conftest import (
     TINY,
     TWO_STAGES,
     assert_same_run,
+    begin,
     beside,
     fast_search,
+    fork,
     python,
     random_images,
     write_images,
@@ -305,31 +306,27 @@ def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(image
     assert not stopped.value.saved
 
 
-SECOND_SIGNAL = """
-import signal, time
-import pdarts
-from harness.conftest import ONE_STAGE, fast_search, random_images
+def search_that_hangs(connection):
+    def hangs(*_):
+        connection.send("hangs")
+        for _ in range(2000):
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+                connection.send("asked")
+            time.sleep(0.01)
 
-def hangs(*_):
-    print("hangs", flush=True)
-    for _ in range(2000):
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            print("asked", flush=True)
-        time.sleep(0.01)
-
-pdarts.Search.alternate = hangs
-fast_search(ONE_STAGE, random_images())
-"""
+    pdarts.Search.alternate = hangs
+    fast_search(ONE_STAGE, random_images(), kernels="off")
 
 
 @beside
 def test_a_second_signal_ends_the_process_at_once(_):
-    command, environment = [sys.executable, "-c", SECOND_SIGNAL], ENVIRONMENT | {"PDARTS_KERNELS": "off"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in "hangs\n", "asked\n":
-            assert process.stdout.readline() == line
-            process.send_signal(signal.SIGINT)
-        assert process.wait(10) == -signal.SIGINT
+    mine, its = multiprocessing.Pipe()
+    process = fork(search_that_hangs, its)
+    for message in "hangs", "asked":
+        assert mine.recv() == message
+        os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
 
 
 def test_a_run_in_another_thread_gets_no_signals_and_works(images):
@@ -373,17 +370,15 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
         return ["--resume" if folder.exists() else "--out", "killed"]
 
     while number < kills:
-        arguments = [sys.executable, *map(str, command), *begun()]
-        with subprocess.Popen(
-            arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            try:
-                text, _ = process.communicate(timeout=rng.uniform(0.3, 1) * min(duration, 10))
-                assert process.returncode == 0, text
-                shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
-            except subprocess.TimeoutExpired:
-                process.kill()
-                number += 1
+        process, output = begin(*command, *begun(), cwd=tmp_path)
+        process.join(rng.uniform(0.3, 1) * min(duration, 10))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            number += 1
+        else:
+            assert process.exitcode == 0, (output / "stderr").read_text()
+            shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
     result = python(*command, *begun(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
