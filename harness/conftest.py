@@ -1,6 +1,5 @@
 """The small runs, images and processes that the tests of the harness share."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
@@ -23,7 +22,7 @@ from harness.data.images import Images
 from harness.fuzz import FUZZ
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
+from kernels.tests.conftest import ENVIRONMENT, beside, run_beside  # noqa: F401  (for the tests)
 from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small
@@ -172,13 +171,8 @@ def _same_mode_of_the_kernels():
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
-    """Futures, by name, of the tests of all rooms that are marked `beside`."""
-    here = [item for item in request.session.items if pathlib.Path(__file__).parent in item.path.parents]
-    functions = [item.function for item in here if hasattr(item, "function")]
-    tests = [function.beside for function in functions if hasattr(function, "beside")]
     threads = 2 if (os.cpu_count() or 1) > 2 else 1  # a test may start two processes
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
+    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, threads)
 
 
 @pytest.fixture
