@@ -1,4 +1,4 @@
-"""Measurements that take longer than those of bench.py, or are about a GPU: `python -m harness.measure COMMAND`."""
+"""Measurements beside those of bench.py, of hours or of a GPU, and tests: `python -m harness.measure COMMAND`."""
 
 from __future__ import annotations
 
