@@ -27,8 +27,8 @@ def test_the_table_has_the_last_row_of_each_version_and_the_logs_are_kept(tmp_pa
     def run(version, skipped):
         python.write_text(PRETENDS.replace("FOUND", str(skipped)))
         python.chmod(0o755)
-        arguments = ["versions", "--out", str(out), "--python", str(python), "--torch", version, "--tests", "-k", "fast"]
-        return measure.main(arguments), capsys.readouterr().out.splitlines()
+        arguments = ["versions", "--out", str(out), "--python", str(python), "--torch", version]
+        return measure.main([*arguments, "--tests", "-k", "fast"]), capsys.readouterr().out.splitlines()
 
     assert run("2.10.0", 0)[0] == 1  # for two tests have failed
     assert run("2.10.0", 4)[0] == 1
