@@ -78,11 +78,13 @@ def in_two_processes(function, *arguments):
     torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
 
 
-def begin(file, *arguments, cwd=ROOT, **environment):
-    """Start Python on a file as from a shell, without the kernels; return its process and a folder with its output."""
-    output = tempfile.mkdtemp()
+def begin(output, file, *arguments, cwd=ROOT, **environment):
+    """Start Python on a file as from a shell, without the kernels; return its process.
+
+    The files stdout and stderr in the folder `output` take its output.
+    """
     environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
-    return fork(_main, output, pathlib.Path(cwd), environment, file, *map(str, arguments)), pathlib.Path(output)
+    return fork(_main, output, pathlib.Path(cwd), environment, file, *map(str, arguments))
 
 
 def _main(output, cwd, environment, file, *arguments):
@@ -101,10 +103,11 @@ def _main(output, cwd, environment, file, *arguments):
 
 def python(file, *arguments, cwd=ROOT, **environment):
     """Run Python on a file to its end, see `begin`; return its exit status and its output."""
-    process, output = begin(file, *arguments, cwd=cwd, **environment)
-    process.join(170)
-    process.kill()
-    stdout, stderr = ((output / name).read_text() for name in ("stdout", "stderr"))
+    with tempfile.TemporaryDirectory() as output:
+        process = begin(output, file, *arguments, cwd=cwd, **environment)
+        process.join(170)
+        process.kill()
+        stdout, stderr = (pathlib.Path(output, name).read_text() for name in ("stdout", "stderr"))
     return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 

@@ -370,14 +370,14 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
         return ["--resume" if folder.exists() else "--out", "killed"]
 
     while number < kills:
-        process, output = begin(*command, *begun(), cwd=tmp_path)
+        process = begin(tmp_path, *command, *begun(), cwd=tmp_path)
         process.join(rng.uniform(0.3, 1) * min(duration, 10))
         if process.exitcode is None:
             process.kill()
             process.join()
             number += 1
         else:
-            assert process.exitcode == 0, (output / "stderr").read_text()
+            assert process.exitcode == 0, (tmp_path / "stderr").read_text()
             shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
     result = python(*command, *begun(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
