@@ -64,27 +64,23 @@ def write_images(folder, n=24):
     np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
-def fork(function, *arguments):
-    """Start `function(*arguments)` in a process that is forked from one that has imported torch."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
 def in_two_processes(function, *arguments):
-    """Run `function(rank, 2, *arguments)` in two processes."""
+    """Run `function(rank, 2, *arguments)` in two processes, forked from one that has imported torch."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
     torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
 
 
 def begin(output, file, *arguments, cwd=ROOT, **environment):
-    """Start Python on a file as from a shell, without the kernels; return its process.
+    """Start Python on a file as from a shell, without the kernels; return its process, forked from one with torch.
 
     The files stdout and stderr in the folder `output` take its output.
     """
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
     environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
-    return fork(_main, output, pathlib.Path(cwd), environment, file, *map(str, arguments))
+    of_main = output, pathlib.Path(cwd), environment, file, *map(str, arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=_main, args=of_main)
+    process.start()
+    return process
 
 
 def _main(output, cwd, environment, file, *arguments):

@@ -5,11 +5,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +22,7 @@ import kernels
 import pdarts
 from harness.conftest import (
     CELL,
+    ENVIRONMENT,
     FAST_SEARCH,
     ONE_NODE,
     ONE_STAGE,
@@ -33,7 +34,6 @@ from harness.conftest import (
     begin,
     beside,
     fast_search,
-    fork,
     python,
     random_images,
     write_images,
@@ -306,27 +306,31 @@ def test_a_run_without_a_folder_that_is_stopped_does_not_claim_to_be_saved(image
     assert not stopped.value.saved
 
 
-def search_that_hangs(connection):
-    def hangs(*_):
-        connection.send("hangs")
-        for _ in range(2000):
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-                connection.send("asked")
-            time.sleep(0.01)
+SECOND_SIGNAL = """
+import signal, time
+import pdarts
+from harness.conftest import ONE_STAGE, fast_search, random_images
 
-    pdarts.Search.alternate = hangs
-    fast_search(ONE_STAGE, random_images(), kernels="off")
+def hangs(*_):
+    print("hangs", flush=True)
+    for _ in range(2000):
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            print("asked", flush=True)
+        time.sleep(0.01)
+
+pdarts.Search.alternate = hangs
+fast_search(ONE_STAGE, random_images())
+"""
 
 
 @beside
 def test_a_second_signal_ends_the_process_at_once(_):
-    mine, its = multiprocessing.Pipe()
-    process = fork(search_that_hangs, its)
-    for message in "hangs", "asked":
-        assert mine.recv() == message
-        os.kill(process.pid, signal.SIGINT)
-    process.join(10)
-    assert process.exitcode == -signal.SIGINT
+    command, environment = [sys.executable, "-c", SECOND_SIGNAL], ENVIRONMENT | {"PDARTS_KERNELS": "off"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in "hangs\n", "asked\n":
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
 
 
 def test_a_run_in_another_thread_gets_no_signals_and_works(images):
