@@ -120,7 +120,7 @@ class Checkpoints:
 
 
 def load_weights(network, path, device):
-    """Load a state_dict, with or without the auxiliary head; an InputError names the mismatch."""
+    """Load a state_dict, with or without the auxiliary head; an InputError says what does not fit."""
     try:
         if zipfile.is_zipfile(path):  # torch's format since 1.6
             check_zip(path, sums=True)  # torch does not compare them
