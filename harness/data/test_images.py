@@ -137,32 +137,6 @@ def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
 # --- what searches and evaluations are given --------------------------------------------------------------------------
 
 
-def test_augmentation_crops_flips_normalises_and_cuts_out_each_image():
-    n = 200
-    marked = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
-    marked[:, :, 10, 12] = 255  # one white pixel shows where the crop and the flip took it
-
-    def augment(x, crop_padding=0, flip=False, cutout=0):
-        config = EvaluateConfig(crop_padding=crop_padding, flip=flip, cutout=cutout)
-        return own_images((32, 32, 3)).evaluate_data(config).train.augment(x, torch.Generator().manual_seed(0))
-
-    plain = augment(marked)
-    own = own_images((32, 32, 3))
-    expected = (marked / 255 - own.mean.view(-1, 1, 1)) / own.std.view(-1, 1, 1)
-    assert plain.dtype == torch.float32 and torch.allclose(plain, expected, atol=1e-6)
-    _, rows, cols = (augment(marked, 4, True)[:, 0] == plain[0, 0, 10, 12]).nonzero().T
-    assert len(rows) == n
-    assert set((10 - rows).tolist()) == set(range(-4, 5))
-    assert set(cols.tolist()) == set(range(8, 17)) | set(range(31 - 16, 31 - 7))
-    cut = augment(marked, cutout=16) == 0
-    assert (cut == cut[:, :1]).all()  # the same square in all channels
-    heights, widths = cut[:, 0].any(2).sum(1), cut[:, 0].any(1).sum(1)
-    assert heights.max() == widths.max() == 16 and heights.min() >= 8  # clipped at the borders
-    assert torch.equal(cut[:, 0].sum((1, 2)), heights * widths)
-    small = augment(marked[:, :, :8, :8], cutout=16) == 0
-    assert small[:, 0].sum((1, 2)).max() <= 16  # at most half the image's side
-
-
 def test_a_search_learns_weights_from_the_first_half_and_alphas_from_the_second():
     own = own_images((8, 9, 3), classes=5, n=41)
     data = own.search_data(SearchConfig())
