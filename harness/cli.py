@@ -13,10 +13,10 @@ import time
 
 import torch
 
-from harness.checkpoint import folder_of
+from harness.checkpoint import Folder, claimed
 from harness.data.images import load
 from harness.devices import keep_freed_memory
-from harness.distributed import gather, process_group, processes
+from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.progress import duration, reading
@@ -108,11 +108,11 @@ def _text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _configure(args, presets, out):
+def _configure(args, presets, folder):
     """Return settings, images and a text about these; the run that is resumed decides where the options do not."""
     settings = presets[args.preset or "demo"]
-    file = out / "config.json"
-    if args.resume and not args.preset and file.is_file():
+    if folder.resume and not args.preset:
+        file = folder.path / "config.json"
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
@@ -133,7 +133,7 @@ def _configure(args, presets, out):
     settings = dataclasses.replace(settings, **given)
     if args.workers is not None and not 0 <= args.workers <= 1000:
         raise InputError(f"workers is {args.workers}; expected 0 to 1000")
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // environment_number("LOCAL_WORLD_SIZE", 1, least=1)
     workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
     options = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
     images = load(settings, args.data, args.download, workers, **options)
@@ -158,41 +158,40 @@ def _say(*text):
 
 
 def _ways(args):
-    names = "device", "kernels", "resume"
+    names = "device", "kernels"
     return {"graphs": args.graphs == "auto", "show": True} | {name: getattr(args, name) for name in names}
 
 
-def _search(args, out):
-    settings, images, which = _configure(args, SEARCH_PRESETS, out)
+def _search(args, folder):
+    settings, images, which = _configure(args, SEARCH_PRESETS, folder)
+    out = folder.path
     space = _space(args.primitives or args.space.primitives, args.space.nodes if args.nodes is None else args.nodes)
     started = time.monotonic()
     _say(
         f"preset {args.preset}: searching on {which}, {len(settings.depths)} stages of {_text(settings.depths)} cells "
         f"and {settings.epochs} epochs; results in {out}"
     )
-    result = search(settings, images, None if args.resume else out, space=space, **_ways(args))
+    result = search(settings, images, folder, space=space, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
     _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
 
 
-def _evaluate(args, out):
-    if args.genotype is None and not args.resume:
+def _evaluate(args, folder):
+    out = folder.path
+    if args.genotype is None and not folder.resume:
         raise InputError("the following arguments are required: genotype (see pdarts.py evaluate --help)")
     genotype = read_genotype(args.genotype or str(out / "genotype.json"))
-    if args.weights and (args.resume or args.out):
-        raise InputError("--weights only tests; expected no --out or --resume beside it")
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
-    settings, images, which = _configure(args, EVALUATE_PRESETS, out)
+    settings, images, which = _configure(args, EVALUATE_PRESETS, folder)
     if not args.weights:
         _say(
             f"preset {args.preset}: training on {which}, {settings.depth} cells, {settings.channels} channels, "
             f"{settings.epochs} epochs; results in {out}"
         )
-    new = None if args.resume or args.weights else out
-    result = evaluate(genotype, settings, images, new, weights=args.weights, **_ways(args))
+    result = evaluate(genotype, settings, images, folder, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
     top5 = f" (top-1), {result.test_error_top5:.2%} (top-5)" if images.num_classes > 10 else ""
@@ -237,13 +236,18 @@ def _parser():
     return parser
 
 
-def _folder(args) -> pathlib.Path:
-    """Return the folder of the run; processes that torchrun started again resume the run in it."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def _folder(args):
+    """Return a block with the folder of the run; processes that torchrun started again resume the run in it."""
+    if getattr(args, "weights", None):
+        if args.out or args.resume:
+            raise InputError("--weights only tests; expected no --out or --resume beside it")
+        return claimed(None)
+    restarted = environment_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     if restarted and args.out and (pathlib.Path(args.out) / "config.json").is_file():
         args.out, args.resume = None, args.out
     default = pathlib.Path("runs", f"{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return gather(folder_of(args.out, args.resume) or default)[0]  # named after one clock
+    numbered = args.out is None and args.resume is None
+    return claimed(default if numbered else args.out, args.resume, numbered)
 
 
 def _how_to_resume(arguments, out) -> str:
@@ -261,7 +265,7 @@ def _how_to_resume(arguments, out) -> str:
 
 def command(arguments: list[str]) -> int:
     """Run a command and return the exit status."""
-    out = None
+    folder = Folder(None)
     try:
         parser = _parser()
         args = parser.parse_args(arguments)
@@ -272,15 +276,14 @@ def command(arguments: list[str]) -> int:
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            with process_group(args.device) as args.device:
-                out = _folder(args)
-                args.run(args, out)
+            with process_group(args.device) as args.device, _folder(args) as folder:
+                args.run(args, folder)
     except (InputError, OSError) as error:
         print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except Stopped as stopped:
         if processes()[0] == 0:
-            print(f"pdarts.py: {stopped}; {_how_to_resume(arguments, out)}", file=sys.stderr)
+            print(f"pdarts.py: {stopped}; {_how_to_resume(arguments, folder.path)}", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("pdarts.py: interrupted", file=sys.stderr)
@@ -292,7 +295,7 @@ def command(arguments: list[str]) -> int:
             return 2
         if processes()[1] == 1:
             raise
-        resuming = _how_to_resume(arguments, out)
+        resuming = _how_to_resume(arguments, folder.path)
         print(f"pdarts.py: error: process {processes()[0]} cannot continue ({reason}); {resuming}", file=sys.stderr)
         return 1
     return 0

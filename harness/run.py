@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import pdarts
-from harness.checkpoint import Checkpoints, Folder, folder_of
+from harness.checkpoint import Checkpoints, Folder
 from harness.data.images import Images, load
 from harness.devices import deterministic, entered, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
@@ -56,10 +56,8 @@ class Run:
     several processes rank 0 reads and writes.
     """
 
-    def __init__(self, kind, config, images, out, device, kernels, resume, **identity):
-        path = folder_of(out, resume)
-        Folder(path, resume is not None)  # is refused before anything that takes time
-        self.config, self.resume, self.device = config, resume, pick_device(device)
+    def __init__(self, kind, config, images, folder: Folder, device, kernels, **identity):
+        self.config, self.folder, self.device = config, folder, pick_device(device)
         with entered(self.device):
             self.fused = pick_kernels(kernels, self.device)
         images = load(config).first(config.images) if images is None else images
@@ -68,10 +66,9 @@ class Run:
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
         if len({repr(i) for i in gather(about | settings | identity)}) > 1:
             raise InputError("the processes have different settings or data; expected the same on every machine")
-        self.folder = Folder(path if processes()[0] == 0 else None, resume is not None and processes()[0] == 0)
         self.checkpoints = Checkpoints(self.folder, about | settings | identity)
         self.log, self.times, self.signal = [], [], 0
-        self.state = None if resume is None else self.checkpoints.load(resume)
+        self.state = None if folder.resume is None else self.checkpoints.load(folder.resume)
         self.description = _describe(config, images, self.device) | identity
         self.images = images.to(self.device)
 
@@ -153,7 +150,7 @@ class Run:
         if number := largest(self.signal):
             share_buffers(training.network)
             self.save(training, meters, **more)
-            raise Stopped(number, self.checkpoints.folder.path is not None or processes()[0] > 0)
+            raise Stopped(number, self.folder.path is not None)
 
 
 def _lines(records: list[dict]) -> str:

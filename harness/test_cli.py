@@ -352,6 +352,14 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
     assert cli.command([*arguments[:-1], "used"]) == 2
 
 
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(here, monkeypatch, capsys):
+    monkeypatch.setattr(cli.time, "strftime", lambda _: "now")
+    for name in "search-now", "search-now-2", "search-now-3":
+        assert cli.command(["search", *ONE_STAGE, *ONE_EPOCH]) == 0
+        assert f"results in runs/{name}\n" in capsys.readouterr().out
+        assert (here / "runs" / name / "genotype.json").is_file()
+
+
 def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(
     tmp_path, generated, monkeypatch, capsys, limits
 ):

@@ -20,6 +20,7 @@ import torch
 
 import kernels
 import pdarts
+from harness.checkpoint import LOCK
 from harness.conftest import (
     CELL,
     ENVIRONMENT,
@@ -39,6 +40,7 @@ from harness.conftest import (
 )
 from harness.devices import pick_kernels
 from harness.evaluate import evaluate, fold
+from harness.files import is_temporary
 from harness.report.cells import PUBLISHED, check_genotype, count, read_genotype
 from harness.run import Stopped
 from harness.search import search
@@ -271,7 +273,8 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
     for folder, name in copies.items():
         if once.get(name, folder) != folder:
             continue
-        assert [p.name.endswith(".tmp") for p in folder.rglob(".*")] == [True]  # written, but not yet renamed
+        hidden = [p for p in folder.rglob(".*") if p.name != LOCK]
+        assert list(map(is_temporary, hidden)) == [True]  # written, but not yet renamed
         begun = (folder / "config.json").exists()
         fast_search(config, few, **({"resume": folder} if begun else {"out": folder}))
         assert_same_run(whole, folder)

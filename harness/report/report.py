@@ -84,7 +84,7 @@ def settings_of(description: dict) -> list[str]:
 
 def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     """Write alphas.svg, curves.svg and report.html of a search; genotype: its cell, once it is finished."""
-    if run.folder.path is None or not run.log:
+    if not run.folder.writes or not run.log:
         return
     config, log, data = run.config, run.log, run.description["data"]
     stages = Stages([config.epochs] * len(config.depths), config.alpha_start)
@@ -141,7 +141,7 @@ def stages_of(run, stages, candidates) -> str:
 
 def write_evaluation(run, genotype: pdarts.Genotype):
     """Write curves.svg and report.html of an evaluation."""
-    if run.folder.path is None:
+    if not run.folder.writes:
         return
     config, last, data = run.config, run.log[-1], run.description["data"]
     curves = curves_svg(run.log, Stages([config.epochs]), "drop_path")

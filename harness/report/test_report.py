@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import pdarts
+from harness.checkpoint import Folder
 from harness.conftest import CELL, POOLS, TINY
 from harness.evaluate import evaluate
 from harness.report import report
@@ -108,7 +109,7 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
 
 
 def test_a_page_shows_any_name_as_text(images, tmp_path):
-    run = Run("search", TINY, images, tmp_path / "<b>", "cpu", "off", None)
+    run = Run("search", TINY, images, Folder(tmp_path / "<b>"), "cpu", "off")
     run.description["data"] = "<script>alert(1)</script> & co"
     alphas = {f"softmax_alphas_{kind}": [[0.25] * 4] * 5 for kind in ("normal", "reduce")}
     run.log = [record(1, epoch) | alphas for epoch in (0, 1)]
