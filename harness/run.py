@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import platform
 import signal
@@ -32,6 +34,48 @@ class Stopped(KeyboardInterrupt):
         nothing = "" if saved else "; nothing is saved, because it has no folder"
         super().__init__(f"stopped by {signal.Signals(signal_number).name}{nothing}")
         self.signal_number, self.saved = signal_number, saved
+
+
+END = b"\0"  # no signal has this number
+_watching = False  # whether signals are written to the pipe of `_second_signal_ends`
+
+if hasattr(os, "register_at_fork"):  # a Ctrl-C that reaches a process that loads images too must not count twice
+    os.register_at_fork(after_in_child=lambda: _watching and signal.set_wakeup_fd(-1))
+
+
+@contextlib.contextmanager
+def _second_signal_ends(numbers):
+    """Enter a block in which the second signal of these ends the process at once, whatever the main thread does.
+
+    Python's handlers wait until the main thread's present call returns. The pipe gets each signal's number at once.
+    """
+    global _watching
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch():
+        seen = 0
+        while (number := os.read(reader, 1)) != END:
+            seen += number[0] in numbers
+            if seen == 2:
+                with contextlib.suppress(Exception):  # signal.signal is for the main thread only
+                    ctypes.CDLL(None).signal(number[0], None)
+                    os.kill(os.getpid(), number[0])
+                os._exit(128 + number[0])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        signal.set_wakeup_fd(before)
+        os.write(writer, END)
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class Clock:
@@ -102,11 +146,11 @@ class Run:
 
         def note(number, _):
             self.signal = number
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once, however a step hangs
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with _second_signal_ends(before):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
