@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import socket
@@ -220,6 +221,8 @@ class Checkpoints:
             check_zip(path, sums=True)
             state = torch.load(path, map_location="cpu", weights_only=True)
             version, identity = state["format"], state["identity"]
+            if version == self.FORMAT:
+                _check_state(state, identity["kind"] == "search")
         except Exception as error:  # whatever a damaged file leads to
             before = path.with_name(self.BEFORE)
             offer = f"; the one before it is whole: --resume {before}" if before.exists() and before != path else ""
@@ -233,6 +236,28 @@ class Checkpoints:
                     "the same settings and data"
                 )
         return state
+
+
+STATE = {"training": dict, "step": int, "meters": list, "log": list, "times": list}
+
+
+def _check_state(state: dict, of_search: bool):
+    """Raise ValueError if a state lacks a part, or holds a number that is not finite."""
+    for name, kind in (STATE | {"test_accuracies": list} if of_search else STATE).items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"it holds no {name}")
+
+    def check(value, where):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{where} is not finite")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} is {value}")
+        if isinstance(value, (dict, list, tuple)):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                check(part, f"{where}.{key}")
+
+    for name in STATE:
+        check(state[name], name)
 
 
 def load_weights(network, path, device):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -236,6 +239,20 @@ def _parser():
     return parser
 
 
+def _complain(text: str, resuming: str = ""):
+    """Print a line on stderr in one piece: other processes print there too."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"pdarts.py: {' '.join(text.split())}{resuming}\n")
+        sys.stderr.flush()
+
+
+def _flush(stream):
+    try:
+        stream.flush()
+    except OSError:  # Python would complain at its end again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _folder(args):
     """Return a block with the folder of the run; processes that torchrun started again resume the run in it."""
     if getattr(args, "weights", None):
@@ -250,8 +267,10 @@ def _folder(args):
     return claimed(default if numbered else args.out, args.resume, numbered)
 
 
-def _how_to_resume(arguments, out) -> str:
-    """Return the command that resumes the run: the same with --resume in the place of --out."""
+def _how_to_resume(arguments, folder) -> str:
+    """Return the command that resumes the run, if it has begun: the same with --resume in the place of --out."""
+    if folder.path is None or not (folder.path / "config.json").is_file():
+        return ""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--resume")
@@ -260,7 +279,7 @@ def _how_to_resume(arguments, out) -> str:
     start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
     if number > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(number):
         start = []  # several machines: their torchrun as before
-    return "to resume: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
+    return "; to resume: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(folder.path)])
 
 
 def command(arguments: list[str]) -> int:
@@ -278,25 +297,41 @@ def command(arguments: list[str]) -> int:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             with process_group(args.device) as args.device, _folder(args) as folder:
                 args.run(args, folder)
-    except (InputError, OSError) as error:
-        print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
+    except InputError as error:
+        _complain(f"error: {error}")
+        return 2
+    except OSError as error:
+        printed = error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+        where = "stdout cannot be written: " if printed else ""
+        _complain(f"error: {where}{error}", _how_to_resume(arguments, folder))
+        return 2
+    except Warning as error:  # of Python that makes errors of them
+        _complain(f"error: {error}; expected no -W error or PYTHONWARNINGS=error to go on")
         return 2
     except Stopped as stopped:
         if processes()[0] == 0:
-            print(f"pdarts.py: {stopped}; {_how_to_resume(arguments, folder.path)}", file=sys.stderr)
+            _complain(str(stopped), _how_to_resume(arguments, folder))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print("pdarts.py: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in reason:
-            print("pdarts.py: error: out of memory;", reason, file=sys.stderr)
+            _complain(f"error: out of memory; {reason}")
+            return 2
+        if "DataLoader worker" in reason and re.search("No space left|shared memory|killed|exited", str(error)):
+            last = str(error).strip().splitlines()[-1]
+            _complain(
+                f"error: a process that loads images ended ({last:.200}); expected --workers 0, or more shared memory, "
+                "as of docker run --shm-size 8g",
+                _how_to_resume([*arguments, "--workers", "0"], folder),
+            )
             return 2
         if processes()[1] == 1:
             raise
-        resuming = _how_to_resume(arguments, folder.path)
-        print(f"pdarts.py: error: process {processes()[0]} cannot continue ({reason}); {resuming}", file=sys.stderr)
+        resuming = _how_to_resume(arguments, folder)
+        _complain(f"error: process {processes()[0]} cannot continue ({reason})", resuming)
         return 1
     return 0
 
@@ -304,11 +339,16 @@ def command(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command of the process and return the exit status."""
     keep_freed_memory()
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # it is closed: files of the run would get its number
+            setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
-    status = command(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = command(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        _flush(sys.stdout)
+        _flush(sys.stderr)
     if "LOCAL_RANK" in os.environ:  # torch's threads of a process group outlive it, and abort or block Python's own end
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status

@@ -116,6 +116,8 @@ def _train(genotype, run, graphs, show):
     run.folder.write("genotype.json", genotype._asdict())
     steps = len(data.train)
     progress, meters = Progress([config.epochs * steps], show), None
+    for line in run.changed():
+        progress.line(line)
     progress.resume(training.epoch * steps + training.step)
     clock = Clock()
     for event in training:

@@ -21,8 +21,9 @@ import torch
 import pdarts
 from harness.checkpoint import Checkpoints, Folder
 from harness.data.images import Images, load
-from harness.devices import deterministic, entered, pick_device, pick_kernels
+from harness.devices import deterministic, entered, fused, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
+from harness.files import reason
 from harness.progress import Meter
 from pdarts import InputError
 
@@ -78,6 +79,9 @@ def _second_signal_ends(numbers):
         os.close(writer)
 
 
+_running = threading.Lock()  # held by the run that is in its block
+
+
 class Clock:
     """The clock of an epoch."""
 
@@ -113,7 +117,9 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, about | settings | identity)
         self.log, self.times, self.signal = [], [], 0
         self.state = None if folder.resume is None else self.checkpoints.load(folder.resume)
-        self.description = _describe(config, images, self.device) | identity
+        self.description, self.changes = _describe(config, images, self.device) | identity, {}
+        if self.fused:
+            self.description["kernels/csrc"] = fused.build.version()
         self.images = images.to(self.device)
 
     def shared(self, data: pdarts.Data) -> pdarts.Data:
@@ -132,8 +138,21 @@ class Run:
     def block(self):
         """Enter a block that leaves the caller's random state, device and signals as they were.
 
-        Within it a signal only sets the flag that `stop_if_asked` looks at.
+        Within it a signal only sets the flag that `stop_if_asked` looks at. InputError if another thread is in one.
         """
+        if not _running.acquire(blocking=False):
+            raise InputError(
+                "another run of this process is under way, and torch's random state is one for all threads; expected "
+                "one run after the other, or each in a process of its own"
+            )
+        try:
+            with self._block():
+                yield
+        finally:
+            _running.release()
+
+    @contextlib.contextmanager
+    def _block(self):
         generators = torch.random.fork_rng(range(torch.cuda.device_count()))
         with generators, entered(self.device), deterministic(self.config.deterministic), self._signals():
             yield
@@ -167,11 +186,39 @@ class Run:
         """Load the saved state into the training and return it, or begin the folder of a new run."""
         state, self.state = self.state, None
         if state:
-            pdarts.load_state_dict(training, state["training"])
+            try:
+                pdarts.load_state_dict(training, state["training"])
+            except Exception as error:  # whatever a state that lacks something leads to
+                raise InputError(
+                    f"cannot resume {self.folder.path} ({reason(error)}); expected a checkpoint of this version"
+                ) from None
             self.log, self.times = state["log"], state["times"]
-        else:
+        if self.folder.resume:
+            self._compare(state)
+        if not state or self.changes:
             self.folder.write("config.json", self.description)
         return state
+
+    def _compare(self, state):
+        """Note what is not as it was when the run began or was last resumed."""
+        if not self.folder.writes:
+            return
+        before = read_description(self.folder.path)
+        self.changes = {
+            name: [old, new]
+            for name, new in _flat(self.description).items()
+            if name in COMPARED and (old := _flat(before).get(name, new)) != new
+        }
+        self.description["command"] = before.get("command", self.description["command"])
+        self.description["resumed"] = before.get("resumed", [])
+        if self.changes:
+            done = {"epochs_done": len(self.log), "step": state["step"] if state else 0}
+            self.description["resumed"] = [*self.description["resumed"], done | {"changed": self.changes}]
+
+    def changed(self) -> list[str]:
+        """Return a line for each difference from the process that this one resumes."""
+        changes = self.changes.items()
+        return [f"changed since the run was left: {name}, from {old} to {new}" for name, (old, new) in changes]
 
     def meters(self, names: dict[str, str], state: dict | None) -> list[Meter]:
         """Return the meters of an epoch: new ones, or in the state of the interruption."""
@@ -197,6 +244,26 @@ class Run:
             raise Stopped(number, self.folder.path is not None)
 
 
+# What may change a result without deciding it: these differences are shown when a run is resumed.
+COMPARED = "python torch numpy threads processes device kernels kernels/csrc pdarts.py path".split()
+
+
+def _flat(description: dict) -> dict:
+    return description | description.get("versions", {})
+
+
+def read_description(folder: pathlib.Path) -> dict:
+    """Return the content of the config.json in the folder of a run."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("versions", {}), dict):
+            raise ValueError("no object with the settings")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {file} ({reason(error)}); expected the settings of a run") from None
+
+
 def _lines(records: list[dict]) -> str:
     """Return the records as lines of JSON, the same bytes in equal runs."""
     return "".join(json.dumps(record) + "\n" for record in records)
@@ -207,7 +274,7 @@ def _describe(config, images: Images, device: torch.device) -> dict:
     return {
         "settings": dataclasses.asdict(config),
         "data": images.name,
-        "path": images.path,
+        "path": images.path and os.path.abspath(images.path),  # to resume from any folder
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
         "threads": torch.get_num_threads(),  # torch adds up in another order with another number

@@ -71,6 +71,8 @@ def _search(run: Run, space: SearchSpace, graphs: bool, show: bool) -> SearchRes
         )
         state = run.begin(searching)
         progress, meters = Progress(work, show), None
+        for line in run.changed():
+            progress.line(line)
         if state:
             accuracies = state["test_accuracies"]
             epochs = searching.epoch + max(0, searching.epoch - config.alpha_start)

@@ -1,6 +1,7 @@
 """Tests of checkpoints and weights: what is damaged, hostile or of another run is refused, and nothing gets lost."""
 
 import io
+import math
 import os
 import pickle
 import shutil
@@ -34,12 +35,30 @@ def loaded(content):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def changed_training(content, **changes):
+    state = loaded(content)
+    return state | {"training": state["training"] | changes}
+
+
 DAMAGE = {
     "cut off": (lambda c: c[: len(c) // 2], r"cannot read .*checkpoint.pt \(.*\); expected an undamaged checkpoint; "),
     "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it is whole: --resume .*before"),
     "nothing": (lambda c: b"", "expected an undamaged checkpoint"),
     "no checkpoint": (lambda c: saved({"weights": 1}), "cannot read"),
     "later format": (lambda c: saved(loaded(c) | {"format": 4}), "has format 4; expected 3: another version wrote it"),
+    "no log": (lambda c: saved(without(loaded(c), "log")), "it holds no log.*; expected an undamaged checkpoint; "),
+    "no training": (lambda c: saved(without(loaded(c), "training")), "it holds no training"),
+    "no accuracies": (lambda c: saved(without(loaded(c), "test_accuracies")), "it holds no test_accuracies"),
+    "part missing": (lambda c: saved(changed_training(c, stages=None)), "cannot resume .*; expected a checkpoint"),
+    "not a number": (
+        lambda c: saved(changed_training(c, epoch=math.nan)),
+        r"cannot read .*\(ValueError: training.epoch is nan\); expected an undamaged checkpoint; the one before it",
+    ),
+    "infinite": (lambda c: saved(changed_training(c, more=[torch.ones(2) / 0])), "training.more.0 is not finite"),
     "code": (lambda c: saved({"format": Exploit("ran")}), "cannot read"),
 }
 

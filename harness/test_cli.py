@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -188,14 +190,78 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
-def test_a_full_disk_ends_in_one_line(tmp_path, generated, monkeypatch, capsys, error):
-    def full(*_):
-        raise error
+def test_a_full_disk_ends_in_one_line_that_names_the_file_and_how_to_resume(
+    tmp_path, generated, monkeypatch, capsys, error
+):
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == "checkpoint.pt":
+            raise error
+        replace(source, target)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
-    assert cli.command(["search", *SMALL]) == 2
-    assert re.fullmatch(rf"pdarts.py: error: .*{error.strerror}.*\n", capsys.readouterr().err)
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.command(["search", *FAST_SEARCH, *ONE_EPOCH, "--out", "run"]) == 2
+    line = rf"pdarts.py: error: .*{error.strerror}: 'run/checkpoint.pt'; to resume: python .* --resume run\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load", None)
+    (tmp_path / "file").touch()
+    assert cli.command(["search", "--out", "file/run"]) == 2
+    assert re.fullmatch(r"pdarts.py: error: cannot write to file/run \(.*\); expected a .*\n", capsys.readouterr().err)
+
+
+def test_a_process_that_loads_images_and_dies_gets_one_line_and_how_to_resume(here, monkeypatch, capsys):
+    why = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+    of_torch = f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n\nRuntimeError: {why}\n"
+
+    def dies(*_, **__):
+        raise RuntimeError(of_torch)
+
+    monkeypatch.setattr("pdarts.Search.alternate", dies)
+    assert cli.command(["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]) == 2
+    line = f"pdarts.py: error: a process that loads images ended (RuntimeError: {why}); expected --workers 0, or more "
+    error = capsys.readouterr().err
+    assert error.startswith(line) and error.count("\n") == 1
+    assert re.search("; to resume: python .* --workers 0 --resume run\n$", error)
+
+
+def test_warnings_as_errors_and_wrong_variables_get_one_line_and_leave_no_folder(here, monkeypatch, capsys):
+    def warns(*_):
+        warnings.warn("plain torch instead of the fused kernels: no compiler", RuntimeWarning, stacklevel=2)
+
+    command = ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr("harness.devices.fused.fused", warns)
+        assert cli.command(command) == 2
+        assert re.fullmatch("pdarts.py: error: plain torch .*: no compiler; expected .*\n", capsys.readouterr().err)
+    monkeypatch.setenv("PDARTS_LAYOUT", "foo")
+    assert cli.command([*command, "--kernels", "on"]) == 2
+    error = "pdarts.py: error: the kernels cannot be used: PDARTS_LAYOUT is 'foo'; expected NCHW or channels-last\n"
+    assert capsys.readouterr().err == error and not (here / "run").exists()
+
+
+@beside
+def test_a_closed_stdout_ends_in_one_line_or_changes_nothing(folder):
+    write_images(folder)
+    command = shlex.join([sys.executable, str(ROOT / "pdarts.py"), "search", *ONE_STAGE, *ONE_EPOCH, "--out"])
+    full = "stdout cannot be written: [Errno 28] No space left on device"
+    for way, status, said in (">&-", 0, ""), ("2>&1 >/dev/full", 2, f"pdarts.py: error: {full}\n"):
+        run = subprocess.run(f"{command} {status} {way}", shell=True, cwd=folder, capture_output=True, text=True)
+        assert (run.returncode, run.stdout, run.stderr) == (status, said, "")
+    assert (folder / "0/genotype.json").is_file()
+
+
+def test_a_line_of_an_error_is_written_in_one_piece(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=written.append, flush=lambda: None))
+    assert cli.command(["search", "--epochs", "many"]) == 2
+    assert len(written) == 1 and written[0].endswith("\n")
 
 
 def test_too_little_memory_gets_one_line(tmp_path, generated, monkeypatch, capsys):
@@ -333,6 +399,14 @@ def test_an_evaluation_goes_on_with_the_cell_settings_and_data_in_its_folder(her
     assert cli.command(["evaluate", "run/genotype.json", *size, "--weights", "run/weights.pt"]) == 0
     tested = capsys.readouterr().out
     assert error in tested and "written" not in tested
+
+
+def test_a_run_is_resumed_from_any_folder(here, monkeypatch, capsys):
+    assert stopped(monkeypatch, ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]) == 143
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli.command(["search", "--resume", "../run"]) == 0
+    assert (here / "run/genotype.json").is_file()
 
 
 def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypatch, capsys):

@@ -246,6 +246,49 @@ def test_resume_takes_the_folder_of_a_run_and_no_other(unbroken, images, tmp_pat
         evaluate(CELL, TRAINING, images, resume=unbroken)
 
 
+def test_two_runs_in_threads_of_one_process_are_refused(images, steps, tmp_path):
+    refused = []
+
+    def another():
+        with pytest.raises(InputError, match="another run of this process is under way.*one run after the other") as e:
+            fast_search(ONE_STAGE, images, tmp_path / "other")
+        refused.append(e)
+
+    def at_once():
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join()
+
+    steps[:] = [at_once]
+    fast_search(ONE_STAGE, images)
+    assert len(refused) == 1 and not list(tmp_path.iterdir())
+    fast_search(ONE_STAGE, images)
+
+
+def test_resuming_names_each_difference_and_config_json_keeps_it(images, steps, tmp_path, monkeypatch, capsys):
+    steps[:] = [lambda: None] * 2 + [lambda: os.kill(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(Stopped):
+        fast_search(ONE_STAGE, images, tmp_path)
+    file = tmp_path / "config.json"
+    before = json.loads(file.read_text())
+    versions = before["versions"] | {"torch": "1.0"}
+    file.write_text(json.dumps(before | {"threads": 7, "pdarts.py": "older", "versions": versions}))
+    monkeypatch.setattr(sys, "argv", ["resuming"])
+    fast_search(ONE_STAGE, images, resume=tmp_path, show=True)
+    changes = {"torch": ["1.0", torch.__version__], "threads": [7, 1], "pdarts.py": ["older", before["pdarts.py"]]}
+    lines = capsys.readouterr().out.splitlines()
+    for name, (old, new) in changes.items():
+        assert f"changed since the run was left: {name}, from {old} to {new}" in lines
+    after = json.loads(file.read_text())
+    assert after.pop("resumed") == [{"epochs_done": 1, "step": 1, "changed": changes}]
+    assert after == before
+    for change in 0, 1:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 1 + change}))
+        fast_search(ONE_STAGE, images, resume=tmp_path, show=True)
+        assert ("changed since" in capsys.readouterr().out) == bool(change)
+        assert len(json.loads(file.read_text())["resumed"]) == 1 + change
+
+
 # --- runs that survive ------------------------------------------------------------------------------------------------
 
 
