@@ -17,16 +17,17 @@ import time
 import torch
 
 from harness.checkpoint import Folder, claimed
-from harness.data.images import load
+from harness.data.images import Images, load
 from harness.devices import keep_freed_memory
 from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.progress import duration, reading
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
+from harness.report.report import data_options
 from harness.run import Stopped
 from harness.search import search
-from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
+from harness.settings import EVALUATE_PRESETS, FITS_IMAGES, SEARCH_PRESETS, options, unread
 from pdarts import OPERATIONS, SPACE, InputError, SearchSpace
 
 HELP = {  # more than pdarts.py says of its settings
@@ -34,6 +35,7 @@ HELP = {  # more than pdarts.py says of its settings
     "stem_stride": "stride of the cifar stem; 2 or more for large images (official: 1)",
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
+DATA_OPTIONS = ("skip_damaged", "cache")  # how a folder of images is loaded, besides the settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,6 +129,10 @@ def _configure(args, presets, folder):
                 args.space = _space(**saved["space"])
             if not isinstance(args.data, str | None):
                 raise ValueError(f"path is {short(args.data)}")
+            for name, value in saved.get("options", {}).items():
+                if name not in DATA_OPTIONS or not isinstance(value, str | bool):
+                    raise ValueError(f"options has {short(name)}: {short(value)}")
+                setattr(args, name, getattr(args, name) or value)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
         args.preset = settings.dataset if settings.dataset in presets else None
@@ -134,12 +140,23 @@ def _configure(args, presets, folder):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(settings, **given)
+    for name in given.keys() & unread(settings).keys():
+        raise InputError(f"--{name.replace('_', '-')} is not read with {unread(settings)[name]}; expected one of them")
     if args.workers is not None and not 0 <= args.workers <= 1000:
         raise InputError(f"workers is {args.workers}; expected 0 to 1000")
     cores = (os.cpu_count() or 1) // environment_number("LOCAL_WORLD_SIZE", 1, least=1)
     workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
-    options = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
-    images = load(settings, args.data, args.download, workers, **options)
+    ways = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
+    images = load(settings, args.data, args.download, workers, **ways)
+    if isinstance(images, Images) and images.version is None:  # not of a folder
+        for name in ("size", *DATA_OPTIONS, "workers"):
+            value = getattr(args, name, None)
+            if value is not None and value is not False:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} is only for a folder of images, not for {images.name}; expected no {flag}")
+    chosen = {name: getattr(args, name) for name in DATA_OPTIONS if getattr(args, name)}
+    chosen |= {"cache": os.path.abspath(args.cache)} if args.cache else {}
+    images = dataclasses.replace(images, options=chosen)
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""
     without = f", without {images.damaged} damaged file{'s' * (images.damaged > 1)}" if images.damaged else ""
@@ -177,8 +194,9 @@ def _search(args, folder):
     result = search(settings, images, folder, space=space, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
-    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
-    _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
+    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json")]
+    following += data_options(args.preset, args.data, images.options)
+    _say("next:   ", shlex.join(following + options(settings, SEARCH_PRESETS[args.preset], FITS_IMAGES)))
 
 
 def _evaluate(args, folder):

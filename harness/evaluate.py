@@ -74,9 +74,13 @@ def _evaluate(genotype: Genotype, run: Run, weights, graphs: bool, show: bool) -
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
             # The kernels take the norms as they are.
-            tested = ways_to_compute(run.device, run.fused, False).get("prepare", fold)(copy.deepcopy(network))
+            prepare = ways_to_compute(run.device, run.fused, False).get("prepare", fold)
+            # In 16 bits a folded network rounds otherwise than the trained one.
+            tested = network if prepare is fold and config.dtype != "float32" else prepare(copy.deepcopy(network))
         else:
-            tested = network = _train(genotype, run, graphs, show)
+            tested = _train(genotype, run, graphs, show)
+            network = network.to(run.device)  # plain, whatever the trained one was converted to
+            network.load_state_dict(tested.state_dict())
         errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]
         return EvaluateResult(network.eval(), *cost, *errors)
 

@@ -275,6 +275,7 @@ def _describe(config, images: Images, device: torch.device) -> dict:
         "settings": dataclasses.asdict(config),
         "data": images.name,
         "path": images.path and os.path.abspath(images.path),  # to resume from any folder
+        "options": getattr(images, "options", {}),
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
         "threads": torch.get_num_threads(),  # torch adds up in another order with another number

@@ -1,6 +1,7 @@
 """Tests of the command line: the commands, what is refused in one line, and the command that resumes."""
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ from harness.evaluate import EvaluateResult
 from harness.fuzz import case, cases, changed
 from harness.report.cells import read_genotype
 from harness.search import SearchResult
-from harness.settings import EvaluateSettings, SearchSettings
+from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS, EvaluateSettings, SearchSettings, options, unread
 from pdarts import GENOTYPES
 
 SMALL = "--depths 3 3 3 --channels 8 --epochs 1 --alpha-start 0 --batch-size 8 --images 16".split()
@@ -92,6 +94,85 @@ def test_help_names_every_setting_with_its_source(capsys):
     assert "[6; 600]" in text  # epochs of the demo and of CIFAR-10
 
 
+# --- proposed commands ------------------------------------------------------------------------------------------------
+
+
+def proposed(page):
+    """The words of the command in a report."""
+    (command,) = re.findall("<pre>python pdarts.py (.*)</pre>", (page / "report.html").read_text())
+    return shlex.split(html.unescape(command))
+
+
+def write_photographs(folder):
+    """A folder of small images in two classes, one of which is damaged."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split, number in ("train", 6), ("val", 5):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (50, 60, 3), np.uint8) // (1 + (name == "b"))
+                image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    (folder / "train/a/0.png").write_bytes(b"damaged")
+
+
+FEW = "--depth 3 --channels 12 --epochs 1 --batch-size 4".split()
+OF_A_FOLDER = "--data photographs --skip-damaged --cache kept --size 40 --no-auxiliary".split()
+EVALUATIONS = {
+    "demo": "--images 16 --no-flip --cutout 0 --lr 0.01 --seed 3 --momentum 0.5",
+    "cifar10": "--data data --dtype bfloat16 --stem-stride 2 --no-auxiliary --label-smoothing 0.1",
+    "cifar100": "--data data --stem imagenet --no-auxiliary --crop-padding 2 --images 20 --schedule linear",
+    "imagenet": " ".join(["--preset imagenet --stem cifar --fraction 0.5 --workers 0", *OF_A_FOLDER]),
+    "an own folder": " ".join(["--preset cifar10 --augment imagenet --workers 0", *OF_A_FOLDER]),
+    "an own file": "--data own.npz --stem-stride 2 --no-auxiliary",
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_test_command_of_a_report_gives_the_error_that_was_printed(here, monkeypatch, capsys, name):
+    (here / "cell.json").write_text(json.dumps(CELL._asdict()))
+    given = EVALUATIONS[name].split()
+    if "photographs" in given:
+        write_photographs(here / "photographs")
+    if "data" in given:
+        write_cifar(here / "data", name, binary=True)
+    preset = ["--preset", name] if name in EVALUATE_PRESETS and "--preset" not in given else []
+    assert cli.command(["evaluate", "cell.json", *preset, *FEW, *given, "--kernels", "off", "--out", "a run"]) == 0
+    error = re.search(r"test error: .*\n", capsys.readouterr().out)[0]
+    words = proposed(here / "a run")
+    assert words[:4] == ["evaluate", "a run/genotype.json", "--weights", "a run/weights.pt"]
+    assert {w for w in [*FEW, *given] if w.startswith("--")} - {"--workers"} <= set(words)
+    kernels.use("auto")
+    assert cli.command(words) == 0
+    assert error in capsys.readouterr().out
+
+
+def test_the_evaluation_that_a_search_proposes_takes_images_of_the_same_form(here, capsys):
+    write_photographs(here / "photographs")
+    form = "--size 40 --no-flip --crop-padding 2 --stem imagenet --skip-damaged".split()
+    given = [*ONE_STAGE[:-2], *ONE_EPOCH, "--data", "photographs", *form, "--workers", "0", "--out", "run"]
+    assert cli.command(["search", *given]) == 0
+    following = shlex.split(re.search(r"next: +python \S+ (.*)", capsys.readouterr().out)[1])
+    assert following[:4] == ["evaluate", "run/genotype.json", "--preset", "demo"]
+    for words, data in (following, "photographs"), (proposed(here / "run"), str(here / "photographs")):
+        assert sorted(words) == sorted([*following[:4], "--data", data, *form])
+    assert cli.command([*following, *FEW, "--no-auxiliary", "--workers", "0", "--out", "evaluated"]) == 0
+    assert "3 cells, 12 channels" in capsys.readouterr().out
+
+
+def test_settings_that_differ_from_a_preset_are_options_that_make_them():
+    for presets, kind in (SEARCH_PRESETS, "search"), (EVALUATE_PRESETS, "evaluate"):
+        for settings in presets.values():
+            for name, preset in presets.items():
+                words = [kind, *["cell"] * (kind == "evaluate"), "--preset", name, *options(settings, preset)]
+                given = vars(cli._parser().parse_args(words))
+                for field in dataclasses.fields(settings):
+                    if field.name == "dataset" or field.name in unread(settings):
+                        continue
+                    value = given.get(field.name, getattr(preset, field.name))
+                    assert (tuple(value) if isinstance(value, list) else value) == getattr(settings, field.name)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +214,13 @@ BAD = {
     "mistyped run": (["search", "--resume", "ruin"], "ruin holds no run; expected the folder of one, or --out for a"),
     "no run": (["search", "--resume", "used"], "used holds no run"),
     "new and old": (["search", "--out", "new", "--resume", "used"], "out is 'new' and resume is 'used'; expected one"),
+    "size": (["search", "--size", 40], "--size is only for a folder of images, not for own data; expected no --size"),
+    "damaged": (["search", "--skip-damaged"], "--skip-damaged is only for a folder of images, not for own data; exp"),
+    "cache": (["search", "--cache", "here"], "--cache is only for a folder of images, not for own data; expected no"),
+    "workers": (["search", "--workers", 0], "--workers is only for a folder of images, not for own data; expected no"),
+    "stride": (["search", "--stem", "imagenet", "--stem-stride", 2], "--stem-stride is not read with --stem imagenet;"),
+    "crop": (["evaluate", "PDARTS", "--augment", "imagenet", "--cutout", 4], "--cutout is not read with --augment im"),
+    "no head": (["evaluate", "PDARTS", "--no-auxiliary", "--auxiliary-weight", 1], "--auxiliary-weight is not read wi"),
     "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file or one of PDARTS"),
     "nothing to evaluate": (["evaluate"], "the following arguments are required: genotype"),
     "no JSON": (["draw", "used/file"], "not valid JSON"),

@@ -156,6 +156,21 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
             assert torch.equal(value, result.network.state_dict()[name])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_the_network_of_an_evaluation_is_plain_and_can_be_saved_and_traced(images, tmp_path):
+    result = evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
+    assert {type(module).__module__.partition(".")[0] for module in result.network.modules()} <= {"pdarts", "torch"}
+    assert count(result.network, (10, 12)) == (result.parameters, result.multiply_adds)
+    torch.save(result.network, tmp_path / "network.pt")
+    x = torch.randn(2, 3, 10, 12)
+    y = result.network(x)
+    for other in torch.load(tmp_path / "network.pt", weights_only=False), torch.jit.trace(result.network, x):
+        assert torch.equal(other(x), y)
+    batches = images.test()
+    correct, total = pdarts.correct_predictions(result.network, batches)
+    assert result.test_error == 1 - correct / total
+
+
 @pytest.mark.parametrize("name, stem", [("PDARTS", "cifar"), ("AmoebaNet", "imagenet")])
 def test_norms_folded_into_convolutions_change_no_logits(name, stem):
     torch.manual_seed(0)

@@ -100,7 +100,9 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
     assert "evaluate --resume" in Page(pages[0][1]).text and "1 of 2 epochs" in Page(pages[0][1]).text
     text = Page(pages[-1][1]).text
     assert f"test error {result.test_error:.2%}" in text and "drop_path" in text
-    assert re.search("--weights .*/run/weights.pt --preset demo .*--depth 3 --channels 8", text)
+    options = "--depth 3 .*--batch-size 6.* --cutout 4"
+    assert re.search(f"--weights .*/run/weights.pt --preset demo --data IMAGES {options}", text)
+    assert "IMAGES stands for a file (see --data) of the images, which the run has got from Python" in text
     drawn((tmp_path / "run/curves.svg").read_text())
     before = (tmp_path / "run/curves.svg").read_bytes()
     (tmp_path / "run/curves.svg").unlink()
