@@ -19,10 +19,11 @@ PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 Helvetica, Arial, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em }}
 h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.15em; margin-top: 2em }}
-figure {{ margin: 1em 0; overflow-x: auto }} figcaption {{ color: #777 }}
+figure, .wide {{ margin: 1em 0; overflow-x: auto }} figcaption {{ color: #777 }}
 svg {{ max-width: 100%; height: auto }} .cells svg {{ border-radius: 8px }}
 table {{ border-collapse: collapse }} td, th {{ text-align: right; padding: 2px 12px; border-bottom: 1px solid #8885 }}
-.settings td {{ text-align: left }} td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
+.settings td {{ text-align: left; overflow-wrap: anywhere }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
 pre {{ overflow-x: auto; padding: 0.8em; background: #8882; border-radius: 6px }}
 </style></head><body>
 <h1>{title}</h1>
@@ -52,7 +53,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence], kind: str = "") -> str:
     def line(tag, cells):
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-    return f'<table class="{kind}">{line("th", head)}{"".join(line("td", row) for row in rows)}</table>'
+    lines = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table class="{kind}">{lines}</table></div>'
 
 
 def command(*words) -> str:

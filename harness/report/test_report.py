@@ -138,6 +138,29 @@ def test_charts_hold_their_texts_apart_at_any_length(epochs):
     drawn(curves_svg([{**r, "loss": 1e-9, "lr": 1e-7} for r in log], Stages([3 * epochs]), "drop_path"))
 
 
+def test_operations_of_one_colour_differ_where_a_stage_has_one_epoch():
+    names, p = (pdarts.PRIMITIVES,) * 2, {f"softmax_alphas_{kind}": [[0.125] * 8] * 2 for kind in ("normal", "reduce")}
+    root = drawn(alphas_svg([record(1, 0) | p], [(names, names)], pdarts.cell_edges(1), Stages([1])))
+    dots = [tuple(dot.get(name) for name in ("fill", "stroke")) for dot in root.iter(f"{SVG}circle")]
+    assert len(set(dots)) == 8 and all(dots.count(dot) == 5 for dot in dots)  # of 4 edges, and in the legend
+
+
+def test_custom_operations_have_room_and_colours_of_their_own(monkeypatch):
+    custom = [f"{name}_of_an_own_project_with_a_long_name" for name in ("first", "second")]
+    for name in custom:
+        monkeypatch.setitem(pdarts.OPERATIONS, name, pdarts.OPERATIONS["none"])
+    p = {f"softmax_alphas_{kind}": [[0.5] * 2] * 2 for kind in ("normal", "reduce")}
+    log = [record(1, epoch) | p for epoch in range(2)]
+    root = drawn(alphas_svg(log, [((tuple(custom),) * 2,) * 2], pdarts.cell_edges(1), Stages([2])))
+    assert len({path.get("stroke") for path in root.iter(f"{SVG}path") if path.get("class") == "line"}) == 2
+
+
+def test_tables_of_a_page_scroll_where_they_are_wider():
+    content = report.page("title", True, [report.table(("a", "b"), [(1, 2)])])
+    assert Page(content).text and '<div class="wide"><table' in content
+    assert re.search(r"figure, \.wide \{[^}]*overflow-x: auto", content)
+
+
 @pytest.mark.parametrize("nodes", range(1, 7))
 def test_alphas_of_cells_of_any_number_of_nodes_leave_room_for_their_legend(nodes):
     edges, names = pdarts.cell_edges(nodes), [pdarts.PRIMITIVES]
