@@ -46,11 +46,14 @@ if hasattr(os, "register_at_fork"):  # a Ctrl-C that reaches a process that load
 
 @contextlib.contextmanager
 def _second_signal_ends(numbers):
-    """Enter a block in which the second signal of these ends the process at once, whatever the main thread does.
+    """Enter a block in which the second signal of these ends the process, even within one long call.
 
     Python's handlers wait until the main thread's present call returns. The pipe gets each signal's number at once.
     """
     global _watching
+    if not hasattr(os, "register_at_fork"):  # Windows
+        yield
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -165,6 +168,7 @@ class Run:
 
         def note(number, _):
             self.signal = number
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

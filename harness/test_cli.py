@@ -153,6 +153,7 @@ def test_the_evaluation_that_a_search_proposes_takes_images_of_the_same_form(her
     given = [*ONE_STAGE[:-2], *ONE_EPOCH, "--data", "photographs", *form, "--workers", "0", "--out", "run"]
     assert cli.command(["search", *given]) == 0
     following = shlex.split(re.search(r"next: +python \S+ (.*)", capsys.readouterr().out)[1])
+    assert cli.command(["search", "--resume", "run", "--workers", "0"]) == 0  # without the damaged file again
     assert following[:4] == ["evaluate", "run/genotype.json", "--preset", "demo"]
     for words, data in (following, "photographs"), (proposed(here / "run"), str(here / "photographs")):
         assert sorted(words) == sorted([*following[:4], "--data", data, *form])
