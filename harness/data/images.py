@@ -35,6 +35,7 @@ class Images:
     device: torch.device | None = None  # of the batches, if the images themselves stay in a mapped file
     damaged: int = 0  # files that were left out
     version: str | None = None  # tells them from others, where they are too many to look at
+    options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
 
     def __len__(self):
         return len(self.y_train)  # what trains

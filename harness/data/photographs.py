@@ -31,6 +31,7 @@ class Photographs:
     side: int
     workers: int = 0
     damaged: int = 0  # files that were left out
+    options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
     device: torch.device = torch.device("cpu")
 
     @property
