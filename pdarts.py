@@ -1014,7 +1014,7 @@ class Network(Stemmed):
     ):
         super().__init__()
         reductions = reduction_cells(depth)
-        if not isinstance(genotype, Genotype):
+        if not all(hasattr(genotype, field) for field in Genotype._fields):
             raise InputError(f"genotype is a {type(genotype).__name__}; expected a Genotype, as GENOTYPES['PDARTS'] is")
         channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()

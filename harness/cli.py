@@ -32,6 +32,8 @@ HELP = {  # more than pdarts.py says of its settings
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
 
+GENOTYPE = f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file"
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
@@ -171,7 +173,8 @@ def _search(args, out):
         f"and {settings.epochs} epochs; results in {out}"
     )
     result = search(settings, images, None if args.resume else out, space=space, **_ways(args))
-    _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
+    _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}")
+    _say(f"\n{result.genotype}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
     _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
@@ -192,6 +195,7 @@ def _evaluate(args, out):
             f"{settings.epochs} epochs; results in {out}"
         )
     new = None if args.resume or args.weights else out
+    _say(f"genotype:      {genotype}")
     result = evaluate(genotype, settings, images, new, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
@@ -202,8 +206,9 @@ def _evaluate(args, out):
 
 
 def _draw(args, _):
-    prefix = args.output if args.output is not None else pathlib.Path(args.genotype).stem + "-"
     genotype = read_genotype(args.genotype)
+    stem = "cell" if "Genotype(" in args.genotype else pathlib.Path(args.genotype).stem
+    prefix = args.output if args.output is not None else f"{stem}-"
     folder = pathlib.Path(f"{prefix}x").parent
     if not folder.is_dir():
         raise InputError(f"no folder {folder}; expected one that exists")
@@ -224,12 +229,12 @@ def _parser():
     space.add_argument("--nodes", type=int, metavar="N", help=f"nodes of a cell (default: {SPACE.nodes})")
     command.set_defaults(run=_search, space=SPACE)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
-    command.add_argument("genotype", nargs="?", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
+    command.add_argument("genotype", nargs="?", help=GENOTYPE)
     _add_options(command, EVALUATE_PRESETS)
     command.add_argument("--weights", type=_path, metavar="FILE", help="only test the network with these weights")
     command.set_defaults(run=_evaluate)
     command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
-    command.add_argument("genotype", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
+    command.add_argument("genotype", help=GENOTYPE)
     command.add_argument(
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )

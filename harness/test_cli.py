@@ -51,8 +51,11 @@ def test_search_and_evaluate_from_the_repository(folder):
     following = shlex.split(re.search(r"next: +python pdarts.py (.*)", text)[1])
     cell = f"{folder}/found/genotype.json"
     assert following == ["evaluate", cell, "--preset", "demo", "--data", f"{folder}/images"]
+    printed = re.findall(r"^Genotype.*", text, re.MULTILINE)
     small = "--depth 3 --channels 8 --epochs 1 --batch-size 16".split()
     text = run(*following, *small, "--out", folder / "evaluated")
+    printed += re.findall(r"^genotype: +(.*)", text, re.MULTILINE)
+    assert [read_genotype(genotype) for genotype in printed] == [read_genotype(cell)] * 2
     assert "preset demo: training on 50 images of cifar10, 3 cells, 8 channels, 1 epochs" in text
     assert re.search(r"test error: +\d+\.\d\d%", text) and (folder / "evaluated/weights.pt").exists()
     refused = python("pdarts.py", "search", "--out", folder / "refused", PDARTS_KERNELS="perhaps")
@@ -131,9 +134,11 @@ BAD = {
     "mistyped run": (["search", "--resume", "ruin"], "ruin holds no run; expected the folder of one, or --out for a"),
     "no run": (["search", "--resume", "used"], "used holds no run"),
     "new and old": (["search", "--out", "new", "--resume", "used"], "out is 'new' and resume is 'used'; expected one"),
-    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file or one of PDARTS"),
+    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file, one of PDARTS"),
     "nothing to evaluate": (["evaluate"], "the following arguments are required: genotype"),
-    "no JSON": (["draw", "used/file"], "not valid JSON"),
+    "no JSON": (["draw", "used/file"], "used/file is not valid (JSONDecodeError: Expecting value"),
+    "half a text": (["draw", "Genotype(normal=[('none', 0)"], "the genotype is not valid"),
+    "a long name": (["evaluate", "x" * 5000], "; expected a file, one of PDARTS"),
     "no genotype": (["draw", "list.json"], "is not a genotype; expected an object with normal"),
     "unknown operation": (["evaluate", "operation.json"], "normal[3] has unknown operation 'sep_conv_4x4'"),
     "future node": (["evaluate", "future.json"], "reduce[0] has input 2; node 0 can take 0 to 1"),
