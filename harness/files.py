@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import reprlib
 import zipfile
 
@@ -21,8 +22,19 @@ def short(value) -> str:
 
 def reason(error: Exception) -> str:
     """Return a short text of an error that a damaged file led to."""
-    text = " ".join(str(error).split())
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).split())  # without colours
     return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
+
+
+def shown(text: str) -> str:
+    """Return a name as messages and lists show it: in one line, even if the name has several."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def some(names: list[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(f"{shown(name):.80}" for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_zip(path, sums=False):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from harness.files import locked, reason, write_whole
+from harness.files import locked, reason, shown, some, write_whole
 from pdarts import InputError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -56,15 +56,6 @@ class Listing:
     def without(self, damaged) -> Listing:
         train, test = ([image for image in part if image[0] not in damaged] for part in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)
-
-
-def shown(text: str) -> str:
-    """Return a file's name as messages and lists show it: in one line, even if the name has several."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------
