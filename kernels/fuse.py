@@ -209,8 +209,8 @@ def _is_whole_search_cell(m):
 def _is_whole_evaluation_cell(m):
     if not (_is_evaluation_cell(m) and _is_whole(m, m._ops)):
         return False
-    nodes = range(2, 2 + len(m._ops) // 2)  # one of no use gets no gradients in plain torch: there it stays
-    return set(nodes) <= {*m.sources, *m.concat} and len(set(m.concat)) == len(m.concat) and min(m.concat) >= 2
+    states = range(2 + len(m._ops) // 2)  # one that nothing reads gets no gradients in plain torch: nor does it here
+    return set(states) <= {*m.sources, *m.concat} and len(set(m.concat)) == len(m.concat) and min(m.concat) >= 2
 
 
 def _is_network(m):
