@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+import kernels
 import pdarts
 from harness.conftest import ONE_STAGE, ROOT
 from harness.settings import SEARCH_PRESETS
@@ -38,8 +39,9 @@ def small(monkeypatch, tmp_path):
     floats = TensorDataset(images / 255, labels)
     arrays = {"x_train": images.permute(0, 2, 3, 1), "y_train": labels, "x_test": images.permute(0, 2, 3, 1)}
     arrays |= {"y_test": labels, "outputs": torch.randn(3, 2, 4, 8, 8), "probabilities": torch.rand(3)}
-    arrays |= {"running_means": list(torch.zeros(3, 4)), "running_vars": list(torch.ones(3, 4))}
-    return {"images": images, "labels": labels, "halves": (floats, floats), "test_set": floats} | arrays
+    norms = [kernels.Norm(torch.zeros(4), torch.ones(4)) for _ in range(3)]
+    given = {"images": images, "labels": labels, "halves": (floats, floats), "test_set": floats, "norms": norms}
+    return given | arrays
 
 
 def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights):

@@ -3,7 +3,7 @@
     from kernels import mixed_sum, mixed_norm_sum, separable, pool, cell, fuse
 
     y = mixed_sum(outputs, probabilities)           # sum_k probabilities[k] * outputs[k]
-    y = mixed_norm_sum(outputs, probabilities, running_means, running_vars, training=True)
+    y = mixed_norm_sum(outputs, probabilities, norms, training=True)
                                                     # sum_k probabilities[k] * batch_norm_k(outputs[k])
     y = separable(x, depthwise, pointwise)          # pointwise(depthwise(relu(x)))
     y = pool(x, "max")                              # over 3x3 windows, or "avg"
@@ -14,7 +14,7 @@ The folder works alone, copied into any project. README.md is its manual.
 
 from .fuse import fuse, memory_format
 from .ops import cell, dropout_key, dropout_masks, mixed_norm_sum, mixed_sum, pool, separable
-from .program import Dropout, Norm, Step, Sum
+from .program import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum
 from .reference import (
     cell_ref,
     dropout_masks_ref,
@@ -29,4 +29,4 @@ from .runtime import CUDA_OPERATIONS, fused, load, supports, use, use_on_cuda
 __all__ = ["cell", "cell_ref", "dropout_key", "dropout_masks", "dropout_masks_ref", "fuse", "fused", "load"]
 __all__ += ["memory_format", "mixed_norm_sum", "mixed_norm_sum_ref", "mixed_sum", "mixed_sum_ref", "philox_ref", "pool"]
 __all__ += ["pool_ref", "separable", "separable_ref", "supports", "use", "use_on_cuda", "CUDA_OPERATIONS", "Dropout"]
-__all__ += ["Norm", "Step", "Sum"]
+__all__ += ["FactorizedReduce", "Norm", "Pool", "Separable", "Sum"]

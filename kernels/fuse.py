@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .ops import cell, dropout_key, dropout_masks, pool, run_cell
-from .program import Dropout, Norm, Step, Sum, cell_program, known_on_cuda
+from .program import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum, cell_program, known_on_cuda
 from .runtime import fused, supports
 
 
@@ -234,13 +234,10 @@ class _Program:
     def __init__(self):
         self.settings, self.operations, self.norms = None, [], []
 
-    def step(self, *step, norm=None, **settings):
-        return self._add(Step(*step, **settings), norm)
-
     def sum(self, terms):
-        return self._add(Sum(terms), None)
+        return self.step(Sum(terms), None)
 
-    def _add(self, operation, norm):
+    def step(self, operation, norm):
         self.operations.append(operation)
         self.norms.append(norm)
         return len(self.operations) - 1
@@ -329,7 +326,7 @@ class _FusedPool(_Fused):
         return "max" if isinstance(self, nn.MaxPool2d) else "avg"
 
     def add_to(self, program, value, norm=None):
-        return program.step(value, self.kind, stride=self.stride, norm=norm)
+        return program.step(Pool(value, self.kind, self.stride), norm)
 
 
 class _FusedOperation(_Fused):
@@ -348,7 +345,7 @@ class _FusedOperation(_Fused):
                 weight = depthwise.weight
                 geometry = {name: getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation")}
             pointwise, norm, *layers = layers
-            value = program.step(value, weights=(weight, pointwise.weight), norm=norm, **geometry)
+            value = program.step(Separable(value, weight, pointwise.weight, **geometry), norm)
         return value
 
 
@@ -358,7 +355,7 @@ class _FusedFactorizedReduce(_Fused):
         return [self.bn]
 
     def add_to(self, program, value):
-        return program.step(value, "reduce", (self.conv_1.weight, self.conv_2.weight), norm=self.bn)
+        return program.step(FactorizedReduce(value, self.conv_1.weight, self.conv_2.weight), self.bn)
 
 
 class _FusedMixedOp:

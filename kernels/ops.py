@@ -11,7 +11,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .program import KINDS, MAX_CANDIDATES, Step, Sum, cell_program, known_on_cuda
+from .program import MAX_CANDIDATES, FactorizedReduce, Pool, Separable, Sum, cell_program, known_on_cuda
 from .reference import dropout_masks_ref, mixed_norm_sum_ref, mixed_sum_ref, pool_ref
 from .runtime import fused, supports
 
@@ -31,68 +31,45 @@ def mixed_sum(outputs, probabilities):
     return torch.ops.pdarts.mixed(outputs, probabilities, [], [], None, [False] * len(outputs), 0.0)[0]
 
 
-def mixed_norm_sum(
-    outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5, gammas=None, betas=None
-):
+def mixed_norm_sum(outputs, probabilities, norms, training, momentum=0.1, eps=1e-5):
     """sum_k probabilities[k] * bn_k(outputs[k]), bn_k a batch norm; stores nothing normalised.
 
-    outputs, probabilities and result as in `mixed_sum`. running_means, running_vars: K tensors [C] in the type that is
-    accumulated in, or None where the output is not to be normalised (an identity). gammas, betas: likewise, None where
-    a norm has no affine parameters, or None for all. `training`: normalise by the statistics of the batch and move the
-    running ones by `momentum` towards them (the variance unbiased), as torch's batch_norm does; otherwise normalise by
-    the running ones. Kept for backward: the outputs and 3 numbers per output and channel.
+    outputs, probabilities and result as in `mixed_sum`. norms: K entries, a `Norm` in the type that is accumulated in,
+    or None where the output is not to be normalised (an identity). `training`: normalise by the statistics of the batch
+    and move the running ones by `momentum` towards them (the variance unbiased), as torch's batch_norm does; otherwise
+    normalise by the running ones. Saved for backward: the outputs and 3 numbers per output and channel.
     """
     outputs = _one_dtype(outputs)
-    affine = list(gammas or [None] * len(outputs)), list(betas or [None] * len(outputs))
     if not supports("mixed", outputs[0]):
-        running = running_means, running_vars
-        return mixed_norm_sum_ref(outputs, probabilities, *running, training, momentum, eps, *affine)
-    if {len(running_means), len(running_vars), *map(len, affine)} != {len(outputs)}:
-        raise RuntimeError(
-            f"running_means, running_vars, gammas and betas have {len(running_means)}, {len(running_vars)}, "
-            f"{len(affine[0])} and {len(affine[1])} entries; expected {len(outputs)}, one for each of the outputs"
-        )
-    normalised = [mean is not None for mean in running_means]
-    if normalised != [var is not None for var in running_vars]:
-        raise RuntimeError("running_means and running_vars are None in different places; expected the same")
-    statistics, batch = _normalisation(running_means, running_vars, training, eps)
-    y, computed = torch.ops.pdarts.mixed(outputs, probabilities, *affine, statistics, batch, eps)
-    _move_running(running_means, running_vars, computed, batch, momentum, y)
+        return mixed_norm_sum_ref(outputs, probabilities, norms, training, momentum, eps)
+    if len(norms) != len(outputs):
+        raise RuntimeError(f"norms has {len(norms)} entries; expected {len(outputs)}, one for each of the outputs")
+    _, _, gammas, betas = _columns(norms)
+    statistics, batch = _normalisation(norms, training, eps)
+    y, computed = torch.ops.pdarts.mixed(outputs, probabilities, gammas, betas, statistics, batch, eps)
+    _move_running(norms, computed, batch, momentum, y)
     return y
 
 
 def separable(
-    x,
-    depthwise,
-    pointwise,
-    stride=1,
-    padding=0,
-    dilation=1,
-    running_mean=None,
-    running_var=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-    gamma=None,
-    beta=None,
+    x, depthwise, pointwise, stride=1, padding=0, dilation=1, norm=None, training=False, momentum=0.1, eps=1e-5
 ):
     """The convolutions of a separable convolution: ReLU, depthwise, pointwise; nothing between them is stored.
 
     x: [N,C,H,W]; depthwise: weight [C,1,k,k], or None for a pointwise convolution after ReLU; pointwise: weight
-    [channels,C,1,1]. Where running_mean and running_var [C] are given, torch's batch norm normalises x first, with
-    gamma and beta [C] if given; training, momentum and eps as in `mixed_norm_sum`. Saved for backward: x, the weights
-    and the result; the rest is computed again, on the CPU, or saved, on CUDA. Differentiable once.
+    [channels,C,1,1]. Where a `Norm` is given, torch's batch norm normalises x first; training, momentum and eps as in
+    `mixed_norm_sum`. Saved for backward: x, the weights and the result; the rest is computed again, on the CPU, or
+    saved, on CUDA. Differentiable once.
 
     A cell of one step: fused, and deterministic, where `cell` is, and in its memory format. Elsewhere torch's own
     convolutions run.
     """
-    if (running_mean is None) != (running_var is None):
-        raise RuntimeError("one of running_mean and running_var is None; expected both or none")
-    if running_mean is not None:
-        x = F.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
+    if norm is not None:
+        x = F.batch_norm(x, *norm, training, momentum, eps)
+    step = Separable(0, depthwise, pointwise, stride, padding, dilation)
     if not supports("separable", x) or any(w is not None and w.dtype != x.dtype for w in (depthwise, pointwise)):
-        return _convolved(F.relu(x), depthwise, pointwise, stride, padding, dilation)
-    return _step(x, Step(0, "separable", (depthwise, pointwise), stride, padding, dilation))
+        return _alone(step, x)
+    return _step(x, step)
 
 
 def pool(x, kind, stride=1):
@@ -101,11 +78,15 @@ def pool(x, kind, stride=1):
     x: [N,C,H,W] -> [N,C,ceil(H/stride),ceil(W/stride)]. Saved for backward: x and the result, which must not be changed
     then, instead of the places of the largest elements. A cell of one step: fused where `cell` is. Differentiable once.
     """
-    if kind not in ("max", "avg"):
-        raise ValueError(f"the kind of pooling is {kind!r}; expected max or avg")
-    if not supports("pool", x):
-        return pool_ref(x, kind, stride)
-    return _step(x, Step(0, kind, stride=stride))
+    step = Pool(0, kind, stride)
+    _check_pools([step])
+    return _step(x, step) if supports("pool", x) else _alone(step, x)
+
+
+def _check_pools(operations):
+    for op in operations:
+        if isinstance(op, Pool) and op.kind not in ("max", "avg"):
+            raise ValueError(f"the kind of pooling is {op.kind!r}; expected max or avg")
 
 
 def _step(x, step):
@@ -116,22 +97,18 @@ def _step(x, step):
 
 
 def _alone(step, x):
-    """What a step computes, by torch."""
-    if step.kind == "separable":
-        return _convolved(F.relu(x), *step.weights, step.stride, step.padding, step.dilation)
-    if step.kind == "reduce":
-        return _reduced(F.relu(x), *step.weights)
-    return pool_ref(x, step.kind, step.stride)
+    """The result of a step, by torch."""
+    return pool_ref(x, step.kind, step.stride) if isinstance(step, Pool) else _convolved(step, F.relu(x))
 
 
-def _convolved(x, depthwise, pointwise, stride=1, padding=0, dilation=1):
-    if depthwise is not None:
-        x = _conv2d(x, depthwise, stride, padding, dilation, x.shape[1])
-    return F.conv2d(x, pointwise)
-
-
-def _reduced(x, first, second):
-    return torch.cat([F.conv2d(half, weight) for half, weight in zip(_Diagonals.apply(x), (first, second))], dim=1)
+def _convolved(step, x):
+    """The result of the convolutions of a step; x is rectified."""
+    if isinstance(step, FactorizedReduce):
+        halves = zip(_Diagonals.apply(x), (step.first, step.second))
+        return torch.cat([F.conv2d(half, weight) for half, weight in halves], dim=1)
+    if step.depthwise is not None:
+        x = _conv2d(x, step.depthwise, step.stride, step.padding, step.dilation, x.shape[1])
+    return F.conv2d(x, step.pointwise)
 
 
 def _conv2d(x, weight, stride, padding, dilation, groups):
@@ -175,8 +152,7 @@ def _one_by_one(inputs, operations, outputs, probabilities, norms, training, mom
     settings, probabilities = (training, momentum, eps), list(probabilities)
     rates = dict(zip(dropout.terms, dropout.rates.split(1))) if dropout else {}
     reads = [v for op in operations for v in (op.terms if isinstance(op, Sum) else [op.source])] + list(outputs)
-    rectifying = [op.source for op in operations if isinstance(op, Step) and op.kind in ("separable", "reduce")]
-    norms = [norm or (None,) * 4 for norm in norms]
+    rectifying = [op.source for op in operations if isinstance(op, (Separable, FactorizedReduce))]
     values, rectified = [], {}  # each as often as it is read
     place = 0
 
@@ -187,7 +163,7 @@ def _one_by_one(inputs, operations, outputs, probabilities, norms, training, mom
     def add(value):
         v = len(values)
         shared = rectifying.count(v)
-        once = shared > 1 and norms[v][0] is None  # one ReLU does for all of them
+        once = shared > 1 and norms[v] is None  # one ReLU does for all of them
         values.append(copies(value, reads.count(v) - shared + 1 if once else reads.count(v)))
         if once:
             rectified[v] = copies(F.relu(values[v].pop()), shared)
@@ -204,21 +180,17 @@ def _one_by_one(inputs, operations, outputs, probabilities, norms, training, mom
         if isinstance(op, Sum):
             sums = []
             for part in (op.terms[i : i + MAX_CANDIDATES] for i in range(0, len(op.terms), MAX_CANDIDATES)):
-                means, vars, *affine = zip(*(norms[v] for v in part))
                 p = torch.stack(probabilities[place : place + len(part)])
                 terms = [term(v, place + i) for i, v in enumerate(part)]
-                sums.append(mixed_norm_sum(terms, p, means, vars, *settings, *affine))
+                sums.append(mixed_norm_sum(terms, p, [norms[v] for v in part], *settings))
                 place += len(part)
             y = sum(sums[1:], sums[0])
-        elif op.kind in ("separable", "reduce") and op.source in rectified:
-            x = rectified[op.source].pop()
-            reduce = op.kind == "reduce"
-            y = _reduced(x, *op.weights) if reduce else _convolved(x, *op.weights, op.stride, op.padding, op.dilation)
+        elif op.source in rectified and not isinstance(op, Pool):
+            y = _convolved(op, rectified[op.source].pop())
         else:
             x = values[op.source].pop()
-            mean, var, *affine = norms[op.source]
-            if mean is not None:
-                x = F.batch_norm(x, mean, var, *affine, *settings)
+            if norms[op.source] is not None:
+                x = F.batch_norm(x, *norms[op.source], *settings)
             y = _alone(op, x)
         add(y)
     return torch.cat([values[i].pop() for i in outputs], dim=1) if len(outputs) > 1 else values[outputs[0]].pop()
@@ -270,10 +242,11 @@ def cell(
 ):
     """A cell, or a part of one, as a whole.
 
-    inputs: tensors [N,C,H,W], the first values. operations: a `Step` or `Sum` for each further value, which reads
-    values before it. A sum is `mixed_norm_sum` of its terms; probabilities [K] or [K,N] are those of the terms of all
-    sums, one after the other. norms: a `Norm` or None for each value; training, momentum and eps are those of all. A
-    separable convolution that reads a value with a norm normalises it first. The value of a step is used once.
+    inputs: tensors [N,C,H,W], the first values. operations: a step (`Separable`, `FactorizedReduce`, `Pool`) or a `Sum`
+    for each further value, which reads values before it. A sum is `mixed_norm_sum` of its terms; probabilities [K] or
+    [K,N] are those of the terms of all sums, one after the other. norms: a `Norm` or None for each value; training,
+    momentum and eps are those of all. A separable convolution that reads a value with a norm normalises it first. The
+    value of a step is used once.
     dropout: a `Dropout` of some terms, whose masks are drawn where they are read, again in the backward pass, and never
     stored. Returns the channels of the values in `outputs` side by side: sums, or one step without a norm.
 
@@ -288,9 +261,7 @@ def cell(
         raise RuntimeError(
             f"norms has {len(norms)} entries; expected {len(inputs)} + {len(operations)}, one for each value"
         )
-    for op in operations:
-        if isinstance(op, Step) and op.kind not in KINDS:
-            raise RuntimeError(f"a step is of kind {op.kind!r}; expected one of {KINDS}")
+    _check_pools(operations)
     settings = training, momentum, eps, dropout
     on_cuda = inputs[0].device.type == "cuda"
     if not supports("cell", inputs[0]) or (on_cuda and not known_on_cuda(operations, norms, outputs)):
@@ -301,35 +272,41 @@ def cell(
 def run_cell(inputs, program, weights, outputs, probabilities, norms, training, momentum, eps, dropout=None):
     """`cell` where it is fused, of a program as `cell_program` gives it."""
     key, rates, dropped = dropout or (None, None, [])
-    means, vars, gammas, betas = zip(*(norm or (None,) * 4 for norm in norms))
-    statistics, batch = _normalisation(means, vars, training, eps)
+    _, _, gammas, betas = _columns(norms)
+    statistics, batch = _normalisation(norms, training, eps)
     norm = weights, gammas, betas, probabilities, statistics
     y, computed, _ = torch.ops.pdarts.cell(
         inputs, *norm, key, rates, dropped, program, outputs, batch, eps, False
     )
-    _move_running(means, vars, computed, batch, momentum, y)
+    _move_running(norms, computed, batch, momentum, y)
     return y
 
 
+def _columns(norms):
+    """running_means, running_vars, gammas, betas: of each norm, or None."""
+    return zip(*(norm or (None,) * 4 for norm in norms))
+
+
 @torch.no_grad()
-def _normalisation(means, vars, training, eps):
+def _normalisation(norms, training, eps):
     """How the operators normalise: by `statistics` [3,K,C] (mean, 1 / sqrt(variance + eps), variance) or by the batch.
 
-    means, vars: running ones, None where nothing is to be normalised. Returns statistics, or None, and K flags.
+    Returns statistics, or None, and for each norm whether the batch's statistics normalise.
     """
-    normalised = [mean is not None for mean in means]
+    normalised = [norm is not None for norm in norms]
     if training or not any(normalised):
         return None, normalised
+    means, vars, _, _ = _columns(norms)
     zero, one = (f(next(mean for mean in means if mean is not None)) for f in (torch.zeros_like, torch.ones_like))
     mean, var = (torch.stack([zero if t is None else t for t in running]) for running in (means, vars))
     invstd = torch.where(torch.tensor(normalised, device=var.device)[:, None], (var + eps).rsqrt(), one)
     return torch.stack([mean, invstd, var]), [False] * len(normalised)
 
 
-def _move_running(means, vars, statistics, batch, momentum, x):
+def _move_running(norms, statistics, batch, momentum, x):
     """The running statistics of what is normalised by the batch, towards those of the batch, unless x is empty."""
     if any(batch) and x.numel():
-        means, vars = ([t for t, normalised in zip(running, batch) if normalised] for running in (means, vars))
+        means, vars, _, _ = zip(*(norm for norm in norms if norm))
         torch.ops.pdarts.update_running(means, vars, statistics, batch, momentum)
 
 

@@ -19,23 +19,35 @@ class Norm(NamedTuple):
     beta: torch.Tensor | None = None
 
 
-class Step(NamedTuple):
-    """A step that an edge of a cell computes from a value, see `cell`.
-
-    kind "separable" is `separable` with the weights depthwise (or None) and pointwise, "reduce" a factorized reduction
-    with the weights of two pointwise convolutions, "max" and "avg" are `pool`.
-    """
+class Separable(NamedTuple):
+    """A step of a cell: `separable` of a value; without depthwise a pointwise convolution after ReLU."""
 
     source: int
-    kind: str = "separable"
-    weights: tuple = (None, None)
+    depthwise: torch.Tensor | None
+    pointwise: torch.Tensor
     stride: int = 1
     padding: int = 0
     dilation: int = 1
 
 
+class FactorizedReduce(NamedTuple):
+    """A step of a cell: two pointwise convolutions of stride 2 after ReLU, the second one pixel on, side by side."""
+
+    source: int
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Pool(NamedTuple):
+    """A step of a cell: `pool` of a value; kind is "max" or "avg"."""
+
+    source: int
+    kind: str
+    stride: int = 1
+
+
 class Sum(NamedTuple):
-    """A node of a cell, see `cell`."""
+    """A node of a cell: the mixed operation of values."""
 
     terms: list[int]
 
@@ -58,17 +70,18 @@ KINDS = ("separable", "reduce", "max", "avg")  # in the order of PdartsOperation
 def known_on_cuda(operations, norms, outputs):
     """Whether `cell` supports these on CUDA, see csrc/torch/cell_cuda.h."""
     inputs = len(norms) - len(operations)
-    steps = {inputs + i: op for i, op in enumerate(operations) if isinstance(op, Step)}
+    steps = {inputs + i: op for i, op in enumerate(operations) if not isinstance(op, Sum)}
     together = list(outputs)
     for op in operations:
         if isinstance(op, Sum):
             together += op.terms
             known = len(op.terms) <= MAX_CANDIDATES
         else:
-            known = op.source not in steps or {op.kind, steps[op.source].kind} == {"separable"}
-            known = known and op.stride in (1, 2)
-            if op.kind == "separable" and op.weights[0] is not None:
-                kernel = op.weights[0].shape[-1]
+            chained = isinstance(op, Separable) and isinstance(steps.get(op.source), Separable)
+            known = op.source not in steps or chained
+            known = known and (isinstance(op, FactorizedReduce) or op.stride in (1, 2))
+            if isinstance(op, Separable) and op.depthwise is not None:
+                kernel = op.depthwise.shape[-1]
                 known = known and kernel in CUDA_KERNEL_SIZES and op.dilation in (1, 2)
                 known = known and op.padding <= op.dilation * (kernel - 1)
         if not known:
@@ -83,7 +96,13 @@ def cell_program(operations):
         if isinstance(op, Sum):
             program += [len(KINDS), len(op.terms), *op.terms]
             weights += [None, None]
+        elif isinstance(op, Pool):
+            program += [KINDS.index(op.kind), op.source, op.stride, 0, 1]
+            weights += [None, None]
+        elif isinstance(op, FactorizedReduce):
+            program += [KINDS.index("reduce"), op.source, 1, 0, 1]
+            weights += [op.first, op.second]
         else:
-            program += [KINDS.index(op.kind), op.source, op.stride, op.padding, op.dilation]
-            weights += op.weights
+            program += [KINDS.index("separable"), op.source, op.stride, op.padding, op.dilation]
+            weights += [op.depthwise, op.pointwise]
     return program, weights

@@ -1,7 +1,8 @@
 """The operations of ops.py in plain torch, as the books say them: what the kernels are checked against.
 
 This module imports nothing of ours and shares no code with what it checks. A cell's operations are taken as they are
-given: a sum has `terms`, a step has `source`, `kind`, `weights` and its geometry.
+given: a sum has `terms`, a separable convolution `pointwise`, a factorized reduction `first`, a pool `kind`. A norm is
+(running_mean, running_var, gamma, beta), the last two perhaps None.
 """
 
 from __future__ import annotations
@@ -15,39 +16,21 @@ def mixed_sum_ref(outputs, probabilities):
     return sum(p.to(y.dtype).view(-1, 1, 1, 1) * y for p, y in zip(probabilities, outputs, strict=True))
 
 
-def mixed_norm_sum_ref(
-    outputs, probabilities, running_means, running_vars, training, momentum=0.1, eps=1e-5, gammas=None, betas=None
-):
+def _normalised_ref(x, norm, training, momentum, eps):
+    return x if norm is None else F.batch_norm(x, *norm, training, momentum, eps)
+
+
+def mixed_norm_sum_ref(outputs, probabilities, norms, training, momentum=0.1, eps=1e-5):
     """Plain torch version of `mixed_norm_sum`."""
-    none = [None] * len(outputs)
-    normed = [
-        y if mean is None else F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)
-        for y, mean, var, gamma, beta in zip(
-            outputs, running_means, running_vars, gammas or none, betas or none, strict=True
-        )
-    ]
+    normed = [_normalised_ref(y, norm, training, momentum, eps) for y, norm in zip(outputs, norms, strict=True)]
     return mixed_sum_ref(normed, probabilities)
 
 
 def separable_ref(
-    x,
-    depthwise,
-    pointwise,
-    stride=1,
-    padding=0,
-    dilation=1,
-    running_mean=None,
-    running_var=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-    gamma=None,
-    beta=None,
+    x, depthwise, pointwise, stride=1, padding=0, dilation=1, norm=None, training=False, momentum=0.1, eps=1e-5
 ):
     """Plain torch version of `separable`."""
-    if running_mean is not None:
-        x = F.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
-    x = F.relu(x)
+    x = F.relu(_normalised_ref(x, norm, training, momentum, eps))
     if depthwise is not None:
         x = F.conv2d(x, depthwise, None, stride, padding, dilation, groups=x.shape[1])
     return F.conv2d(x, pointwise)
@@ -103,10 +86,7 @@ def cell_ref(
     rates = dict(zip(dropout.terms, dropout.rates)) if dropout else {}
 
     def normed(v):
-        if norms[v] is None:
-            return values[v]
-        mean, var, gamma, beta = norms[v]
-        return F.batch_norm(values[v], mean, var, gamma, beta, training, momentum, eps)
+        return _normalised_ref(values[v], norms[v], training, momentum, eps)
 
     for op in operations:
         if hasattr(op, "terms"):
@@ -118,10 +98,10 @@ def cell_ref(
                     x = x * mask.to(x.dtype)
                 y = y + probabilities[place].to(x.dtype).view(-1, 1, 1, 1) * x
                 place += 1
-        elif op.kind == "separable":
-            y = separable_ref(normed(op.source), *op.weights, op.stride, op.padding, op.dilation)
-        elif op.kind == "reduce":
-            y = factorized_reduce_ref(normed(op.source), *op.weights)
+        elif hasattr(op, "pointwise"):
+            y = separable_ref(normed(op.source), op.depthwise, op.pointwise, op.stride, op.padding, op.dilation)
+        elif hasattr(op, "first"):
+            y = factorized_reduce_ref(normed(op.source), op.first, op.second)
         else:
             y = pool_ref(normed(op.source), op.kind, op.stride)
         values.append(y)

@@ -104,21 +104,20 @@ FUSED, PLAIN = (Namespace(**{name: getattr(kernels, name + end) for name in NAME
 ALLOWED = {"float64": 1e-11, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def statistics_of(channels, like):
-    """Return running means and variances."""
-    return torch.linspace(-0.5, 0.5, channels).to(like), torch.linspace(0.5, 2, channels).to(like)
+def norm_of(channels, like):
+    return kernels.Norm(torch.linspace(-0.5, 0.5, channels).to(like), torch.linspace(0.5, 2, channels).to(like))
 
 
 def mixed_norm_sum(f, p, *outputs, training):
-    means, variances = zip(*[statistics_of(y.shape[1], p) for y in outputs[1:]])
-    return f.mixed_norm_sum(outputs, p, [None, *means], [None, *variances], training)  # the first: an identity
+    norms = [norm_of(y.shape[1], p) for y in outputs[1:]]
+    return f.mixed_norm_sum(outputs, p, [None, *norms], training)  # the first: an identity
 
 
 def separable(f, x, pointwise, *depthwise, stride=1, dilation=1, norm=False):
     depthwise = depthwise[0] if depthwise else None
     padding = 0 if depthwise is None else dilation * (depthwise.shape[2] // 2)
-    running = statistics_of(x.shape[1], pointwise) if norm else (None, None)
-    return f.separable(x, depthwise, pointwise, stride, padding, dilation, *running, norm)
+    norm = norm_of(x.shape[1], pointwise) if norm else None
+    return f.separable(x, depthwise, pointwise, stride, padding, dilation, norm, training=norm is not None)
 
 
 def operators(shape):

@@ -31,11 +31,11 @@ class Case:
         self.outputs = [randn().requires_grad_() for _ in range(count)]
         self.probabilities = torch.rand(count, device=device, dtype=dtype).softmax(0).requires_grad_()
         self.gradient = randn()
-        self.running = []
+        self.norms = []  # and whether they normalise by the batch
         if name == "mixed_norm_sum":
             kind = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-            fresh = [[f(shape[1], **kind) for _ in self.outputs] for f in (torch.zeros, torch.ones)]
-            self.running = [*fresh, True]
+            fresh = [[f(shape[1], **kind) for f in (torch.zeros, torch.ones)] for _ in self.outputs]
+            self.norms = [[kernels.Norm(*running) for running in fresh], True]
         self.sides = {
             "fused": getattr(kernels, name),
             "eager": getattr(kernels, f"{name}_ref"),
@@ -51,7 +51,7 @@ class Case:
         return time.perf_counter() - start
 
     def run(self, side, backward):
-        y = self.sides[side](self.outputs, self.probabilities, *self.running)
+        y = self.sides[side](self.outputs, self.probabilities, *self.norms)
         return [y, *torch.autograd.grad(y, [self.probabilities, *self.outputs], self.gradient)] if backward else y
 
     def minimum_bytes(self, backward):
@@ -62,12 +62,10 @@ class Case:
         return tensors * self.gradient.nbytes
 
 
-def stack_einsum(outputs, probabilities, *running):
-    if running:
-        ones = torch.ones_like(probabilities)
-        outputs = [
-            kernels.mixed_norm_sum_ref([y], o[None], [m], [v], True) for y, o, m, v in zip(outputs, ones, *running[:2])
-        ]
+def stack_einsum(outputs, probabilities, norms=None, training=True):
+    if norms:
+        one = torch.ones_like(probabilities[:1])
+        outputs = [kernels.mixed_norm_sum_ref([y], one, [norm], training) for y, norm in zip(outputs, norms)]
     return torch.einsum("k,knchw->nchw", probabilities, torch.stack(outputs))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import Dropout, Norm, Step, Sum, cell, cell_ref
+from kernels import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum, cell, cell_ref
 from kernels.tests.helpers import FRESH, layout_of
 
 
@@ -34,22 +34,22 @@ class Case:
         halves = [self.leaf(half, c + 3, 1, 1) for half in (c // 2, c - c // 2)]
         self.inputs = [a, b, small]
         self.operations = [
-            Step(0, "separable", (depthwise[0], pointwise[0]), stride, 1, 1),  # 3
-            Step(3, "separable", (depthwise[1], pointwise[1]), 1, 2, 1),  # 4
-            Step(1, "separable", (depthwise[2], pointwise[2]), stride, 2, 2),  # 5
-            Step(0, "max", stride=stride),  # 6
+            Separable(0, depthwise[0], pointwise[0], stride, 1, 1),  # 3
+            Separable(3, depthwise[1], pointwise[1], 1, 2, 1),  # 4
+            Separable(1, depthwise[2], pointwise[2], stride, 2, 2),  # 5
+            Pool(0, "max", stride),  # 6
             Sum([4, 2, 5, 6, 2]),  # 7
-            Step(7, "avg"),  # 8
-            Step(2, "separable", (None, pointwise[3])),  # 9
+            Pool(7, "avg"),  # 8
+            Separable(2, None, pointwise[3]),  # 9
             Sum([8, 7, 9, 7]),  # 10
-            Step(10, "separable", (depthwise[3], pointwise[4]), 1, 1, 1),  # 11
+            Separable(10, depthwise[3], pointwise[4], 1, 1, 1),  # 11
             Sum([11, 10]),  # 12
             Sum([7]),  # 13, not an output, as the first
-            Step(13, "max"),  # 14
+            Pool(13, "max"),  # 14
             Sum([14, 12]),  # 15
         ]
         if stride == 2:
-            self.operations += [Step(1, "reduce", halves), Sum([16])]  # 17
+            self.operations += [FactorizedReduce(1, *halves), Sum([16])]  # 17
         else:
             del self.tensors[-2:]
         self.outputs = [10, 15, 17][: stride + 1]
@@ -82,11 +82,9 @@ class Case:
         dtype = tensors[0].dtype
 
         def swap(t):
-            return t if t is None else known.get(id(t), t.to(self.device, dtype))
+            return known.get(id(t), t.to(self.device, dtype)) if isinstance(t, torch.Tensor) else t
 
-        operations = [
-            op if isinstance(op, Sum) else op._replace(weights=tuple(map(swap, op.weights))) for op in self.operations
-        ]
+        operations = [type(op)(*map(swap, op)) for op in self.operations]
         norms = [norm and Norm(*map(swap, norm)) for norm in self.norms]
         inputs, probabilities = [swap(x) for x in self.inputs], swap(self.probabilities)
         key, rates, places = self.dropout or (None, None, None)
@@ -239,9 +237,9 @@ def test_where_torch_convolves_one_relu_does_for_all_readers_of_a_value(device):
     results, relus = [], []
     for function in cell, cell_ref:
         x, *w, p = tensors
-        steps = [Step(0, "reduce", w[4:]), Step(0, "separable", w[:2], 2, 1), Step(0, "separable", w[2:4], 2, 4, 2)]
+        steps = [FactorizedReduce(0, *w[4:]), Separable(0, *w[:2], 2, 1), Separable(0, *w[2:4], 2, 4, 2)]
         with torch.autocast(device, torch.bfloat16), torch.profiler.profile() as profile:
-            y = function([x], [*steps, Step(0, "max", stride=2), Sum([1, 2, 3, 4])], [5], p)
+            y = function([x], [*steps, Pool(0, "max", 2), Sum([1, 2, 3, 4])], [5], p)
         relus.append(sum(event.key == "aten::relu" and event.count for event in profile.key_averages()))
         results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), tensors)])
     assert relus == [1, 3]
@@ -260,7 +258,7 @@ def test_second_derivative_of_the_fused_cell_is_refused():
 
 X = torch.rand(2, 4, 6, 6)
 ONE = torch.ones(1)
-POINTWISE = (None, torch.rand(4, 4, 1, 1))
+POINTWISE = torch.rand(4, 4, 1, 1)
 NORM = Norm(torch.zeros(4), torch.ones(4))
 
 
@@ -271,13 +269,12 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Sum([0, 1])], [1], torch.ones(2), None, "operation 0 reads value 1; expected 0 to 0"),
     ([X], [Sum([])], [1], torch.ones(0), None, "operation 0 is a sum of 0 terms; expected 1 or more"),
     ([X, X[:, :, 1:]], [Sum([0, 1])], [2], torch.ones(2), None, "terms of operation 0 differ in size"),
-    ([X], [Step(0, "mean"), Sum([1])], [2], ONE, None, "a step is of kind 'mean'; expected one of"),
-    ([X], [Step(0, "max"), Sum([0])], [2], ONE, None, "value 1 is used 0 times; expected 1"),
-    ([X], [Step(0, "max"), Sum([1, 1])], [2], torch.ones(2), None, "value 1 is used 2 times; expected 1"),
-    ([X], [Step(0, "max"), Sum([1])], [1], ONE, None, "value 1 is used 2 times; expected 1"),
-    ([X], [Step(0, "max"), Sum([0])], [2, 1], ONE, None, "outputs.1. is 1; expected sums of one size, each once"),
-    ([X], [Step(0, "max")], [1, 1], ONE[:0], None, "value 1 is used 2 times; expected 1"),
-    ([X], [Step(0, "max")], [1], ONE[:0], [None, NORM], "outputs.0. is 1; .* or one step without a norm"),
+    ([X], [Pool(0, "max"), Sum([0])], [2], ONE, None, "value 1 is used 0 times; expected 1"),
+    ([X], [Pool(0, "max"), Sum([1, 1])], [2], torch.ones(2), None, "value 1 is used 2 times; expected 1"),
+    ([X], [Pool(0, "max"), Sum([1])], [1], ONE, None, "value 1 is used 2 times; expected 1"),
+    ([X], [Pool(0, "max"), Sum([0])], [2, 1], ONE, None, "outputs.1. is 1; expected sums of one size, each once"),
+    ([X], [Pool(0, "max")], [1, 1], ONE[:0], None, "value 1 is used 2 times; expected 1"),
+    ([X], [Pool(0, "max")], [1], ONE[:0], [None, NORM], "outputs.0. is 1; .* or one step without a norm"),
     ([X], [Sum([0])], [0], ONE, None, "outputs.0. is 0; expected sums of one size, each once"),
     ([X], [Sum([0])], [1, 1], ONE, None, "outputs.0. is 1; expected sums of one size, each once"),
     ([X], [Sum([0])], [], ONE, None, "outputs has 0 entries; expected 1 or more"),
@@ -285,22 +282,27 @@ NORM = Norm(torch.zeros(4), torch.ones(4))
     ([X], [Sum([0])], [1], torch.ones(1, 3), None, "probabilities has shape .1, 3.; expected .1."),
     ([X], [Sum([0])], [1], ONE, [NORM, None], "value 0 has a norm; expected none, since it is an input"),
     ([X], [Sum([0])], [1], ONE, [None], "norms has 1 entries; expected 1 . 1, one for each value"),
-    ([X], [Step(0), Sum([1])], [2], ONE, None, "weights.1. is None; expected a Float .-1, 4, 1, 1., -1: any"),
-    ([X], [Step(0, "separable", (X, POINTWISE[1])), Sum([1])], [2], ONE, None, "weights.0. is a Float .2, 4, 6, 6."),
-    ([X], [Step(0, "separable", (torch.rand(4, 1, 7, 7), POINTWISE[1])), Sum([1])], [2], ONE, None, "not larger than"),
-    ([X], [Step(0, "max", stride=0), Sum([1])], [2], ONE, None, "stride, padding and dilation of operation 0 are 0"),
-    ([X], [Step(0, "max", stride=2**32), Sum([1])], [2], ONE, None, "expected at least 1, 0 and 1, and at most 256"),
-    ([X], [Step(0, "reduce", POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is None; expected a Float"),
-    ([X], [Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [3], ONE, [None, NORM, None, None],
+    ([X], [Separable(0, None, None), Sum([1])], [2], ONE, None, "weights.1. is None; expected a Float .-1, 4, 1, 1."),
+    ([X], [Separable(0, X, POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is a Float .2, 4, 6, 6."),
+    ([X], [Separable(0, torch.rand(4, 1, 7, 7), POINTWISE), Sum([1])], [2], ONE, None, "not larger than"),
+    ([X], [Pool(0, "max", 0), Sum([1])], [2], ONE, None, "stride, padding and dilation of operation 0 are 0"),
+    ([X], [Pool(0, "max", 2**32), Sum([1])], [2], ONE, None, "expected at least 1, 0 and 1, and at most 256"),
+    ([X], [FactorizedReduce(0, None, POINTWISE), Sum([1])], [2], ONE, None, "weights.0. is None; expected a Float"),
+    ([X], [Separable(0, None, POINTWISE), Pool(1, "max"), Sum([2])], [3], ONE, [None, NORM, None, None],
      "operation 1 reads value 1, which has a norm; expected that of a separable convolution only"),
-    ([X], [Step(0, "separable", (None, torch.rand(3, 4, 1, 1))), Sum([1]), Step(0, "max"), Sum([3])], [2], ONE, None,
+    ([X], [Separable(0, None, torch.rand(3, 4, 1, 1)), Sum([1]), Pool(0, "max"), Sum([3])], [2], ONE, None,
      "operation 2 computes 4 channels; expected 3 as the first one does"),
-    ([X[:1, :, :1, :1]], [Step(0, "max"), Sum([1])], [2], ONE, [None, NORM, None],
+    ([X[:1, :, :1, :1]], [Pool(0, "max"), Sum([1])], [2], ONE, [None, NORM, None],
      "value 1 has shape .1,4,1,1.; expected more than one value per channel"),
 ])
 def test_fused_cell_names_what_does_not_fit(inputs, operations, outputs, probabilities, norms, message):
     with pytest.raises(RuntimeError, match=message):
         cell(inputs, operations, outputs, probabilities, norms, training=True)
+
+
+def test_a_kind_of_pooling_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="the kind of pooling is 'mean'; expected max or avg"):
+        cell([X], [Pool(0, "mean"), Sum([1])], [2], ONE)
 
 
 KEY = torch.ones(1, dtype=torch.int64)
@@ -321,20 +323,20 @@ KEY = torch.ones(1, dtype=torch.int64)
 ])
 def test_fused_cell_names_what_does_not_fit_of_the_dropout(dropout, message):
     with pytest.raises(RuntimeError, match=message):
-        cell([X], [Step(0, "max"), Sum([0, 1, 0])], [2], torch.ones(3), dropout=dropout)
+        cell([X], [Pool(0, "max"), Sum([0, 1, 0])], [2], torch.ones(3), dropout=dropout)
 
 
-def of_size(kernel):
-    return torch.rand(4, 1, kernel, kernel), POINTWISE[1]
+def of_size(kernel, *settings):
+    return Separable(0, torch.rand(4, 1, kernel, kernel), POINTWISE, *settings)
 
 
 @pytest.mark.parametrize("operations, norms, known", [
-    ([Step(0, "separable", of_size(5), 2, 4, 2), Step(0, "max", stride=2), Sum([1, 2])], [], True),
-    ([Step(0, "separable", of_size(3), padding=1), Step(1, "separable", POINTWISE), Sum([2])], [None, NORM], True),
-    ([Step(0, "separable", of_size(7), padding=3), Sum([1])], [], False),
-    ([Step(0, "separable", of_size(3), padding=3), Sum([1])], [], False),
-    ([Step(0, "separable", of_size(3), stride=3), Sum([1])], [], False),
-    ([Step(0, "separable", POINTWISE), Step(1, "max"), Sum([2])], [], False),
+    ([of_size(5, 2, 4, 2), Pool(0, "max", 2), Sum([1, 2])], [], True),
+    ([of_size(3, 1, 1), Separable(1, None, POINTWISE), Sum([2])], [None, NORM], True),
+    ([of_size(7, 1, 3), Sum([1])], [], False),
+    ([of_size(3, 1, 3), Sum([1])], [], False),
+    ([of_size(3, 3), Sum([1])], [], False),
+    ([Separable(0, None, POINTWISE), Pool(1, "max"), Sum([2])], [], False),
     ([Sum([0] * 65)], [], False), ([Sum([0] * 40), Sum([0] * 30)], [], False),
 ])
 def test_cells_that_are_fused_on_cuda_are_known(operations, norms, known):
@@ -356,9 +358,16 @@ def test_the_output_may_be_one_step(device, kind, read, shape):
     sizes = [shape, (2,), (c, c, 1, 1), (c,), (c,), *sizes.get(kind, [])]
     tensors = [torch.randn(size, dtype=torch.float64).to(device).requires_grad_() for size in sizes]
     x, probabilities, before, *affine = tensors[:5]
-    weights = (None, None, *tensors[5:])[-2:]
-    first = {"input": [], "sum": [Sum([0, 0])], "step": [Step(0, "separable", (None, before))]}[read]
-    step = Step(len(first), "separable" if convolution else kind, weights, padding=int(kind == "separable"))
+    weights = tensors[5:]
+    first = {"input": [], "sum": [Sum([0, 0])], "step": [Separable(0, None, before)]}[read]
+    if kind == "separable":
+        step = Separable(len(first), *weights, padding=1)
+    elif kind == "pointwise":
+        step = Separable(len(first), None, *weights)
+    elif kind == "reduce":
+        step = FactorizedReduce(len(first), *weights)
+    else:
+        step = Pool(len(first), kind)
     results = []
     for function in cell, cell_ref:
         running = [f(c, dtype=torch.float64, device=device) for f in FRESH]
@@ -386,7 +395,7 @@ def test_operators_of_one_step_pass_opcheck(device, kind):
     """Of how they are compiled, other tests tell."""
     torch.manual_seed(0)
     x, *weights = (torch.randn(size, device=device) for size in ((2, 4, 6, 6), (4, 1, 3, 3), (4, 4, 1, 1)))
-    arguments = step_arguments(Step(0, kind, tuple(weights) if kind == "separable" else (None, None)), x)
+    arguments = step_arguments(Separable(0, *weights) if kind == "separable" else Pool(0, kind), x)
     y, statistics, values = torch.ops.pdarts.cell(*arguments)
     inputs, weights, gammas, betas, probabilities, _, *middle, _, _ = arguments
     needs = [True, *[w is not None for w in weights], *[False] * 5]
@@ -399,8 +408,8 @@ def test_operators_of_one_step_pass_opcheck(device, kind):
 @pytest.mark.parametrize("kind", ["max", "separable"])
 def test_the_backward_operator_names_what_does_not_fit(device, kind):
     x = torch.rand(2, 4, 6, 6, device=device)
-    weights = (None, torch.rand(4, 4, 1, 1, device=device)) if kind == "separable" else (None, None)
-    arguments = step_arguments(Step(0, kind, weights), x)
+    pointwise = torch.rand(4, 4, 1, 1, device=device)
+    arguments = step_arguments(Separable(0, None, pointwise) if kind == "separable" else Pool(0, kind), x)
     y, statistics, values = torch.ops.pdarts.cell(*arguments)
     head, (*tail, _, _) = arguments[:5], arguments[6:]
     for g, of, kept, message in (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import Norm
 from kernels.tests.helpers import (
     CUDA,
     FRESH,
@@ -39,6 +40,15 @@ def leaves(device, count, shape=(2, 3, 4, 5), dtype=torch.float32, seed=0):
     return [t.to(device).requires_grad_() for t in tensors]
 
 
+def fresh_norm(channels, **options):
+    return Norm(*(f(channels, **options) for f in FRESH))
+
+
+def running(norms):
+    """The running statistics."""
+    return [t for norm in norms if norm for t in norm[:2]]
+
+
 def summed(probabilities, *outputs):
     return kernels.mixed_sum(list(outputs), probabilities)
 
@@ -47,8 +57,8 @@ def normed(probabilities, *outputs, function=kernels.mixed_norm_sum, none=1):
     """mixed_norm_sum in training, with fresh running statistics; the first `none` outputs are not normalised."""
     dtype = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
     fresh = {"dtype": dtype, "device": probabilities.device}
-    running = [[None] * none + [f(outputs[0].shape[1], **fresh) for _ in outputs[none:]] for f in FRESH]
-    return function(list(outputs), probabilities, *running, True)
+    norms = [None] * none + [fresh_norm(outputs[0].shape[1], **fresh) for _ in outputs[none:]]
+    return function(list(outputs), probabilities, norms, True)
 
 
 @pytest.mark.parametrize("memory", LAYOUTS, ids=str)
@@ -64,15 +74,15 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
 
     def run(function, dtype):
         p, *ys = (t.detach().clone().to(dtype).requires_grad_() for t in [probabilities, *outputs])
-        arguments, running = [], []
+        arguments, norms = [], []
         if norm:  # the first candidate of three or more is an identity
             identity = [count > 2 and k == 0 for k in range(count)]
-            running = [[None if i else f(shape[1], dtype=dtype, device=device) for i in identity] for f in FRESH]
-            arguments = [*running, norm == "training"]
+            norms = [None if i else fresh_norm(shape[1], dtype=dtype, device=device) for i in identity]
+            arguments = [norms, norm == "training"]
         y = function(ys, p, *arguments)
         assert y.is_contiguous(memory_format=memory)
         gradients = torch.autograd.grad(y, [p, *ys], gradient.to(dtype))
-        return [y, *gradients, *(t for statistics in running for t in statistics if t is not None)]
+        return [y, *gradients, *running(norms)]
 
     fused, plain = (
         (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else (kernels.mixed_sum, kernels.mixed_sum_ref)
@@ -104,14 +114,15 @@ def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_imag
         p, *ys = [t.detach().requires_grad_() for t in leaves]
         ys, values = ys[:count], ys[count:]
         if norm:  # the first is an identity, the second has neither gamma nor beta
-            running = [[None, *(f(shape[1], dtype=dtype, device=device) for _ in ys[1:])] for f in FRESH]
-            values = [[None, None, *v[2:]] for v in (values[:count], values[count:])] if affine else [None, None]
-            y = function(ys, p, *running, norm == "training", gammas=values[0], betas=values[1])
-            values = [v for v in (values[0] or []) + (values[1] or []) if v is not None]
+            norms = [None, *(fresh_norm(shape[1], dtype=dtype, device=device) for _ in ys[1:])]
+            values = values[2:count] + values[count + 2 :]
+            for k in range(2, count if affine else 2):
+                norms[k] = norms[k]._replace(gamma=values[k - 2], beta=values[k - 4 + count])
+            y = function(ys, p, norms, norm == "training")
         else:
-            y, running = function(ys, p), [[], []]
+            y, norms = function(ys, p), []
         gradients = torch.autograd.grad(y, [p, *ys, *values], gradient.to(dtype))
-        return [y.detach(), *gradients, *(t for statistics in running for t in statistics if t is not None)]
+        return [y.detach(), *gradients, *running(norms)]
 
     fused, plain = (
         (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref) if norm else (kernels.mixed_sum, kernels.mixed_sum_ref)
@@ -150,18 +161,17 @@ def test_fused_sum_names_what_does_not_fit(device, outputs, probabilities, messa
 
 
 @pytest.mark.parametrize(
-    "means, variances, message",
+    "count, mean, var, message",
     [
-        ([torch.zeros(2)], [torch.ones(2)], "running_means, running_vars, gammas and betas have 1, 1, 2 and 2 entries"),
-        ([torch.zeros(2), None], [torch.ones(2)] * 2, "None in different places"),
-        ([torch.zeros(2)] * 2, [torch.ones(3)] * 2, "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
-        ([torch.zeros(2).double()] * 2, [torch.ones(2)] * 2, "running_means.0. is a Double"),
+        (1, torch.zeros(2), torch.ones(2), "norms has 1 entries; expected 2, one for each of the outputs"),
+        (2, torch.zeros(2), torch.ones(3), "running_vars.0. is a Float .3.* expected a contiguous Float .2."),
+        (2, torch.zeros(2).double(), torch.ones(2), "running_means.0. is a Double"),
     ],
 )
-def test_fused_norm_names_what_does_not_fit(device, means, variances, message):
-    running = ([t if t is None else t.to(device) for t in statistics] for statistics in (means, variances))
+def test_fused_norm_names_what_does_not_fit(device, count, mean, var, message):
+    norms = [Norm(mean.to(device), var.to(device))] * count
     with pytest.raises(RuntimeError, match=message):
-        kernels.mixed_norm_sum([torch.rand(2, 2, 3, 3).to(device)] * 2, torch.rand(2).to(device), *running, True)
+        kernels.mixed_norm_sum([torch.rand(2, 2, 3, 3).to(device)] * 2, torch.rand(2).to(device), norms, True)
 
 
 def test_fused_norm_refuses_a_single_value_per_channel(device):
@@ -187,9 +197,9 @@ def test_fused_gradients_of_affine_norms_and_probabilities_of_each_image_are_num
     others = [torch.rand(shape, dtype=torch.float64).to(device).requires_grad_() for shape in ((3, 2), *[(3,)] * 3)]
 
     def function(p, gamma_1, gamma_2, beta_2, *ys):
-        running = [[None, *(f(3, dtype=torch.float64, device=device) for _ in ys[1:])] for f in FRESH]
-        affine = {"gammas": [None, gamma_1, gamma_2], "betas": [None, None, beta_2]}
-        return kernels.mixed_norm_sum(list(ys), p, *running, True, **affine)
+        norms = [None, *(fresh_norm(3, dtype=torch.float64, device=device) for _ in ys[1:])]
+        norms[1:] = norms[1]._replace(gamma=gamma_1), norms[2]._replace(gamma=gamma_2, beta=beta_2)
+        return kernels.mixed_norm_sum(list(ys), p, norms, True)
 
     assert torch.autograd.gradcheck(function, [*others, *outputs])
 
@@ -296,8 +306,8 @@ def test_fused_sum_under_autocast_takes_the_widest_type_of_its_outputs(device):
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_operation_takes_outputs_without_channels(device, training):
     *outputs, p = (torch.rand(shape, device=device, requires_grad=True) for shape in [(2, 0, 4, 4)] * 24 + [(24,)])
-    running = [[f(0, device=device) for _ in outputs] for f in FRESH]
-    y = kernels.mixed_norm_sum(outputs, p, *running, training)
+    norms = [fresh_norm(0, device=device) for _ in outputs]
+    y = kernels.mixed_norm_sum(outputs, p, norms, training)
     *_, of_p = torch.autograd.grad(y.sum(), [*outputs, p])
     assert y.shape == (2, 0, 4, 4) and torch.equal(of_p, torch.zeros_like(p))
 
@@ -307,14 +317,13 @@ def test_fused_mixed_operation_takes_more_elements_than_32_bits_count(device):
     shape = (2, 2, 1 << 15, (1 << 14) + 1)  # 2^31 + 2^17 elements
     x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
     x[-1, -1, -1] = 1
-    running = [[f(2, device=device)] for f in FRESH]
     probabilities = torch.full((1,), 2.0, device=device, requires_grad=True)
     y = kernels.mixed_sum([x], probabilities)
     assert y[-1, -1, -1].eq(2).all() and y.count_nonzero() == shape[-1]
     (gradient,) = torch.autograd.grad(y, probabilities, x)
     assert gradient.item() == shape[-1]
     del y
-    y = kernels.mixed_norm_sum([x], probabilities.detach(), *running, True)
+    y = kernels.mixed_norm_sum([x], probabilities.detach(), [fresh_norm(2, device=device)], True)
     assert y[-1, -1, -1].gt(100).all() and y[:, 0].eq(0).all()
 
 
@@ -322,10 +331,10 @@ def test_fused_mixed_operation_takes_more_elements_than_32_bits_count(device):
 @pytest.mark.usefixtures("fused")
 def test_a_cuda_graph_and_another_stream_give_the_bits_of_an_eager_step():
     def step(probabilities, *outputs):
-        running = [[f(16, device="cuda") for _ in outputs] for f in FRESH]
-        y = kernels.mixed_norm_sum(list(outputs), probabilities, *running, True)
+        norms = [fresh_norm(16, device="cuda") for _ in outputs]
+        y = kernels.mixed_norm_sum(list(outputs), probabilities, norms, True)
         gradients = torch.autograd.grad(y.square().sum(), [probabilities, *outputs])
-        return [y.detach(), *gradients, *running[0], *running[1]]  # no grad_fn outlives the step
+        return [y.detach(), *gradients, *running(norms)]  # no grad_fn outlives the step
 
     batches = [leaves("cuda", 3, (8, 16, 8, 8), seed=seed) for seed in range(3)]
     right = [step(*batch) for batch in batches]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import Dropout, Step, Sum, runtime
+from kernels import Dropout, Norm, Pool, Separable, Sum, runtime
 
 
 def test_an_unknown_mode_is_refused(monkeypatch):
@@ -87,13 +87,13 @@ def test_types_and_devices_that_are_supported(fused):
 def test_switched_off_every_operation_is_its_twin():
     torch.manual_seed(0)
     x, depthwise, pointwise = torch.randn(2, 4, 6, 6), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 1, 1)
-    running, p, key = (torch.zeros(4), torch.ones(4)), torch.rand(3), torch.tensor([7])
+    norm, p, key = Norm(torch.zeros(4), torch.ones(4)), torch.rand(3), torch.tensor([7])
     dropout = Dropout(key, torch.tensor([0.5]), [2])
-    operations = [Step(0, "separable", (depthwise, pointwise), 1, 1), Step(0, "max"), Sum([1, 2, 0])]
+    operations = [Separable(0, depthwise, pointwise, 1, 1), Pool(0, "max"), Sum([1, 2, 0])]
     calls = (
         (kernels.mixed_sum, kernels.mixed_sum_ref, ([x, 2 * x], p[:2])),
-        (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref, ([x], p[:1], *([t.clone()] for t in running), True)),
-        (kernels.separable, kernels.separable_ref, (x, depthwise, pointwise, 2, 1, 1, *running)),
+        (kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref, ([x], p[:1], [Norm(*map(torch.clone, norm[:2]))], True)),
+        (kernels.separable, kernels.separable_ref, (x, depthwise, pointwise, 2, 1, 1, norm)),
         (kernels.pool, kernels.pool_ref, (x, "avg", 2)),
         (kernels.dropout_masks, kernels.dropout_masks_ref, (key, torch.tensor([0.5]), [2], (2, 4, 6, 6))),
         (kernels.cell, kernels.cell_ref, ([x], operations, [3], p, None, False, 0.1, 1e-5, dropout)),

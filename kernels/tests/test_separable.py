@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import Norm
 from kernels.tests.helpers import (
     ALL_CONTIGUOUS,
     FRESH,
@@ -100,8 +101,7 @@ def test_separable_convolution_normalises_its_input_first(device, channels, affi
     def run(function, dtype):
         x, depthwise, pointwise, *values = leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
         running = statistics(channels, device, dtype)
-        values = dict(zip(("gamma", "beta"), values))
-        y = function(x, depthwise, pointwise, 2, 1, 1, *running, training=training, momentum=0.3, **values)
+        y = function(x, depthwise, pointwise, 2, 1, 1, Norm(*running, *values), training, momentum=0.3)
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y)
         return [y, *torch.autograd.grad(y, leaves, gradient), *running]
 
@@ -124,8 +124,8 @@ def test_separable_convolution_computes_the_gradients_that_are_asked_for(device,
     def gradients(needed):
         tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
         *tensors, gamma, beta = tensors
-        norm = statistics(4, device)
-        y = kernels.separable(*tensors, 1, 1, 1, *norm, training=True, gamma=gamma, beta=beta)
+        norm = Norm(*statistics(4, device), gamma, beta)
+        y = kernels.separable(*tensors, 1, 1, 1, norm, training=True)
         return torch.autograd.grad(y.square().sum(), [(*tensors, gamma, beta)[i] for i in needed])
 
     every = gradients(range(5))
@@ -137,8 +137,7 @@ def test_separable_convolution_passes_gradcheck_and_compiles(device, norm):
     inputs = leaves(device)
     function = functools.partial(kernels.separable, stride=2, padding=2, dilation=2)
     if norm:  # momentum 0: every call finds the same running statistics
-        mean, var = statistics(4, device)
-        function = functools.partial(function, running_mean=mean, running_var=var, training=True, momentum=0.0)
+        function = functools.partial(function, norm=Norm(*statistics(4, device)), training=True, momentum=0.0)
     assert torch.autograd.gradcheck(function, inputs)
     assert_compiles(function, inputs)
 
@@ -162,9 +161,9 @@ def test_separable_convolution_gives_the_same_bits_with_any_number_of_threads_an
     inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
 
     def run():
-        mean, var = (f(16, device=device) for f in FRESH)
-        y = kernels.separable(*inputs, padding=2, running_mean=mean, running_var=var, training=True)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs), mean, var]
+        running = [f(16, device=device) for f in FRESH]
+        y = kernels.separable(*inputs, padding=2, norm=Norm(*running), training=True)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs), *running]
 
     assert_same_bits(with_threads(run))
 
@@ -175,9 +174,9 @@ def test_separable_convolution_gives_the_same_bits_with_any_number_of_threads_an
 def test_under_autocast_separable_convolutions_compute_in_the_shorter_type(device):
     inputs, results = leaves(device, torch.float32), []
     for function in kernels.separable, kernels.separable_ref:
-        running = statistics(4, device, torch.float32)
+        norm = Norm(*statistics(4, device, torch.float32))
         with torch.autocast(device, torch.bfloat16):
-            y = function(*inputs, 1, 1, 1, *running, training=True)
+            y = function(*inputs, 1, 1, 1, norm, training=True)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
     assert [t.dtype for t in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
     assert_near(*results, 2e-2)
@@ -241,5 +240,3 @@ def test_separable_convolution_names_settings_that_do_not_fit():
     for settings in ({"stride": 2**32 + 1}, {"dilation": 257}, {"padding": -1}):
         with pytest.raises(RuntimeError, match="expected at least 1, 0 and 1, and at most 256"):
             kernels.separable(*tensors, **settings)
-    with pytest.raises(RuntimeError, match="one of running_mean and running_var is None; expected both or none"):
-        kernels.separable(*tensors, running_mean=torch.zeros(4))
