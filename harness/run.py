@@ -18,7 +18,7 @@ import torch
 
 import pdarts
 from harness.checkpoint import Checkpoints, Folder, folder_of
-from harness.data.images import Images, load
+from harness.data.images import DataSet, Images, load
 from harness.devices import deterministic, entered, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
 from harness.progress import Meter
@@ -63,6 +63,11 @@ class Run:
         with entered(self.device):
             self.fused = pick_kernels(kernels, self.device)
         images = load(config).first(config.images) if images is None else images
+        if not isinstance(images, DataSet):
+            raise InputError(
+                f"images is a {type(images).__name__}; expected harness.data.images.Images, such as Images.from_arrays "
+                "returns, or harness.data.loaders.Loaders"
+            )
         identity |= {"kernels": "fused" if self.fused else "plain"}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "images"}
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
