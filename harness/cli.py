@@ -142,7 +142,7 @@ def _configure(args, presets, out):
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""
     without = f", without {images.damaged} damaged file{'s' * (images.damaged > 1)}" if images.damaged else ""
-    return settings, used, f"{some}{all_images} images of {images.name}{without}"
+    return settings, used, f"{some}{all_images} images of {images.name}{without}{images.note and f' ({images.note})'}"
 
 
 def _space(primitives=SPACE.primitives, nodes=SPACE.nodes) -> SearchSpace:

@@ -15,7 +15,7 @@ from harness.data import folders
 from harness.data.cifar import CIFAR, download_cifar, read_cifar
 from harness.data.loaders import Loaders
 from harness.data.photographs import Photographs
-from harness.files import check_zip, reason
+from harness.files import check_zip, reason, some
 from pdarts import InputError
 
 
@@ -35,6 +35,7 @@ class Images:
     device: torch.device | None = None  # of the batches, if the images themselves stay in a mapped file
     damaged: int = 0  # files that were left out
     version: str | None = None  # tells them from others, where they are too many to look at
+    note: str = ""  # about the data, for the user
 
     def __len__(self):
         return len(self.y_train)  # what trains
@@ -44,10 +45,13 @@ class Images:
         return tuple(self.x_train.shape[1:])
 
     @staticmethod
-    def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None) -> Images:
-        """Check arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
+    def from_arrays(
+        x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None, in_place=False
+    ) -> Images:
+        """Check arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] or [N,1] integers from 0.
 
-        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given."""
+        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given.
+        in_place: the arrays are not needed any more, and their memory may be used."""
         parts = {}
         for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
             x, y = (np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v) for v in (x, y))
@@ -55,13 +59,19 @@ class Images:
                 raise InputError(
                     f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]")
             x = x[..., None] if x.ndim == 3 else x
+            if channels_come_first(x.shape):
+                raise InputError(
+                    f"{name}: x_{split} has shape {list(x.shape)}, which looks like [N,channels,H,W]; expected "
+                    "[N,H,W,channels], as x.transpose(0, 2, 3, 1) has it")
             if x.shape[0] < (4 if split == "train" else 1) or min(x.shape[1:3]) < 8 or x.shape[3] < 1:
                 raise InputError(
                     f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training images or more and 1 test image "
                     "or more, of 8 x 8 or larger")
+            y = y.reshape(-1) if y.shape in ((len(x), 1), (1, len(x))) else y
             if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
                 raise InputError(
-                    f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per image")
+                    f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per image (of "
+                    "one-hot rows y.argmax(1), of names np.unique(y, return_inverse=True)[1])")
             if y.min() < 0:
                 raise InputError(f"{name}: y_{split} holds {y.min()}; expected class indices from 0")
             parts[split] = x, y
@@ -70,7 +80,12 @@ class Images:
             raise InputError(
                 f"{name}: x_train holds images of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; "
                 "expected the same")
-        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # a class needs an image
+        if num_classes is None:
+            num_classes, found = int(y_train.max()) + 1, np.unique(y_train)
+            if len(found) < num_classes:
+                raise InputError(
+                    f"{name}: y_train has {len(found)} classes, from {found[0]} to {found[-1]}; expected class indices "
+                    "from 0, each with images, as np.unique(y, return_inverse=True)[1] numbers them")
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
                 f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes, "
@@ -78,13 +93,15 @@ class Images:
         if mean is None or std is None:
             # From the histogram of each channel: exact and without a float copy of the images.
             levels = np.arange(256) / 255
-            p = np.stack([np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])])
+            p = np.zeros((x_train.shape[3], 256))
+            for part in in_parts(x_train):
+                p += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(len(p))]
             p = p / p.sum(axis=1, keepdims=True)
             mean = p @ levels
             std = np.maximum(np.sqrt(np.maximum(p @ levels**2 - mean**2, 0)), 1 / 255)
         tensors = []
         for x, y in parts.values():
-            tensors.append(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
+            tensors.append(torch.from_numpy(channels_first(x, in_place)))
             tensors.append(torch.from_numpy(y.astype(np.int64)))
         mean, std = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
         return Images(name, *tensors, num_classes, mean, std)
@@ -146,6 +163,34 @@ class Images:
             yield loader.normalise(images), labels
 
 
+def channels_come_first(shape) -> bool:
+    """Whether images [N,H,W,channels] are more likely [N,channels,H,W], or volumes."""
+    _, height, width, channels = shape
+    small = height < 8 <= min(width, channels)
+    return small or channels > 4 and (channels == width or channels > height != width)
+
+
+def in_parts(x: np.ndarray) -> list[np.ndarray]:
+    """Return views of some images each, of a megabyte or so."""
+    return np.array_split(x, min(max(1, x.nbytes >> 20), len(x)))
+
+
+def channels_first(x: np.ndarray, in_place: bool) -> np.ndarray:
+    """Return [N,H,W,C] as [N,C,H,W], contiguous; in_place: in the memory of x."""
+    n, h, w, c = x.shape
+    if c == 1 or not in_place or not x.flags.c_contiguous:
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    for part in in_parts(x.reshape(n, h * w * c)):
+        part[:] = part.reshape(-1, h * w, c).transpose(0, 2, 1).reshape(part.shape)
+    return x.reshape(n, c, h, w)
+
+
+def shuffle(x: np.ndarray, order: np.ndarray):
+    """Bring the images of a contiguous array into this order, in its memory."""
+    for columns in np.array_split(x.reshape(len(x), -1), 16, axis=1):
+        columns[:] = columns[order]
+
+
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     """Generate images, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
     rng = np.random.default_rng(seed)
@@ -182,26 +227,37 @@ def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     return Images.from_arrays(image[:train], label[:train], image[train:], label[train:], "shapes")
 
 
-def load_npz(path: pathlib.Path) -> Images:
-    """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file.
+KEYS = "x_train", "y_train", "x_test", "y_test"
+OTHER_KEYS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
 
-    The training images are shuffled (by a fixed seed): a search halves them, and such files are often sorted."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
+
+def load_npz(path: pathlib.Path) -> Images:
+    """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file; or MedMNIST's names.
+
+    The training images are shuffled (by a fixed seed): a search halves them, and such files are often sorted. All this
+    happens in the memory of the arrays."""
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old or odd array headers
-            missing = [key for key in keys if key not in archive]
+            found = {key.lower(): key for key in archive}
+            keys = [next((found[name] for name in (key, OTHER_KEYS[key]) if name in found), None) for key in KEYS]
+            missing = [key for key, name in zip(KEYS, keys) if name is None]
             if missing:
-                raise InputError(f"{path} lacks {', '.join(missing)}; expected {', '.join(keys)}")
+                raise InputError(
+                    f"{path} lacks {', '.join(missing)} and holds {some(list(archive)) or 'nothing'}; expected "
+                    f"{', '.join(KEYS)}, or {', '.join(OTHER_KEYS.values())}")
             arrays = [archive[key] for key in keys]
+            others = [key for key in archive if key not in keys]
     except InputError:
         raise
     except Exception as error:  # whatever a damaged zip or array header leads to
-        raise InputError(f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(keys)}") from None
-    images = Images.from_arrays(*arrays, str(path))
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images.x_train)))
-    return dataclasses.replace(images, x_train=images.x_train[order], y_train=images.y_train[order])
+        raise InputError(f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(KEYS)}") from None
+    images = Images.from_arrays(*arrays, str(path), in_place=True)
+    order = np.random.default_rng(0).permutation(len(images.x_train))
+    shuffle(images.x_train.numpy(), order)
+    note = f"{some(others)} in it not read" if others else ""
+    return dataclasses.replace(images, y_train=images.y_train[torch.from_numpy(order)], note=note)
 
 
 DataSet = Images | Photographs | Loaders

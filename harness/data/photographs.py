@@ -31,6 +31,7 @@ class Photographs:
     side: int
     workers: int = 0
     damaged: int = 0  # files that were left out
+    note: str = ""  # about the data, for the user
     device: torch.device = torch.device("cpu")
 
     @property
