@@ -78,6 +78,9 @@ def _add_options(parser, presets):
         "--workers", type=int, metavar="N", help="processes that read images (default: the cores of each process)"
     )
     folder.add_argument("--skip-damaged", action="store_true", help="leave out the images that cannot be read")
+    folder.add_argument(
+        "--follow-links", action="store_true", help="take the images to which links out of PATH lead"
+    )
     folder.add_argument("--cache", type=_path, metavar="DIR", help="for resized images (default: in PATH)")
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
@@ -137,7 +140,8 @@ def _configure(args, presets, out):
         raise InputError(f"workers is {args.workers}; expected 0 to 1000")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
-    options = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
+    options = {"skip_damaged": args.skip_damaged, "links": args.follow_links, "cache": args.cache}
+    options["progress"] = reading()
     images = load(settings, args.data, args.download, workers, **options)
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""

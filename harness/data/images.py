@@ -263,38 +263,56 @@ def load_npz(path: pathlib.Path) -> Images:
 DataSet = Images | Photographs | Loaders
 
 
-def load_folder(path: str, settings, workers: int, **options) -> Images | Photographs:
+def load_folder(path: str, settings, workers: int, links=False, **options) -> Images | Photographs:
     """Return the images of a folder: its files, if the settings augment these, else resized, in a mapped file.
 
     Their order is random (by a fixed seed): a search halves them, and --images takes the first ones."""
-    listing, rng = folders.scan(path).subset(settings.fraction), np.random.default_rng(0)
+    listing, rng = folders.scan(path, links).subset(settings.fraction), np.random.default_rng(0)
     train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
     listing = dataclasses.replace(listing, train=train, test=test)
+
+    def note(largest):
+        scaled = f"images of 16 bits scaled by their largest value, {largest}" if largest else ""
+        return ", ".join(filter(None, (listing.note, scaled)))
+
     if getattr(settings, "augment", "cifar") == "imagenet":
         sound = folders.check(listing, workers, **options)
-        return Photographs(sound, settings.size, workers, damaged=listing.images - sound.images)
-    x_train, y_train, x_test, y_test, damaged = folders.cached(listing, settings.size, workers, **options)
+        damaged = listing.images - sound.images
+        return Photographs(sound, settings.size, workers, damaged=damaged, note=note(sound.largest))
+    x_train, y_train, x_test, y_test, damaged, largest = folders.cached(listing, settings.size, workers, **options)
     version = f"{folders.fingerprint(listing)}, {settings.size} pixels, without {len(damaged)}"
     statistics = pdarts.statistics(x_train[:2000])
-    images = (x_train, y_train, x_test, y_test, len(listing.classes), *statistics)
-    return Images(path, *images, path=path, device=torch.device("cpu"), version=version, damaged=len(damaged))
+    images = Images(path, x_train, y_train, x_test, y_test, len(listing.classes), *statistics, path)
+    return dataclasses.replace(
+        images, device=torch.device("cpu"), version=version, damaged=len(damaged), note=note(largest))
 
 
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
     """Return the images of `settings.dataset` and --data: generated shapes, CIFAR, an .npz file, a folder of images.
 
-    workers and options: see harness.data.folders.cached.
+    Where a folder holds several of these, a preset of CIFAR or ImageNet decides. workers and options: see
+    harness.data.folders.cached; links: see harness.data.folders.scan.
     """
     folder, dataset = pathlib.Path(path or "data"), settings.dataset
+    from_files = dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet"
     if dataset not in ("shapes", "imagenet", *CIFAR):
         raise InputError(f"dataset is {dataset!r}; expected shapes, imagenet, {' or '.join(CIFAR)}")
     if download and (dataset not in CIFAR or folder.is_file()):
         raise InputError(f"nothing to download for {path or dataset}; expected --preset {' or '.join(CIFAR)}")
-    if path and folder.is_dir() and any((folder / name).is_dir() for name in ("train", "val")):
+    found = [name for name, form in CIFAR.items() if form.version_in(folder)] if path else []
+    splits = list(folders.split_folders(folder).values()) if path and folder.is_dir() else []
+    if dataset == "shapes" and not from_files and len(found) + bool(splits) > 1:
+        raise InputError(
+            f"{path} holds {' and '.join(found + splits)}; expected one data set, or --preset {' or '.join(CIFAR)}")
+    if splits and (from_files or dataset not in CIFAR or not (download or dataset in found)):
         return load_folder(path, settings, workers, **options)
-    if dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet":
-        found = f"no train/CLASS and val/CLASS in {path}" if path else "no --data FOLDER"
-        raise InputError(f"{found}; expected a folder with images in train/CLASS and val/CLASS")
+    if path and folder.is_dir() and not found and not download and (classes := folders.loose_classes(folder)):
+        raise InputError(
+            f"{path} holds images in folders ({some(classes)}), but no train and val; expected most images of each "
+            f"class in {folder / 'train'}/CLASS, and the others in {folder / 'val'}/CLASS")
+    if from_files:
+        lacks = f"no train/CLASS and val/CLASS in {path}" if path else "no --data FOLDER"
+        raise InputError(f"{lacks}; expected a folder with images in train/CLASS and val/CLASS")
     if settings.fraction != 1:
         raise InputError(f"fraction is {settings.fraction}; expected 1 but for a folder of images (or use --images)")
     if path and folder.is_file():
@@ -304,10 +322,10 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
             return shapes()
         if not folder.is_dir():
             raise InputError(f"no file or folder {path}; expected an .npz file, or a folder with CIFAR or train/CLASS")
-        found = [name for name, form in CIFAR.items() if form.version_in(folder)]
         if not found:
-            folders = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
-            raise InputError(f"no data in {path}; expected one of the folders {folders}")
+            names = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
+            raise InputError(
+                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}")
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)

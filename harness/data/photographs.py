@@ -75,7 +75,7 @@ class Photographs:
         rank, number = part
         images = self.listing.test[:limit][rank::number]
         loader = DataLoader(
-            Middles(self.listing.folder, images, self.side),
+            Middles(self.listing, images, self.side),
             batch,
             num_workers=self.workers,
             worker_init_fn=leave_signals_to_the_run,
@@ -85,11 +85,11 @@ class Photographs:
             yield normalised(pixels.to(self.device).float() / 255), labels.to(self.device)
 
 
-def read(folder, path):
+def read(listing, path):
     try:
-        return folders.decode(os.path.join(folder, path))
+        return folders.colour(folders.decode(os.path.join(listing.folder, path)), listing.largest)
     except ValueError as error:  # it could be read when the run began
-        raise InputError(f"cannot read {path} in {folder} any more ({error}); expected an image") from None
+        raise InputError(f"cannot read {path} in {listing.folder} any more ({error}); expected an image") from None
 
 
 @dataclasses.dataclass
@@ -105,7 +105,7 @@ class Crops:
 
     def __getitem__(self, i):
         path, label = self.listing.train[i]
-        image = read(self.listing.folder, path)
+        image = read(self.listing, path)
         top, left, height, width = random_crop(*image.shape[1:])
         image = resized(image[:, top : top + height, left : left + width], self.side, self.side)
         if self.flip and torch.rand(()) < 0.5:
@@ -119,7 +119,7 @@ class Crops:
 class Middles:
     """A dataset of (the middle of a resized image, uint8 [3,side,side]; label). For 224, images get 256 (official)."""
 
-    folder: str
+    listing: folders.Listing
     images: list
     side: int
 
@@ -128,10 +128,14 @@ class Middles:
 
     def __getitem__(self, i):
         path, label = self.images[i]
-        larger = round(self.side * 256 / 224)
-        start = (larger - self.side) // 2
-        image = folders.resize_and_crop(read(self.folder, path), larger)
-        return image[:, start : start + self.side, start : start + self.side], label
+        return middle(read(self.listing, path), self.side), label
+
+
+def middle(image, side):
+    """Return the middle of a resized image, uint8 [3,side,side]."""
+    larger = round(side * 256 / 224)
+    start = (larger - side) // 2
+    return folders.resize_and_crop(image, larger)[:, start : start + side, start : start + side]
 
 
 def random_crop(height: int, width: int) -> tuple[int, int, int, int]:

@@ -73,7 +73,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         (["imagenet"], "no --data FOLDER; expected a folder with images in train/CLASS and val/CLASS"),
         (["imagenet", str(tmp_path)], "no train/CLASS and val/CLASS in .*; expected a folder with images"),
         (["shapes", "missing"], "no file or folder missing"),
-        (["shapes", str(tmp_path)], "no data in .*; expected one of the folders cifar-10-batches-bin, .*100-python"),
+        (["shapes", str(tmp_path)], "no data in .*; expected .*, or one of the folders cifar-10-batches-bin, .*100-py"),
         (["cifar10", str(tmp_path)], "no cifar10 in .*; expected a folder cifar-10-batches-bin or cifar-10-batches-py"),
         (["shapes", None, True], "nothing to download for shapes; expected --preset cifar10 or cifar100"),
         (["cifar10", str(tmp_path / "own.npz"), True], "nothing to download for .*own.npz"),
@@ -84,6 +84,46 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(SearchSettings(dataset="shapes", fraction=0.5))
     with pytest.raises(InputError, match="no --data FOLDER; expected a folder"):
         load(EvaluateSettings(augment="imagenet"))
+
+
+def test_a_preset_decides_between_data_sets_in_one_folder(tmp_path, monkeypatch):
+    taken, here = [], str(tmp_path)
+    monkeypatch.setattr("harness.data.images.load_folder", lambda path, *_: taken.append(path))
+
+    def name(settings, *arguments):
+        read = load(settings, here, *arguments)
+        return read.name if read else taken.pop() and "folder"
+
+    write_cifar(tmp_path, "cifar10", binary=True)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert name(SearchSettings(dataset="cifar10")) == "cifar10"
+    assert name(SearchSettings(dataset="cifar100")) == name(EvaluateSettings(dataset="imagenet")) == "folder"
+    assert name(EvaluateSettings(dataset="cifar10", augment="imagenet")) == "folder"
+    with pytest.raises(InputError, match=f"{here} holds cifar10 and train and val; expected one data set, or --pre"):
+        load(SearchSettings(dataset="shapes"), here)
+    monkeypatch.setattr("harness.data.images.download_cifar", write_cifar_100)
+    assert name(SearchSettings(dataset="cifar100"), True) == "cifar100"
+    for folder in "train", "val":
+        (tmp_path / folder).rmdir()
+    assert [name(SearchSettings(dataset=dataset)) for dataset in ("cifar10", "cifar100")] == ["cifar10", "cifar100"]
+    with pytest.raises(InputError, match="holds cifar10 and cifar100; expected one data set"):
+        load(SearchSettings(dataset="shapes"), here)
+
+
+def write_cifar_100(name, folder):
+    write_cifar(folder, "cifar100", binary=True)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10", "imagenet"])
+def test_classes_without_train_and_val_are_told_how_to_arrange_them(tmp_path, dataset):
+    for name in "daisy", "rose", "tulip", "iris":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.tif").touch()
+    settings = EvaluateSettings(dataset=dataset)
+    message = r"holds images in folders \(daisy, iris, rose and 1 more\), but no train and val; expected most images of"
+    with pytest.raises(InputError, match=message):
+        load(settings, str(tmp_path))
 
 
 @pytest.mark.parametrize(
