@@ -1,4 +1,4 @@
-"""The command line: search, evaluate, draw."""
+"""The command line: search, evaluate, draw, predict."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from harness.devices import keep_freed_memory
 from harness.distributed import gather, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
+from harness.predict import predict
 from harness.progress import duration, reading
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
 from harness.run import Stopped
@@ -222,6 +223,11 @@ def _draw(args, _):
         print(path)
 
 
+def _predict(args, _):
+    for line in predict(args.folder, args.images, args.device):
+        print(line, flush=True)
+
+
 def _parser():
     parser = _Parser(prog="pdarts.py", description="Progressive Differentiable Architecture Search", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
@@ -243,6 +249,11 @@ def _parser():
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )
     command.set_defaults(run=_draw)
+    command = commands.add_parser("predict", help="name the classes of images", allow_abbrev=False)
+    command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
+    command.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, and folders of them")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    command.set_defaults(run=_predict)
     return parser
 
 
@@ -276,7 +287,7 @@ def command(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
             parser.error("expected a value, got --")
-        if args.command == "draw":
+        if args.command in ("draw", "predict"):
             args.run(args, None)
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`

@@ -18,7 +18,7 @@ import torch
 
 import pdarts
 from harness.checkpoint import Checkpoints, Folder, folder_of
-from harness.data.images import DataSet, Images, load
+from harness.data.images import DataSet, load
 from harness.devices import deterministic, entered, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
 from harness.progress import Meter
@@ -166,12 +166,21 @@ def _lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def _describe(config, images: Images, device: torch.device) -> dict:
+def _describe(config, images: DataSet, device: torch.device) -> dict:
     """Return the content of config.json."""
+
+    def numbers(values):
+        return None if values is None else torch.as_tensor(values).tolist()
+
     return {
         "settings": dataclasses.asdict(config),
         "data": images.name,
         "path": images.path,
+        "classes": list(images.classes or map(str, range(images.num_classes))),
+        "shape": list(images.size),
+        "mean": numbers(images.mean),
+        "std": numbers(images.std),
+        "largest": images.largest,
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
         "threads": torch.get_num_threads(),  # torch adds up in another order with another number

@@ -148,6 +148,8 @@ BAD = {
     "no weights": (["evaluate", "PDARTS", "--weights", "missing"], "no weights missing"),
     "weights and out": (["evaluate", "PDARTS", "--weights", "used/file", "--out", "new"], "--weights only tests"),
     "wrong weights": (["evaluate", "PDARTS", "--weights", "used/file"], "cannot use the weights used/file"),
+    "no evaluation": (["predict", "missing", "1.jpg"], "cannot read the run missing (FileNotFoundError"),
+    "no image": (["predict", "missing"], "the following arguments are required: IMAGE"),
     "no folder": (["draw", "PDARTS", "-o", "missing/cell"], "no folder missing"),
 }
 

@@ -36,6 +36,8 @@ class Images:
     damaged: int = 0  # files that were left out
     version: str | None = None  # tells them from others, where they are too many to look at
     note: str = ""  # about the data, for the user
+    classes: tuple[str, ...] = ()  # their names, if there are any
+    largest: int = 0  # of all values in images of 16 bits, see harness.data.folders.colour
 
     def __len__(self):
         return len(self.y_train)  # what trains
@@ -191,6 +193,9 @@ def shuffle(x: np.ndarray, order: np.ndarray):
         columns[:] = columns[order]
 
 
+SHAPES = tuple("disc ring square frame diamond diamond-frame cross saltire lying-bar standing-bar".split())
+
+
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     """Generate images, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
     rng = np.random.default_rng(seed)
@@ -224,7 +229,8 @@ def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     shade = (x * np.cos(tilt) + y * np.sin(tilt)) * column(0, 2)
     noise = rng.normal(0, 1, (n, 32, 32, 3)) * column(5, 25)[..., None]
     image = (np.where(mask, colour, background + shade[..., None]) + noise).clip(0, 255).astype(np.uint8)
-    return Images.from_arrays(image[:train], label[:train], image[train:], label[train:], "shapes")
+    images = Images.from_arrays(image[:train], label[:train], image[train:], label[train:], "shapes")
+    return dataclasses.replace(images, classes=SHAPES)
 
 
 KEYS = "x_train", "y_train", "x_test", "y_test"
@@ -284,7 +290,8 @@ def load_folder(path: str, settings, workers: int, links=False, **options) -> Im
     statistics = pdarts.statistics(x_train[:2000])
     images = Images(path, x_train, y_train, x_test, y_test, len(listing.classes), *statistics, path)
     return dataclasses.replace(
-        images, device=torch.device("cpu"), version=version, damaged=len(damaged), note=note(largest))
+        images, device=torch.device("cpu"), version=version, damaged=len(damaged), note=note(largest),
+        classes=tuple(listing.classes), largest=largest)
 
 
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
@@ -331,4 +338,4 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
         download_cifar(dataset, folder)
     form = CIFAR[dataset]
     images = Images.from_arrays(*read_cifar(dataset, folder), dataset, form.classes, form.mean, form.std)
-    return dataclasses.replace(images, path=str(folder))
+    return dataclasses.replace(images, path=str(folder), classes=form.names)

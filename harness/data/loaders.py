@@ -171,6 +171,10 @@ class Loaders:
     version: str = ""
     path: str | None = None
     device: torch.device = torch.device("cpu")
+    classes: tuple[str, ...] = ()  # their names, kept with the run as mean and std of the images [C] are
+    mean: Any = None
+    std: Any = None
+    largest = 0
 
     def __post_init__(self):
         self.size = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size,)

@@ -44,9 +44,19 @@ class Photographs:
     def size(self) -> tuple[int, int, int]:
         return 3, self.side, self.side
 
+    mean, std = MEAN, STD
+
     @property
     def num_classes(self) -> int:
         return len(self.listing.classes)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.listing.classes
+
+    @property
+    def largest(self) -> int:
+        return self.listing.largest
 
     def __len__(self):
         return len(self.listing.train)
