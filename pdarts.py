@@ -804,6 +804,7 @@ class Search:
     The iteration yields a `Step` after each step, an `Epoch` after the last step of an epoch and a `Stage` after the
     last epoch of a stage. architect: the class that updates the alphas. prepare, average, wrap_step, rank: see the
     end of this file. InputError is raised if the config does not fit the space or if there is no validation split.
+    Torch's random state is one for all threads of a process: only one search or evaluation may run in it at a time.
     """
 
     def __init__(

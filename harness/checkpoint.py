@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import re
+import socket
 import warnings
+import weakref
 import zipfile
 
 import torch
 
 from harness.distributed import broadcast, processes
-from harness.files import check_zip, reason, some, write_whole
+from harness.files import check_zip, is_temporary, lock, reason, some, write_whole
 from harness.report.cells import draw
 from pdarts import Genotype, InputError
 
+LOCK = ".lock"
+_held = weakref.WeakSet()  # the open lock files of this process
+
+
+def _close_in_child():
+    for file in list(_held):  # a process that loads images would hold the lock after the death of its run
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
 
 class Folder:
-    """The folder that a run writes to; the first `write` makes it. Without a path nothing is written.
+    """The folder that a run writes to; without a path nothing is written. Of several processes rank 0 writes.
 
-    resume: the folder holds a run already; otherwise it must be new or empty.
+    resume: the run in the folder, or a checkpoint of it, that resumes; otherwise the folder must be new or empty.
     """
 
-    def __init__(self, path: str | os.PathLike | None, resume=False):
-        self.path = None if path is None else pathlib.Path(path)
+    def __init__(self, path: str | os.PathLike | None, resume=None):
+        self.path, self.resume = None if path is None else pathlib.Path(path), resume
+        self.writes = path is not None and processes()[0] == 0
         if resume and not (self.path / "config.json").is_file():
             raise InputError(f"{self.path} holds no run; expected the folder of one, or --out for a new one")
         if self.path and not resume and self.path.exists() and (not self.path.is_dir() or self._files()):
             raise InputError(f"{self.path} already holds something; expected a new or empty folder")
 
     def _files(self):
-        return {path.name for path in self.path.iterdir()} - {".config.json.tmp"}  # a run was killed before it began
+        """Return the files of the folder without those of a run that was killed before it began."""
+        return [path for path in self.path.iterdir() if path.name != LOCK and not is_temporary(path)]
 
     def write(self, name: str, content):
         """Write bytes, text, or anything else as JSON (`save` is for state dictionaries)."""
-        if self.path is None:
+        if not self.writes:
             return
         if not isinstance(content, (bytes, str)):
             content = json.dumps(content, indent=1) + "\n"
@@ -46,7 +64,7 @@ class Folder:
 
     def save(self, name: str, state, before: str | None = None):
         """Write a state by torch.save; the file that has the name now becomes the file `before`."""
-        if self.path is not None:
+        if self.writes:
             if before and (self.path / name).exists():
                 self.write(before, (self.path / name).read_bytes())
             buffer = io.BytesIO()  # torch.save itself hides why a disk cannot be written
@@ -66,6 +84,105 @@ def folder_of(out, resume) -> pathlib.Path | None:
         return out if out is None else pathlib.Path(out)
     path = pathlib.Path(resume)
     return path.parent if path.is_file() else path
+
+
+@contextlib.contextmanager
+def claimed(out, resume=None, numbered=False):
+    """Yield the Folder of a run, which no other run can use until the block ends; an empty one is removed then.
+
+    out, resume: see `folder_of`; a Folder, which the caller has claimed, is yielded as it is. numbered: `out` is a name
+    that nobody chose, to which -2, -3, ... is added if it exists. Rank 0 claims the folder for all processes.
+    """
+    if isinstance(out, Folder):
+        yield out
+        return
+    path, error = folder_of(out, resume), None
+    with contextlib.ExitStack() as stack:
+        if path is not None and processes()[0] == 0:
+            try:
+                path = stack.enter_context(_held_folder(path, resume, numbered))
+            except (InputError, OSError) as refused:
+                error = refused
+        path, error = broadcast((path, error))
+        if error:
+            raise error
+        yield Folder(path, resume)
+
+
+@contextlib.contextmanager
+def _held_folder(path: pathlib.Path, resume, numbered: bool):
+    """Make and lock a folder and yield its path."""
+    if not numbered and not (path / LOCK).exists():
+        Folder(path, resume)  # is refused before anything is written
+    made = []
+    try:
+        try:
+            path, file = _locked_folder(path, numbered, made)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path} ({error.strerror}); expected a folder that can be written"
+            ) from None
+        with file:
+            try:
+                Folder(path, resume)
+                for left in filter(is_temporary, path.rglob(".*")):  # by runs that were killed: no other writes here
+                    left.unlink(missing_ok=True)
+                yield path
+            finally:
+                (path / LOCK).unlink(missing_ok=True)
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _locked_folder(path: pathlib.Path, numbered: bool, made: list[pathlib.Path]):
+    """Make a folder, add to `made` what is new, and return its path and its lock file, open and locked."""
+    first, number, attempts = path, 1, 0
+    while True:
+        try:
+            _make(path, made, numbered)
+            file = open(path / LOCK, "a+", encoding="utf-8")
+        except FileExistsError:
+            if not numbered:
+                raise
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
+            continue
+        except FileNotFoundError:  # another run has just removed its empty folder
+            attempts += 1
+            if attempts == 100:
+                raise
+            continue
+        locked = lock(file, wait=False)
+        if locked is False:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise InputError(f"{path} is in use by {holder}; expected a folder that no other run uses")
+        if os.path.exists(path / LOCK) and os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
+            break
+        file.close()  # the run that held it has removed it
+    if locked is None:
+        why = "cannot be locked here: nothing keeps another run out of it"
+        warnings.warn(f"{path} {why}", RuntimeWarning, stacklevel=2)
+    _held.add(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return path, file
+
+
+def _make(path: pathlib.Path, made: list[pathlib.Path], new: bool):
+    """Make a folder and those above it; FileExistsError if it must be new and is not."""
+    if not path.parent.is_dir():
+        _make(path.parent, made, new=False)
+    try:
+        path.mkdir()
+        made.append(path)
+    except FileExistsError:
+        if new or not path.is_dir():
+            raise
 
 
 class Checkpoints:
@@ -105,6 +222,8 @@ class Checkpoints:
             check_zip(path, sums=True)
             state = torch.load(path, map_location="cpu", weights_only=True)
             version, identity = state["format"], state["identity"]
+            if version == self.FORMAT:
+                _check_state(state, identity["kind"] == "search")
         except Exception as error:  # whatever a damaged file leads to
             before = path.with_name(self.BEFORE)
             offer = f"; the one before it is whole: --resume {before}" if before.exists() and before != path else ""
@@ -118,6 +237,28 @@ class Checkpoints:
                     "the same settings and data"
                 )
         return state
+
+
+STATE = {"training": dict, "step": int, "meters": list, "log": list, "times": list}
+
+
+def _check_state(state: dict, of_search: bool):
+    """Raise ValueError if a state lacks a part, or holds a number that is not finite."""
+    for name, kind in (STATE | {"test_accuracies": list} if of_search else STATE).items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"it holds no {name}")
+
+    def check(value, where):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{where} is not finite")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} is {value}")
+        if isinstance(value, (dict, list, tuple)):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                check(part, f"{where}.{key}")
+
+    for name in STATE:
+        check(state[name], name)
 
 
 # Names that DataParallel, torch.compile, FSDP, AveragedModel and other projects' wrappers put into the keys of a

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
 
 import torch
 
-from harness.checkpoint import folder_of
-from harness.data.images import load
+from harness.checkpoint import Folder, claimed
+from harness.data.images import Images, load
 from harness.devices import keep_freed_memory
-from harness.distributed import gather, process_group, processes
+from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.predict import predict
 from harness.progress import duration, reading
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
+from harness.report.report import data_options
 from harness.run import Stopped
 from harness.search import search
-from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS
+from harness.settings import EVALUATE_PRESETS, FITS_IMAGES, SEARCH_PRESETS, options, unread
 from pdarts import OPERATIONS, SPACE, InputError, SearchSpace
 
 HELP = {  # more than pdarts.py says of its settings
@@ -32,7 +36,7 @@ HELP = {  # more than pdarts.py says of its settings
     "stem_stride": "stride of the cifar stem; 2 or more for large images (official: 1)",
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
-
+DATA_OPTIONS = ("skip_damaged", "follow_links", "cache")  # how a folder of images is loaded, besides the settings
 GENOTYPE = f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file"
 
 
@@ -114,11 +118,11 @@ def _text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _configure(args, presets, out):
+def _configure(args, presets, folder):
     """Return settings, images and a text about these; the run that is resumed decides where the options do not."""
     settings = presets[args.preset or "demo"]
-    file = out / "config.json"
-    if args.resume and not args.preset and file.is_file():
+    if folder.resume and not args.preset:
+        file = folder.path / "config.json"
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved["settings"].items()}
@@ -130,6 +134,10 @@ def _configure(args, presets, out):
                 args.space = _space(**saved["space"])
             if not isinstance(args.data, str | None):
                 raise ValueError(f"path is {short(args.data)}")
+            for name, value in saved.get("options", {}).items():
+                if name not in DATA_OPTIONS or not isinstance(value, str | bool):
+                    raise ValueError(f"options has {short(name)}: {short(value)}")
+                setattr(args, name, getattr(args, name) or value)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {file} ({error}); expected the settings of a {args.command}") from None
         args.preset = settings.dataset if settings.dataset in presets else None
@@ -137,13 +145,23 @@ def _configure(args, presets, out):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(settings) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(settings, **given)
+    for name in given.keys() & unread(settings).keys():
+        raise InputError(f"--{name.replace('_', '-')} is not read with {unread(settings)[name]}; expected one of them")
     if args.workers is not None and not 0 <= args.workers <= 1000:
         raise InputError(f"workers is {args.workers}; expected 0 to 1000")
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // environment_number("LOCAL_WORLD_SIZE", 1, least=1)
     workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
-    options = {"skip_damaged": args.skip_damaged, "links": args.follow_links, "cache": args.cache}
-    options["progress"] = reading()
-    images = load(settings, args.data, args.download, workers, **options)
+    ways = {name: getattr(args, name) for name in DATA_OPTIONS} | {"progress": reading()}
+    images = load(settings, args.data, args.download, workers, **ways)
+    if isinstance(images, Images) and images.version is None:  # not of a folder
+        for name in ("size", *DATA_OPTIONS, "workers"):
+            value = getattr(args, name, None)
+            if value is not None and value is not False:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} is only for a folder of images, not for {images.name}; expected no {flag}")
+    chosen = {name: getattr(args, name) for name in DATA_OPTIONS if getattr(args, name)}
+    chosen |= {"cache": os.path.abspath(args.cache)} if args.cache else {}
+    images = dataclasses.replace(images, options=chosen)
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""
     without = f", without {images.damaged} damaged file{'s' * (images.damaged > 1)}" if images.damaged else ""
@@ -165,43 +183,43 @@ def _say(*text):
 
 
 def _ways(args):
-    names = "device", "kernels", "resume"
+    names = "device", "kernels"
     return {"graphs": args.graphs == "auto", "show": True} | {name: getattr(args, name) for name in names}
 
 
-def _search(args, out):
-    settings, images, which = _configure(args, SEARCH_PRESETS, out)
+def _search(args, folder):
+    settings, images, which = _configure(args, SEARCH_PRESETS, folder)
+    out = folder.path
     space = _space(args.primitives or args.space.primitives, args.space.nodes if args.nodes is None else args.nodes)
     started = time.monotonic()
     _say(
         f"preset {args.preset}: searching on {which}, {len(settings.depths)} stages of {_text(settings.depths)} cells "
         f"and {settings.epochs} epochs; results in {out}"
     )
-    result = search(settings, images, None if args.resume else out, space=space, **_ways(args))
+    result = search(settings, images, folder, space=space, **_ways(args))
     _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}")
     _say(f"\n{result.genotype}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
-    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json"), "--preset", args.preset]
-    _say("next:   ", shlex.join(following + (["--data", args.data] if args.data else [])))
+    following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json")]
+    following += data_options(args.preset, args.data, images.options)
+    _say("next:   ", shlex.join(following + options(settings, SEARCH_PRESETS[args.preset], FITS_IMAGES)))
 
 
-def _evaluate(args, out):
-    if args.genotype is None and not args.resume:
+def _evaluate(args, folder):
+    out = folder.path
+    if args.genotype is None and not folder.resume:
         raise InputError("the following arguments are required: genotype (see pdarts.py evaluate --help)")
     genotype = read_genotype(args.genotype or str(out / "genotype.json"))
-    if args.weights and (args.resume or args.out):
-        raise InputError("--weights only tests; expected no --out or --resume beside it")
     if args.weights and not pathlib.Path(args.weights).is_file():
         raise InputError(f"no weights {args.weights}; expected a file that an evaluation wrote")
-    settings, images, which = _configure(args, EVALUATE_PRESETS, out)
+    settings, images, which = _configure(args, EVALUATE_PRESETS, folder)
     if not args.weights:
         _say(
             f"preset {args.preset}: training on {which}, {settings.depth} cells, {settings.channels} channels, "
             f"{settings.epochs} epochs; results in {out}"
         )
-    new = None if args.resume or args.weights else out
     _say(f"genotype:      {genotype}")
-    result = evaluate(genotype, settings, images, new, weights=args.weights, **_ways(args))
+    result = evaluate(genotype, settings, images, folder, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
     top5 = f" (top-1), {result.test_error_top5:.2%} (top-5)" if images.num_classes > 10 else ""
@@ -257,17 +275,38 @@ def _parser():
     return parser
 
 
-def _folder(args) -> pathlib.Path:
-    """Return the folder of the run; processes that torchrun started again resume the run in it."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def _complain(text: str, resuming: str = ""):
+    """Print a line on stderr in one piece: other processes print there too."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"pdarts.py: {' '.join(text.split())}{resuming}\n")
+        sys.stderr.flush()
+
+
+def _flush(stream):
+    try:
+        stream.flush()
+    except OSError:  # Python would complain at its end again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _folder(args):
+    """Return a block with the folder of the run; processes that torchrun started again resume the run in it."""
+    if getattr(args, "weights", None):
+        if args.out or args.resume:
+            raise InputError("--weights only tests; expected no --out or --resume beside it")
+        return claimed(None)
+    restarted = environment_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     if restarted and args.out and (pathlib.Path(args.out) / "config.json").is_file():
         args.out, args.resume = None, args.out
     default = pathlib.Path("runs", f"{args.command}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return gather(folder_of(args.out, args.resume) or default)[0]  # named after one clock
+    numbered = args.out is None and args.resume is None
+    return claimed(default if numbered else args.out, args.resume, numbered)
 
 
-def _how_to_resume(arguments, out) -> str:
-    """Return the command that resumes the run: the same with --resume in the place of --out."""
+def _how_to_resume(arguments, folder) -> str:
+    """Return the command that resumes the run, if it has begun: the same with --resume in the place of --out."""
+    if folder.path is None or not (folder.path / "config.json").is_file():
+        return ""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--resume")
@@ -276,12 +315,12 @@ def _how_to_resume(arguments, out) -> str:
     start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
     if number > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(number):
         start = []  # several machines: their torchrun as before
-    return "to resume: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(out)])
+    return "; to resume: " + shlex.join([*start, sys.argv[0], *others, "--resume", str(folder.path)])
 
 
 def command(arguments: list[str]) -> int:
     """Run a command and return the exit status."""
-    out = None
+    folder = Folder(None)
     try:
         parser = _parser()
         args = parser.parse_args(arguments)
@@ -292,28 +331,43 @@ def command(arguments: list[str]) -> int:
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            with process_group(args.device) as args.device:
-                out = _folder(args)
-                args.run(args, out)
-    except (InputError, OSError) as error:
-        print("pdarts.py: error:", " ".join(str(error).split()), file=sys.stderr)
+            with process_group(args.device) as args.device, _folder(args) as folder:
+                args.run(args, folder)
+    except InputError as error:
+        _complain(f"error: {error}")
+        return 2
+    except OSError as error:
+        printed = error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+        where = "stdout cannot be written: " if printed else ""
+        _complain(f"error: {where}{error}", _how_to_resume(arguments, folder))
+        return 2
+    except Warning as error:  # of Python that makes errors of them
+        _complain(f"error: {error}; expected no -W error or PYTHONWARNINGS=error to go on")
         return 2
     except Stopped as stopped:
         if processes()[0] == 0:
-            print(f"pdarts.py: {stopped}; {_how_to_resume(arguments, out)}", file=sys.stderr)
+            _complain(str(stopped), _how_to_resume(arguments, folder))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print("pdarts.py: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in reason:
-            print("pdarts.py: error: out of memory;", reason, file=sys.stderr)
+            _complain(f"error: out of memory; {reason}")
+            return 2
+        if "DataLoader worker" in reason and re.search("No space left|shared memory|killed|exited", str(error)):
+            last = str(error).strip().splitlines()[-1]
+            _complain(
+                f"error: a process that loads images ended ({last:.200}); expected --workers 0, or more shared memory, "
+                "as of docker run --shm-size 8g",
+                _how_to_resume([*arguments, "--workers", "0"], folder),
+            )
             return 2
         if processes()[1] == 1:
             raise
-        resuming = _how_to_resume(arguments, out)
-        print(f"pdarts.py: error: process {processes()[0]} cannot continue ({reason}); {resuming}", file=sys.stderr)
+        resuming = _how_to_resume(arguments, folder)
+        _complain(f"error: process {processes()[0]} cannot continue ({reason})", resuming)
         return 1
     return 0
 
@@ -321,11 +375,16 @@ def command(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command of the process and return the exit status."""
     keep_freed_memory()
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # it is closed: files of the run would get its number
+            setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
-    status = command(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = command(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        _flush(sys.stdout)
+        _flush(sys.stderr)
     if "LOCAL_RANK" in os.environ:  # torch's threads of a process group outlive it, and abort or block Python's own end
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status

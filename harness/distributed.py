@@ -11,6 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from harness.files import reason
 from pdarts import InputError
 
 
@@ -20,17 +21,46 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
+def environment_number(name: str, default: int | None = None, least: int = 0) -> int:
+    """Return a variable that a launcher sets; InputError if it is no number from `least` on, or missing."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal() or int(text) < least:
+        found = "not set" if text is None else repr(text)
+        raise InputError(f"the variable {name} is {found}; expected a number from {least}, as torchrun sets it")
+    return int(text)
+
+
+# In which torchrun and other launchers say how many processes they have started.
+SIZES = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
+
+
+def several_started() -> bool:
+    """Return whether torchrun started several processes; InputError if another launcher did."""
+    if "LOCAL_RANK" not in os.environ:
+        found = [f"{name}={os.environ[name]}" for name in SIZES if os.environ.get(name, "1") not in ("", "1")]
+        found += [f"RANK={os.environ['RANK']}"] if os.environ.get("RANK", "0") not in ("", "0") else []
+        if found:
+            raise InputError(
+                f"{found[0]} stands for several processes, but LOCAL_RANK is not set; expected torchrun, which sets "
+                f"both, or, for one process alone, env -u {found[0].partition('=')[0]}"
+            )
+        return False
+    return environment_number("WORLD_SIZE", least=1) > 1
+
+
 @contextlib.contextmanager
 def process_group(device: str):
     """Join the other processes, if torchrun started several; yield the device of this one."""
-    if "LOCAL_RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if not several_started():
         yield device
         return
     on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if device.startswith("cuda:"):
         raise InputError(f"device is {device} for several processes; expected cuda, each gets its own, or cpu")
     if on_gpu:
-        local = int(os.environ["LOCAL_RANK"])
+        local = environment_number("LOCAL_RANK")
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; expected "
@@ -40,13 +70,24 @@ def process_group(device: str):
         torch.cuda.set_device(local)
     from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 
+    rank, number, port = (environment_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= number:
+        raise InputError(f"the variable RANK is {rank} of {number} processes; expected 0 to {number - 1}")
+    if not os.environ.get("MASTER_ADDR"):
+        raise InputError("the variable MASTER_ADDR is not set; expected the address of rank 0, as torchrun sets it")
     # gloo beside NCCL: what all processes agree on besides gradients does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = datetime.timedelta(minutes=10)
-    store, rank, number = next(rendezvous("env://", timeout=timeout))
-    # Where torchrun starts the processes again, the store still holds the addresses of those before.
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, timeout=timeout, world_size=number, rank=rank, store=store)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        # Where torchrun starts the processes again, the store still holds the addresses of those before.
+        store = dist.PrefixStore(f"start {environment_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, timeout=timeout, world_size=number, rank=rank, store=store)
+    except (RuntimeError, ValueError, OSError) as error:  # such as an address that cannot be reached
+        raise InputError(
+            f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{port} ({reason(error)}); expected MASTER_ADDR "
+            "and MASTER_PORT of rank 0"
+        ) from None
     yield device
     dist.destroy_process_group()  # not after an error: the others may be gone
 

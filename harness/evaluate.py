@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import pdarts
-from harness.checkpoint import load_weights
+from harness.checkpoint import claimed, load_weights
 from harness.data.images import DataSet
 from harness.devices import ways_to_compute
 from harness.distributed import average, processes, share_buffers
@@ -51,7 +51,13 @@ def evaluate(
     The other arguments are those of `search`.
     """
     genotype = check_genotype(genotype)
-    run = Run("evaluate", config, images, out, device, kernels, resume, genotype=genotype._asdict())
+    with claimed(out, resume) as folder:
+        run = Run("evaluate", config, images, folder, device, kernels, genotype=genotype._asdict())
+        return _evaluate(genotype, run, weights, graphs, show)
+
+
+def _evaluate(genotype: Genotype, run: Run, weights, graphs: bool, show: bool) -> EvaluateResult:
+    config = run.config
     channels, *size = run.images.size
     reduction = 4 * (8 if config.stem == "imagenet" else config.stem_stride)
     if config.auxiliary and min(size) <= reduction:
@@ -68,9 +74,13 @@ def evaluate(
             network = network.to(run.device).eval()
             load_weights(network, weights, run.device)
             # The kernels take the norms as they are.
-            tested = ways_to_compute(run.device, run.fused, False).get("prepare", fold)(copy.deepcopy(network))
+            prepare = ways_to_compute(run.device, run.fused, False).get("prepare", fold)
+            # In 16 bits a folded network rounds otherwise than the trained one.
+            tested = network if prepare is fold and config.dtype != "float32" else prepare(copy.deepcopy(network))
         else:
-            tested = network = _train(genotype, config, run, graphs, show)
+            tested = _train(genotype, run, graphs, show)
+            network = network.to(run.device)  # plain, whatever the trained one was converted to
+            network.load_state_dict(tested.state_dict())
         errors = [1 - accuracy for accuracy in run.test_accuracies(tested, top=TOP)]
         return EvaluateResult(network.eval(), *cost, *errors)
 
@@ -94,7 +104,8 @@ def fold(network: Network) -> Network:
     return network
 
 
-def _train(genotype, config, run, graphs, show):
+def _train(genotype, run, graphs, show):
+    config = run.config
     data = run.shared(run.images.evaluate_data(config))
     training = pdarts.Evaluation(
         genotype,
@@ -109,6 +120,8 @@ def _train(genotype, config, run, graphs, show):
     run.folder.write("genotype.json", genotype._asdict())
     steps = len(data.train)
     progress, meters = Progress([config.epochs * steps], show), None
+    for line in run.changed():
+        progress.line(line)
     progress.resume(training.epoch * steps + training.step)
     clock = Clock()
     for event in training:

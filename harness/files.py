@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import reprlib
+import secrets
 import sys
 import zipfile
 
@@ -59,25 +60,38 @@ def check_zip(path, sums=False):
 
 def write_whole(path: pathlib.Path, content: bytes):
     """Write a file with all of its content or not at all; it takes the place of an older one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of this process alone
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk's names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: pathlib.Path) -> bool:
+    """Return whether `write_whole` was killed before it could rename this file."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
+
+
+def lock(file, wait: bool) -> bool | None:
+    """Lock an open file until it is closed: True; False if another process holds it; None where nothing can be locked,
+    as on Windows and on some network file systems."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):
+        return None
+    return True
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, wait: bool = True):
     """Hold the lock of a file; yield True, or False if another process holds it and `wait` is False."""
     with open(path, "ab") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield lock(file, wait) is not False

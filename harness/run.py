@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import platform
 import signal
@@ -17,10 +19,11 @@ import numpy as np
 import torch
 
 import pdarts
-from harness.checkpoint import Checkpoints, Folder, folder_of
+from harness.checkpoint import Checkpoints, Folder
 from harness.data.images import DataSet, load
-from harness.devices import deterministic, entered, pick_device, pick_kernels
+from harness.devices import deterministic, entered, fused, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
+from harness.files import reason
 from harness.progress import Meter
 from pdarts import InputError
 
@@ -32,6 +35,51 @@ class Stopped(KeyboardInterrupt):
         nothing = "" if saved else "; nothing is saved, because it has no folder"
         super().__init__(f"stopped by {signal.Signals(signal_number).name}{nothing}")
         self.signal_number, self.saved = signal_number, saved
+
+
+END = b"\0"  # no signal has this number
+_watching = False  # whether signals are written to the pipe of `_second_signal_ends`
+
+if hasattr(os, "register_at_fork"):  # a Ctrl-C that reaches a process that loads images too must not count twice
+    os.register_at_fork(after_in_child=lambda: _watching and signal.set_wakeup_fd(-1))
+
+
+@contextlib.contextmanager
+def _second_signal_ends(numbers):
+    """Enter a block in which the second signal of these ends the process at once, whatever the main thread does.
+
+    Python's handlers wait until the main thread's present call returns. The pipe gets each signal's number at once.
+    """
+    global _watching
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch():
+        seen = 0
+        while (number := os.read(reader, 1)) != END:
+            seen += number[0] in numbers
+            if seen == 2:
+                with contextlib.suppress(Exception):  # signal.signal is for the main thread only
+                    ctypes.CDLL(None).signal(number[0], None)
+                    os.kill(os.getpid(), number[0])
+                os._exit(128 + number[0])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        signal.set_wakeup_fd(before)
+        os.write(writer, END)
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
+_running = threading.Lock()  # held by the run that is in its block
 
 
 class Clock:
@@ -56,10 +104,8 @@ class Run:
     several processes rank 0 reads and writes.
     """
 
-    def __init__(self, kind, config, images, out, device, kernels, resume, **identity):
-        path = folder_of(out, resume)
-        Folder(path, resume is not None)  # is refused before anything that takes time
-        self.config, self.resume, self.device = config, resume, pick_device(device)
+    def __init__(self, kind, config, images, folder: Folder, device, kernels, **identity):
+        self.config, self.folder, self.device = config, folder, pick_device(device)
         with entered(self.device):
             self.fused = pick_kernels(kernels, self.device)
         images = load(config).first(config.images) if images is None else images
@@ -73,11 +119,12 @@ class Run:
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
         if len({repr(i) for i in gather(about | settings | identity)}) > 1:
             raise InputError("the processes have different settings or data; expected the same on every machine")
-        self.folder = Folder(path if processes()[0] == 0 else None, resume is not None and processes()[0] == 0)
         self.checkpoints = Checkpoints(self.folder, about | settings | identity)
         self.log, self.times, self.signal = [], [], 0
-        self.state = None if resume is None else self.checkpoints.load(resume)
-        self.description = _describe(config, images, self.device) | identity
+        self.state = None if folder.resume is None else self.checkpoints.load(folder.resume)
+        self.description, self.changes = _describe(config, images, self.device) | identity, {}
+        if self.fused:
+            self.description["kernels/csrc"] = fused.build.version()
         self.images = images.to(self.device)
 
     def shared(self, data: pdarts.Data) -> pdarts.Data:
@@ -96,8 +143,21 @@ class Run:
     def block(self):
         """Enter a block that leaves the caller's random state, device and signals as they were.
 
-        Within it a signal only sets the flag that `stop_if_asked` looks at.
+        Within it a signal only sets the flag that `stop_if_asked` looks at. InputError if another thread is in one.
         """
+        if not _running.acquire(blocking=False):
+            raise InputError(
+                "another run of this process is under way, and torch's random state is one for all threads; expected "
+                "one run after the other, or each in a process of its own"
+            )
+        try:
+            with self._block():
+                yield
+        finally:
+            _running.release()
+
+    @contextlib.contextmanager
+    def _block(self):
         generators = torch.random.fork_rng(range(torch.cuda.device_count()))
         with generators, entered(self.device), deterministic(self.config.deterministic), self._signals():
             yield
@@ -110,11 +170,11 @@ class Run:
 
         def note(number, _):
             self.signal = number
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once, however a step hangs
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with _second_signal_ends(before):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -131,11 +191,39 @@ class Run:
         """Load the saved state into the training and return it, or begin the folder of a new run."""
         state, self.state = self.state, None
         if state:
-            pdarts.load_state_dict(training, state["training"])
+            try:
+                pdarts.load_state_dict(training, state["training"])
+            except Exception as error:  # whatever a state that lacks something leads to
+                raise InputError(
+                    f"cannot resume {self.folder.path} ({reason(error)}); expected a checkpoint of this version"
+                ) from None
             self.log, self.times = state["log"], state["times"]
-        else:
+        if self.folder.resume:
+            self._compare(state)
+        if not state or self.changes:
             self.folder.write("config.json", self.description)
         return state
+
+    def _compare(self, state):
+        """Note what is not as it was when the run began or was last resumed."""
+        if not self.folder.writes:
+            return
+        before = read_description(self.folder.path)
+        self.changes = {
+            name: [old, new]
+            for name, new in _flat(self.description).items()
+            if name in COMPARED and (old := _flat(before).get(name, new)) != new
+        }
+        self.description["command"] = before.get("command", self.description["command"])
+        self.description["resumed"] = before.get("resumed", [])
+        if self.changes:
+            done = {"epochs_done": len(self.log), "step": state["step"] if state else 0}
+            self.description["resumed"] = [*self.description["resumed"], done | {"changed": self.changes}]
+
+    def changed(self) -> list[str]:
+        """Return a line for each difference from the process that this one resumes."""
+        changes = self.changes.items()
+        return [f"changed since the run was left: {name}, from {old} to {new}" for name, (old, new) in changes]
 
     def meters(self, names: dict[str, str], state: dict | None) -> list[Meter]:
         """Return the meters of an epoch: new ones, or in the state of the interruption."""
@@ -158,7 +246,27 @@ class Run:
         if number := largest(self.signal):
             share_buffers(training.network)
             self.save(training, meters, **more)
-            raise Stopped(number, self.checkpoints.folder.path is not None or processes()[0] > 0)
+            raise Stopped(number, self.folder.path is not None)
+
+
+# What may change a result without deciding it: these differences are shown when a run is resumed.
+COMPARED = "python torch numpy threads processes device kernels kernels/csrc pdarts.py path".split()
+
+
+def _flat(description: dict) -> dict:
+    return description | description.get("versions", {})
+
+
+def read_description(folder: pathlib.Path) -> dict:
+    """Return the content of the config.json in the folder of a run."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("versions", {}), dict):
+            raise ValueError("no object with the settings")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {file} ({reason(error)}); expected the settings of a run") from None
 
 
 def _lines(records: list[dict]) -> str:
@@ -175,7 +283,8 @@ def _describe(config, images: DataSet, device: torch.device) -> dict:
     return {
         "settings": dataclasses.asdict(config),
         "data": images.name,
-        "path": images.path,
+        "path": images.path and os.path.abspath(images.path),  # to resume from any folder
+        "options": getattr(images, "options", {}),
         "classes": list(images.classes or map(str, range(images.num_classes))),
         "shape": list(images.size),
         "mean": numbers(images.mean),

@@ -9,6 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 import pdarts
+from harness.checkpoint import claimed
 from harness.data.images import DataSet
 from harness.devices import ways_to_compute
 from harness.distributed import average, check_agreement, processes, share_buffers
@@ -45,7 +46,13 @@ def search(
     space: the candidates of an edge, as many as config.keep[0], and the nodes of a cell.
     SIGINT and SIGTERM raise `Stopped`, once the state is saved. Torch's random state stays as it was.
     """
-    run = Run("search", config, images, out, device, kernels, resume, space=dataclasses.asdict(space))
+    with claimed(out, resume) as folder:
+        run = Run("search", config, images, folder, device, kernels, space=dataclasses.asdict(space))
+        return _search(run, space, graphs, show)
+
+
+def _search(run: Run, space: SearchSpace, graphs: bool, show: bool) -> SearchResult:
+    config = run.config
     data = run.shared(run.images.search_data(config))
     steps = len(data.train)
     # What the epochs of a stage take: a step with alphas counts twice.
@@ -64,6 +71,8 @@ def search(
         )
         state = run.begin(searching)
         progress, meters = Progress(work, show), None
+        for line in run.changed():
+            progress.line(line)
         if state:
             accuracies = state["test_accuracies"]
             epochs = searching.epoch + max(0, searching.epoch - config.alpha_start)

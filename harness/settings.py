@@ -42,6 +42,37 @@ class EvaluateSettings(pdarts.EvaluateConfig):
     deterministic: bool = setting(False, DETERMINISTIC)
 
 
+FITS_IMAGES = ("size", "flip", "crop_padding", "stem", "stem_stride")  # what an evaluation takes over from a search
+
+
+def options(settings, preset, names=None) -> list[str]:
+    """Return the options of the command line that make `settings` of a preset; names: only those of these settings."""
+    words = []
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if name == "dataset" or name in unread(settings) or value == getattr(preset, name):
+            continue  # --preset and --data stand for the data set
+        if names is None or name in names:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def unread(settings) -> dict[str, str]:
+    """Return the settings that nothing reads beside the others, and the option that makes it so."""
+    found = {}
+    if settings.stem == "imagenet":
+        found["stem_stride"] = "--stem imagenet"
+    if getattr(settings, "augment", None) == "imagenet":
+        found |= dict.fromkeys(("cutout", "crop_padding"), "--augment imagenet")
+    if getattr(settings, "auxiliary", None) is False:
+        found["auxiliary_weight"] = "--no-auxiliary"
+    return found
+
+
 SEARCH_PRESETS = {
     "demo": SearchSettings(
         dataset="shapes",

@@ -2,16 +2,23 @@
 
 import argparse
 import io
+import math
 import os
 import pickle
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from harness.checkpoint import Checkpoints, Folder, load_weights
-from harness.conftest import ONE_NODE, TWO_STAGES, assert_same, assert_same_run
+import harness.files
+from harness.checkpoint import Checkpoints, Folder, claimed, load_weights
+from harness.conftest import ENVIRONMENT, ONE_NODE, ROOT, TWO_STAGES, assert_same, assert_same_run, beside
+from harness.files import write_whole
 from harness.fuzz import STRANGE, Exploit, accepted, case, cases, damaged
 from harness.search import search
 from pdarts import Genotype, InputError, Network
@@ -30,12 +37,30 @@ def loaded(content):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def changed_training(content, **changes):
+    state = loaded(content)
+    return state | {"training": state["training"] | changes}
+
+
 DAMAGE = {
     "cut off": (lambda c: c[: len(c) // 2], r"cannot read .*checkpoint.pt \(.*\); expected an undamaged checkpoint; "),
     "flipped": (lambda c: c[:2000] + bytes([c[2000] ^ 1]) + c[2001:], "the one before it is whole: --resume .*before"),
     "nothing": (lambda c: b"", "expected an undamaged checkpoint"),
     "no checkpoint": (lambda c: saved({"weights": 1}), "cannot read"),
     "later format": (lambda c: saved(loaded(c) | {"format": 4}), "has format 4; expected 3: another version wrote it"),
+    "no log": (lambda c: saved(without(loaded(c), "log")), "it holds no log.*; expected an undamaged checkpoint; "),
+    "no training": (lambda c: saved(without(loaded(c), "training")), "it holds no training"),
+    "no accuracies": (lambda c: saved(without(loaded(c), "test_accuracies")), "it holds no test_accuracies"),
+    "part missing": (lambda c: saved(changed_training(c, stages=None)), "cannot resume .*; expected a checkpoint"),
+    "not a number": (
+        lambda c: saved(changed_training(c, epoch=math.nan)),
+        r"cannot read .*\(ValueError: training.epoch is nan\); expected an undamaged checkpoint; the one before it",
+    ),
+    "infinite": (lambda c: saved(changed_training(c, more=[torch.ones(2) / 0])), "training.more.0 is not finite"),
     "code": (lambda c: saved({"format": Exploit("ran")}), "cannot read"),
 }
 
@@ -114,7 +139,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(unbroken, tmp_path, monkeypatch, 
 
 
 def test_a_folder_must_be_new_or_empty_or_left_before_the_run_began(tmp_path):
-    for name, fits in ("", True), (".config.json.tmp", True), ("config.json", False), (".bashrc", False):
+    killed = (".config.json.0123abcd.tmp", True), (".lock", True)
+    for name, fits in ("", True), *killed, ("config.json", False), (".bashrc", False):
         folder = tmp_path / f"folder{name}"
         folder.mkdir()
         if name:
@@ -122,6 +148,82 @@ def test_a_folder_must_be_new_or_empty_or_left_before_the_run_began(tmp_path):
         assert (accepted(Folder, folder) is not None) == fits
     assert accepted(Folder, tmp_path / "new") and accepted(Folder, None)
     assert not accepted(Folder, tmp_path / "folderconfig.json/config.json")
+
+
+def test_a_folder_is_of_one_run_at_a_time_and_the_other_is_named(unbroken, tmp_path):
+    run, new = shutil.copytree(unbroken, tmp_path / "run"), tmp_path / "a/new/one"
+    files = set(tmp_path.rglob("*"))
+    (run / ".log.jsonl.0123abcd.tmp").touch()  # of a run that was killed
+    for path, resume in (new, None), (run, run), (run, run / "checkpoint-before.pt"):
+        ways = (None, resume) if resume else (path, None)
+        with claimed(*ways) as mine:
+            assert mine.path == path
+            used = f"{path} is in use by process {os.getpid()} on {socket.gethostname()}; expected a folder that no"
+            for others in ways, (path, None):
+                with pytest.raises(InputError, match=used), claimed(*others):
+                    pass
+            with claimed(mine) as same:  # the command line claims it, and the run takes it
+                assert same is mine
+        assert set(tmp_path.rglob("*")) - {run / ".log.jsonl.0123abcd.tmp"} == files
+    assert set(tmp_path.rglob("*")) == files
+
+
+def test_a_name_that_nobody_chose_gets_a_number_where_it_is_taken(tmp_path):
+    path = tmp_path / "runs/search"
+    with claimed(path, numbered=True) as first, claimed(path, numbered=True) as second:
+        second.write("config.json", {})
+        with claimed(path, numbered=True) as third:
+            names = [folder.path.name for folder in (first, second, third)]
+    assert names == ["search", "search-2", "search-3"] and [p.name for p in path.parent.iterdir()] == ["search-2"]
+
+
+HOLDER = """
+import os, signal, sys, time
+from harness.checkpoint import claimed
+
+with claimed("run"):
+    child = os.fork()  # as a process that loads images
+    if child:
+        print(os.getpid(), child, flush=True)
+    time.sleep(100)
+"""
+
+
+@beside
+def test_a_folder_is_free_when_the_process_of_its_run_is_killed(tmp_path):
+    command, environment = [sys.executable, "-c", HOLDER], ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        pid, child = map(int, process.stdout.readline().split())
+        with pytest.raises(InputError, match=f"run is in use by process {pid} on "), claimed(tmp_path / "run"):
+            pass
+        os.kill(pid, signal.SIGKILL)
+        process.wait()
+        try:
+            with claimed(tmp_path / "run"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_where_nothing_can_be_locked_a_run_says_so_and_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.files, "fcntl", None)
+    message = "run cannot be locked here: nothing keeps another run out of it"
+    with pytest.warns(RuntimeWarning, match=message), claimed(tmp_path / "run") as folder:
+        folder.write("config.json", {})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "file", os.fsync
+
+    def interrupted(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_whole(path, b"another's")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    write_whole(path, b"mine")
+    assert path.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [path]
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

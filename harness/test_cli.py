@@ -1,6 +1,7 @@
 """Tests of the command line: the commands, what is refused in one line, and the command that resumes."""
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -8,9 +9,12 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +28,7 @@ from harness.evaluate import EvaluateResult
 from harness.fuzz import case, cases, changed
 from harness.report.cells import read_genotype
 from harness.search import SearchResult
-from harness.settings import EvaluateSettings, SearchSettings
+from harness.settings import EVALUATE_PRESETS, SEARCH_PRESETS, EvaluateSettings, SearchSettings, options, unread
 from pdarts import GENOTYPES
 
 SMALL = "--depths 3 3 3 --channels 8 --epochs 1 --alpha-start 0 --batch-size 8 --images 16".split()
@@ -93,6 +97,85 @@ def test_help_names_every_setting_with_its_source(capsys):
     assert "[6; 600]" in text  # epochs of the demo and of CIFAR-10
 
 
+# --- proposed commands ------------------------------------------------------------------------------------------------
+
+
+def proposed(page):
+    """The words of the command in a report."""
+    (command,) = re.findall("<pre>python pdarts.py (.*)</pre>", (page / "report.html").read_text())
+    return shlex.split(html.unescape(command))
+
+
+def write_photographs(folder):
+    """A folder of small images in two classes, one of which is damaged."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split, number in ("train", 6), ("val", 5):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (50, 60, 3), np.uint8) // (1 + (name == "b"))
+                image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    (folder / "train/a/0.png").write_bytes(b"damaged")
+
+
+FEW = "--depth 3 --channels 12 --epochs 1 --batch-size 4".split()
+OF_A_FOLDER = "--data photographs --skip-damaged --cache kept --size 40 --no-auxiliary".split()
+EVALUATIONS = {
+    "demo": "--images 16 --no-flip --cutout 0 --lr 0.01 --seed 3 --momentum 0.5",
+    "cifar10": "--data data --dtype bfloat16 --stem-stride 2 --no-auxiliary --label-smoothing 0.1",
+    "cifar100": "--data data --stem imagenet --no-auxiliary --crop-padding 2 --images 20 --schedule linear",
+    "imagenet": " ".join(["--preset imagenet --stem cifar --fraction 0.5 --workers 0", *OF_A_FOLDER]),
+    "an own folder": " ".join(["--preset cifar10 --augment imagenet --workers 0", *OF_A_FOLDER]),
+    "an own file": "--data own.npz --stem-stride 2 --no-auxiliary",
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_test_command_of_a_report_gives_the_error_that_was_printed(here, monkeypatch, capsys, name):
+    (here / "cell.json").write_text(json.dumps(CELL._asdict()))
+    given = EVALUATIONS[name].split()
+    if "photographs" in given:
+        write_photographs(here / "photographs")
+    if "data" in given:
+        write_cifar(here / "data", name, binary=True)
+    preset = ["--preset", name] if name in EVALUATE_PRESETS and "--preset" not in given else []
+    assert cli.command(["evaluate", "cell.json", *preset, *FEW, *given, "--kernels", "off", "--out", "a run"]) == 0
+    error = re.search(r"test error: .*\n", capsys.readouterr().out)[0]
+    words = proposed(here / "a run")
+    assert words[:4] == ["evaluate", "a run/genotype.json", "--weights", "a run/weights.pt"]
+    assert {w for w in [*FEW, *given] if w.startswith("--")} - {"--workers"} <= set(words)
+    kernels.use("auto")
+    assert cli.command(words) == 0
+    assert error in capsys.readouterr().out
+
+
+def test_the_evaluation_that_a_search_proposes_takes_images_of_the_same_form(here, capsys):
+    write_photographs(here / "photographs")
+    form = "--size 40 --no-flip --crop-padding 2 --stem imagenet --skip-damaged".split()
+    given = [*ONE_STAGE[:-2], *ONE_EPOCH, "--data", "photographs", *form, "--workers", "0", "--out", "run"]
+    assert cli.command(["search", *given]) == 0
+    following = shlex.split(re.search(r"next: +python \S+ (.*)", capsys.readouterr().out)[1])
+    assert following[:4] == ["evaluate", "run/genotype.json", "--preset", "demo"]
+    for words, data in (following, "photographs"), (proposed(here / "run"), str(here / "photographs")):
+        assert sorted(words) == sorted([*following[:4], "--data", data, *form])
+    assert cli.command([*following, *FEW, "--no-auxiliary", "--workers", "0", "--out", "evaluated"]) == 0
+    assert "3 cells, 12 channels" in capsys.readouterr().out
+
+
+def test_settings_that_differ_from_a_preset_are_options_that_make_them():
+    for presets, kind in (SEARCH_PRESETS, "search"), (EVALUATE_PRESETS, "evaluate"):
+        for settings in presets.values():
+            for name, preset in presets.items():
+                words = [kind, *["cell"] * (kind == "evaluate"), "--preset", name, *options(settings, preset)]
+                given = vars(cli._parser().parse_args(words))
+                for field in dataclasses.fields(settings):
+                    if field.name == "dataset" or field.name in unread(settings):
+                        continue
+                    value = given.get(field.name, getattr(preset, field.name))
+                    assert (tuple(value) if isinstance(value, list) else value) == getattr(settings, field.name)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +217,13 @@ BAD = {
     "mistyped run": (["search", "--resume", "ruin"], "ruin holds no run; expected the folder of one, or --out for a"),
     "no run": (["search", "--resume", "used"], "used holds no run"),
     "new and old": (["search", "--out", "new", "--resume", "used"], "out is 'new' and resume is 'used'; expected one"),
+    "size": (["search", "--size", 40], "--size is only for a folder of images, not for own data; expected no --size"),
+    "damaged": (["search", "--skip-damaged"], "--skip-damaged is only for a folder of images, not for own data; exp"),
+    "cache": (["search", "--cache", "here"], "--cache is only for a folder of images, not for own data; expected no"),
+    "workers": (["search", "--workers", 0], "--workers is only for a folder of images, not for own data; expected no"),
+    "stride": (["search", "--stem", "imagenet", "--stem-stride", 2], "--stem-stride is not read with --stem imagenet;"),
+    "crop": (["evaluate", "PDARTS", "--augment", "imagenet", "--cutout", 4], "--cutout is not read with --augment im"),
+    "no head": (["evaluate", "PDARTS", "--no-auxiliary", "--auxiliary-weight", 1], "--auxiliary-weight is not read wi"),
     "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file, one of PDARTS"),
     "nothing to evaluate": (["evaluate"], "the following arguments are required: genotype"),
     "no JSON": (["draw", "used/file"], "used/file is not valid (JSONDecodeError: Expecting value"),
@@ -195,14 +285,78 @@ def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(13, "Permission denied")])
-def test_a_full_disk_ends_in_one_line(tmp_path, generated, monkeypatch, capsys, error):
-    def full(*_):
-        raise error
+def test_a_full_disk_ends_in_one_line_that_names_the_file_and_how_to_resume(
+    tmp_path, generated, monkeypatch, capsys, error
+):
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == "checkpoint.pt":
+            raise error
+        replace(source, target)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
-    assert cli.command(["search", *SMALL]) == 2
-    assert re.fullmatch(rf"pdarts.py: error: .*{error.strerror}.*\n", capsys.readouterr().err)
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.command(["search", *FAST_SEARCH, *ONE_EPOCH, "--out", "run"]) == 2
+    line = rf"pdarts.py: error: .*{error.strerror}: 'run/checkpoint.pt'; to resume: python .* --resume run\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load", None)
+    (tmp_path / "file").touch()
+    assert cli.command(["search", "--out", "file/run"]) == 2
+    assert re.fullmatch(r"pdarts.py: error: cannot write to file/run \(.*\); expected a .*\n", capsys.readouterr().err)
+
+
+def test_a_process_that_loads_images_and_dies_gets_one_line_and_how_to_resume(here, monkeypatch, capsys):
+    why = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+    of_torch = f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n\nRuntimeError: {why}\n"
+
+    def dies(*_, **__):
+        raise RuntimeError(of_torch)
+
+    monkeypatch.setattr("pdarts.Search.alternate", dies)
+    assert cli.command(["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]) == 2
+    line = f"pdarts.py: error: a process that loads images ended (RuntimeError: {why}); expected --workers 0, or more "
+    error = capsys.readouterr().err
+    assert error.startswith(line) and error.count("\n") == 1
+    assert re.search("; to resume: python .* --workers 0 --resume run\n$", error)
+
+
+def test_warnings_as_errors_and_wrong_variables_get_one_line_and_leave_no_folder(here, monkeypatch, capsys):
+    def warns(*_):
+        warnings.warn("plain torch instead of the fused kernels: no compiler", RuntimeWarning, stacklevel=2)
+
+    command = ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr("harness.devices.fused.fused", warns)
+        assert cli.command(command) == 2
+        assert re.fullmatch("pdarts.py: error: plain torch .*: no compiler; expected .*\n", capsys.readouterr().err)
+    monkeypatch.setenv("PDARTS_LAYOUT", "foo")
+    assert cli.command([*command, "--kernels", "on"]) == 2
+    error = "pdarts.py: error: the kernels cannot be used: PDARTS_LAYOUT is 'foo'; expected NCHW or channels-last\n"
+    assert capsys.readouterr().err == error and not (here / "run").exists()
+
+
+@beside
+def test_a_closed_stdout_ends_in_one_line_or_changes_nothing(folder):
+    write_images(folder)
+    command = shlex.join([sys.executable, str(ROOT / "pdarts.py"), "search", *ONE_STAGE, *ONE_EPOCH, "--out"])
+    full = "stdout cannot be written: [Errno 28] No space left on device"
+    for way, status, said in (">&-", 0, ""), ("2>&1 >/dev/full", 2, f"pdarts.py: error: {full}\n"):
+        run = subprocess.run(f"{command} {status} {way}", shell=True, cwd=folder, capture_output=True, text=True)
+        assert (run.returncode, run.stdout, run.stderr) == (status, said, "")
+    assert (folder / "0/genotype.json").is_file()
+
+
+def test_a_line_of_an_error_is_written_in_one_piece(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=written.append, flush=lambda: None))
+    assert cli.command(["search", "--epochs", "many"]) == 2
+    assert len(written) == 1 and written[0].endswith("\n")
 
 
 def test_too_little_memory_gets_one_line(tmp_path, generated, monkeypatch, capsys):
@@ -342,6 +496,14 @@ def test_an_evaluation_goes_on_with_the_cell_settings_and_data_in_its_folder(her
     assert error in tested and "written" not in tested
 
 
+def test_a_run_is_resumed_from_any_folder(here, monkeypatch, capsys):
+    assert stopped(monkeypatch, ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]) == 143
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli.command(["search", "--resume", "../run"]) == 0
+    assert (here / "run/genotype.json").is_file()
+
+
 def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypatch, capsys):
     arguments = ["search", *ONE_STAGE, *ONE_EPOCH, "--out", "run"]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -357,6 +519,14 @@ def test_processes_that_torchrun_starts_again_go_on_with_the_run(here, monkeypat
     (here / "used").mkdir()
     (here / "used/file").touch()
     assert cli.command([*arguments[:-1], "used"]) == 2
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(here, monkeypatch, capsys):
+    monkeypatch.setattr(cli.time, "strftime", lambda _: "now")
+    for name in "search-now", "search-now-2", "search-now-3":
+        assert cli.command(["search", *ONE_STAGE, *ONE_EPOCH]) == 0
+        assert f"results in runs/{name}\n" in capsys.readouterr().out
+        assert (here / "runs" / name / "genotype.json").is_file()
 
 
 def test_random_settings_of_a_run_go_on_as_they_say_or_are_refused(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 import kernels
 import pdarts
+from harness import cli
 from harness.conftest import (
     FAST_SEARCH,
     ONE_STAGE,
@@ -108,7 +110,7 @@ def check_that_two_processes_stop_and_go_on_together(rank, folder):
     fast_search(ONE_STAGE, images, **way)
     with pytest.raises(InputError, match="the processes have different settings or data; expected the same on every"):
         fast_search(ONE_STAGE, random_images((8, 8), 3, 24 + rank), f"{folder}/other")
-    assert not os.path.exists(f"{folder}/other")
+    assert rank or not os.path.exists(f"{folder}/other")  # rank 0 claims it, and leaves nothing there
 
 
 def of_two(rank, number, folder, images, labels):
@@ -169,6 +171,43 @@ def test_the_rendezvous_waits_only_where_torchrun_started_several(monkeypatch):
     with pytest.raises(InputError, match=r"process 99 of this machine has no GPU: there are \d+; expected"):
         with process_group("cuda"):
             pass
+
+
+TORCHRUN = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 stands for several processes, but LOCAL_RANK is not set; exp"),
+        ({"RANK": "1"}, "RANK=1 stands for several processes, but LOCAL_RANK is not set; expected torchrun, which"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS=2 stands for several processes, but LOCAL_RANK is"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ".* or, for one process alone, env -u OMPI_COMM_WORLD_SIZE"),
+        (TORCHRUN | {"WORLD_SIZE": "x"}, "the variable WORLD_SIZE is 'x'; expected a number from 1, as torchrun sets"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "the variable WORLD_SIZE is '0'; expected a number from 1"),
+        (TORCHRUN | {"RANK": None}, "the variable RANK is not set; expected a number from 0"),
+        (TORCHRUN | {"RANK": "2"}, "the variable RANK is 2 of 2 processes; expected 0 to 1"),
+        (TORCHRUN | {"MASTER_ADDR": None}, "the variable MASTER_ADDR is not set; expected the address of rank 0"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "the variable MASTER_PORT is 'x'; expected a number from 0"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "the processes cannot meet at localhost:99999 .* expected MASTER_ADDR"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "the variable LOCAL_WORLD_SIZE is '0'; expe"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "the variable TORCHELASTIC_RESTART_COUNT is 'x'; expected a number"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_get_one_line(tmp_path, monkeypatch, capsys, variables, message):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    assert cli.command(["search", *FAST_SEARCH, "--device", "cpu"]) == 2
+    assert re.fullmatch(f"pdarts.py: error: {message}.*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_variables_of_a_launcher_of_one_process_change_nothing(monkeypatch):
+    for name in "WORLD_SIZE", "SLURM_NTASKS":
+        monkeypatch.setenv(name, "1")
+    with process_group("auto") as device:
+        assert device == "auto"
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------

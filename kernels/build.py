@@ -275,7 +275,7 @@ def _build(cache, key, toolkit):
     cuda = toolkit is not None
     with tempfile.TemporaryDirectory(dir=cache, prefix="build-", ignore_cleanup_errors=True) as scratch:
         try:
-            with _surroundings(toolkit):
+            with _surroundings(toolkit, pathlib.Path(scratch)):
                 built = cpp_extension.load(
                     name="pdarts_kernels",
                     sources=[str(SOURCES / name) for name in _SOURCES + _CUDA_SOURCES * cuda],
@@ -302,15 +302,20 @@ def _cuda_settings(toolkit, scratch):
 
 
 @contextlib.contextmanager
-def _surroundings(toolkit):
+def _surroundings(toolkit, scratch):
     """What torch reads during a build, put back afterwards."""
     from torch.utils import cpp_extension
 
     # ninja lies beside this Python even where its folder is not in PATH; compilers are to say "error" in English.
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
-    before = {name: os.environ.get(name) for name in ("PATH", "LC_ALL")}
+    before = {name: os.environ.get(name) for name in ("PATH", "LC_ALL", "CXX")}
     home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, toolkit and str(toolkit)
     os.environ.update(PATH=path, LC_ALL="C")
+    if len(_compiler()) > 1:  # torch takes "ccache g++" for the name of one program
+        wrapper = scratch / "cxx"
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(_compiler())} "$@"\n')
+        wrapper.chmod(0o755)
+        os.environ["CXX"] = str(wrapper)
     try:
         yield
     finally:

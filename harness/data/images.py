@@ -38,6 +38,7 @@ class Images:
     note: str = ""  # about the data, for the user
     classes: tuple[str, ...] = ()  # their names, if there are any
     largest: int = 0  # of all values in images of 16 bits, see harness.data.folders.colour
+    options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
 
     def __len__(self):
         return len(self.y_train)  # what trains
@@ -269,11 +270,11 @@ def load_npz(path: pathlib.Path) -> Images:
 DataSet = Images | Photographs | Loaders
 
 
-def load_folder(path: str, settings, workers: int, links=False, **options) -> Images | Photographs:
+def load_folder(path: str, settings, workers: int, follow_links=False, **options) -> Images | Photographs:
     """Return the images of a folder: its files, if the settings augment these, else resized, in a mapped file.
 
     Their order is random (by a fixed seed): a search halves them, and --images takes the first ones."""
-    listing, rng = folders.scan(path, links).subset(settings.fraction), np.random.default_rng(0)
+    listing, rng = folders.scan(path, follow_links).subset(settings.fraction), np.random.default_rng(0)
     train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
     listing = dataclasses.replace(listing, train=train, test=test)
 
@@ -298,7 +299,7 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
     """Return the images of `settings.dataset` and --data: generated shapes, CIFAR, an .npz file, a folder of images.
 
     Where a folder holds several of these, a preset of CIFAR or ImageNet decides. workers and options: see
-    harness.data.folders.cached; links: see harness.data.folders.scan.
+    harness.data.folders.cached; follow_links: the links of harness.data.folders.scan.
     """
     folder, dataset = pathlib.Path(path or "data"), settings.dataset
     from_files = dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet"

@@ -32,6 +32,7 @@ class Photographs:
     workers: int = 0
     damaged: int = 0  # files that were left out
     note: str = ""  # about the data, for the user
+    options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
     device: torch.device = torch.device("cpu")
 
     @property

@@ -168,7 +168,15 @@ def read_genotype(source: str) -> Genotype:
 # An arc diagram: the states stand in a row, and every operation has a bracket above them, at a height (lane) of its
 # own wherever two would overlap. Lines go up and down only above a state; the label stands between two states. So no
 # label meets another label, a state or another bracket, whatever the genotype.
-GAP, LANE, PORT, BOX, LABEL = 132, 34, 14, 36, (108, 22)  # pixels: between states, lanes, ports; heights; label w, h
+LANE, PORT, BOX, LABEL = 34, 14, 36, (108, 22)  # pixels: between lanes, ports; height; smallest label: width, height
+LONGEST = 24  # characters of a label; longer names are shortened, and shown whole under the mouse
+DARK = """
+@media (prefers-color-scheme: dark) {
+.cell .paper, .cell .label rect { fill: #16181c } .cell .state rect { fill: #2a2e35; stroke: #9aa0a6 }
+.cell .state text, .cell > text { fill: #ddd } .cell [stroke="#666666"] { stroke: #9aa0a6 }
+.cell [fill="#666666"] { fill: #9aa0a6 }
+}
+"""
 
 
 def draw(genotype: Genotype) -> dict[str, str]:
@@ -183,6 +191,8 @@ def cell_svg(pairs, concat, title: str) -> str:
     """Draw a cell: inputs left, nodes, output right, every edge labelled with its operation."""
     nodes = len(pairs) // 2
     names = ["c_{k-2}", "c_{k-1}", *map(str, range(nodes)), "c_{k}"]
+    label = max(LABEL[0], *(8 * len(shortened(name)) + 12 for name, _ in pairs))
+    between = label + 24
     edges = sorted((2 + i // 2 - source, source, 2 + i // 2, name) for i, (name, source) in enumerate(pairs))
 
     # Short edges get the low lanes. Edges share a lane where they meet in one state at most.
@@ -203,7 +213,7 @@ def cell_svg(pairs, concat, title: str) -> str:
         leaving = sorted(((lane, i) for i, (source, _, _, lane) in enumerate(placed) if source == state), reverse=True)
         ports[state] = [("in", i) for _, i in arriving] + [("out", i) for _, i in leaving]
     widths = [max(72, PORT * (len(ports[state]) + 1)) for state in range(len(names))]
-    left = [20 + sum(widths[:state]) + GAP * state for state in range(len(names))]
+    left = [20 + sum(widths[:state]) + between * state for state in range(len(names))]
     top = 44 + LANE * len(lanes)  # of the row of states
     port_x = {}
     for state, order in ports.items():
@@ -217,21 +227,21 @@ def cell_svg(pairs, concat, title: str) -> str:
         colour = colour_of(name)
         lines.append(svg_bracket(x0, x1, top, y, colour))
         gap = (source + target - 1) // 2  # the gap in the middle, to the right of this state
-        x = left[gap] + widths[gap] + GAP / 2
-        labels.append(svg_box(x - LABEL[0] / 2, y - LABEL[1] / 2, *LABEL, name, "label", colour))
+        x = left[gap] + widths[gap] + between / 2
+        labels.append(svg_box(x - label / 2, y - LABEL[1] / 2, label, LABEL[1], name, "label", colour))
     end = left[-1] + widths[-1] / 2
     for state in concat:
         lines.append(svg_bracket(left[state] + widths[state] / 2, end, top + BOX, bus, "#666666"))
-    x = left[-1] - GAP / 2
+    x = left[-1] - between / 2
     labels.append(svg_box(x - 32, bus - LABEL[1] / 2, 64, LABEL[1], "concat", "label", "#666666"))
     for state, name in enumerate(names):
         labels.append(svg_box(left[state], top, widths[state], BOX, name, "state", "#333333"))
     text = html.escape(title)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {bus + 24:g}" width="{width:g}" '
-        f'height="{bus + 24:g}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
-        f"<title>{text}</title>",
-        f'<rect width="{width:g}" height="{bus + 24:g}" fill="#ffffff"/>',
+        f'height="{bus + 24:g}" class="cell" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+        f"<title>{text}</title><style>{DARK}</style>",
+        f'<rect class="paper" width="{width:g}" height="{bus + 24:g}" fill="#ffffff"/>',
         f'<text x="20" y="24" font-size="15" font-weight="bold" fill="#333333">{text}</text>',
         *lines, *labels, "</svg>\n"])
 
@@ -245,12 +255,17 @@ def svg_bracket(x0, x1, start, y, colour):
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/><path d="{head}" fill="{colour}"/>'
 
 
+def shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}\u2026{name[1 - LONGEST // 2 :]}"
+
+
 def svg_box(x, y, width, height, text, kind, colour):
+    whole = f"<title>{html.escape(text)}</title>" if shortened(text) != text else ""
     fill, ink, round_ = ("#ffffff", colour, height / 2) if kind == "label" else ("#eef1f5", "#222222", 6)
     return (
-        f'<g class="{kind}"><rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" '
+        f'<g class="{kind}">{whole}<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_:g}" '
         f'fill="{fill}" stroke="{colour}"/><text x="{x + width / 2:g}" y="{y + height / 2 + 4.5:g}" '
-        f'text-anchor="middle" fill="{ink}">{html.escape(text)}</text></g>')
+        f'text-anchor="middle" fill="{ink}">{html.escape(shortened(text))}</text></g>')
 
 
 def cell_table(genotype: Genotype) -> str:

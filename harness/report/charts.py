@@ -36,13 +36,17 @@ COLOURS = {
 SECOND = {"max_pool_3x3", "sep_conv_5x5", "dil_conv_5x5"}  # of two operations of one colour: dashed
 
 
+CUSTOM = ("#b5485a", "#1f9aa8", "#b0901c", "#cc5fa8")
+
+
 def colour_of(operation: str) -> str:
-    """The colour of an operation in drawings; custom ones share one."""
-    return COLOURS.get(operation, "#b5485a")
+    """The colour of an operation in drawings; custom ones share some."""
+    custom = [name for name in OPERATIONS if name not in COLOURS]
+    return COLOURS.get(operation) or CUSTOM[custom.index(operation) % len(CUSTOM) if operation in custom else 0]
 
 
 class Line(NamedTuple):
-    """A value of each epoch, or None. Values in a row are drawn as a line, single ones as dots."""
+    """A value of each epoch, or None. Values in a row are drawn as a line, single ones as dots, hollow if dashed."""
 
     name: str
     colour: str
@@ -149,6 +153,11 @@ def stroke(line: Line, path: str) -> str:
     return f'<path class="line" stroke="{line.colour}"{dash} d="{path}"/>'
 
 
+def dot(line: Line, x: float, y: float) -> str:
+    filling = f'fill="none" stroke="{line.colour}" stroke-width="1.6"' if line.dashed else f'fill="{line.colour}"'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" {filling}/>'
+
+
 def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
     parts, path = [], []
 
@@ -156,7 +165,7 @@ def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
         if len(path) > 1:
             parts.append(stroke(line, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in path)))
         elif path:
-            parts.append(f'<circle cx="{path[0][0]:.1f}" cy="{path[0][1]:.1f}" r="2.5" fill="{line.colour}"/>')
+            parts.append(dot(line, *path[0]))
         path.clear()
 
     starts = set(stages.starts())
@@ -169,11 +178,11 @@ def draw_line(line: Line, stages: Stages, across, up) -> list[str]:
     return parts
 
 
-def legend(x: float, y: float, lines: Sequence[Line], step: float = 17) -> list[str]:
+def legend(x: float, y: float, lines: Sequence[Line], step: float = 17, dots: bool = False) -> list[str]:
     parts = []
     for i, line in enumerate(lines):
         at = y + i * step
-        parts.append(stroke(line, f"M{x:g} {at:g}h24"))
+        parts.append(dot(line, x + 12, at) if dots else stroke(line, f"M{x:g} {at:g}h24"))
         parts.append(text(x + 30, at + 4, line.name))
     return parts
 
@@ -209,8 +218,9 @@ def alphas_svg(log: list[dict], candidates: list, edges: Sequence[tuple[int, int
                 for tick in ticks(0, high, 3):
                     parts.append(text(where.x - 5, where.y + height * (1 - tick / high) + 4, f"{tick:g}", "end"))
     free = margin[0] + max(min(nodes + 1, 3), nodes - 1) * (width + gap[0]) + 14  # right of the first nodes' edges
-    across = max(margin[0] + (nodes + 1) * (width + gap[0]), free + 130)
-    parts += legend(free, margin[1] + 4, samples)
+    longest = max(130, *(32 + 6.2 * len(name) for name in names))
+    across = max(margin[0] + (nodes + 1) * (width + gap[0]), free + longest)
+    parts += legend(free, margin[1] + 4, samples, dots=max(stages.epochs) == 1)
     if stages.warmup:
         y = margin[1] + 4 + 17 * len(samples)
         parts.append(rectangle("warm", free, y - 6, 24, 12))

@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Sequence
 
 import pdarts
+from harness.devices import pick_device
 from harness.progress import duration
 from harness.report.cells import cell_svg, skips_of
 from harness.report.charts import Stages, alphas_svg, curves_svg
+from harness.settings import EVALUATE_PRESETS, FITS_IMAGES, SEARCH_PRESETS, options
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{refresh}
@@ -17,10 +19,11 @@ PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 Helvetica, Arial, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em }}
 h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.15em; margin-top: 2em }}
-figure {{ margin: 1em 0; overflow-x: auto }} figcaption {{ color: #777 }}
+figure, .wide {{ margin: 1em 0; overflow-x: auto }} figcaption {{ color: #777 }}
 svg {{ max-width: 100%; height: auto }} .cells svg {{ border-radius: 8px }}
 table {{ border-collapse: collapse }} td, th {{ text-align: right; padding: 2px 12px; border-bottom: 1px solid #8885 }}
-.settings td {{ text-align: left }} td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
+.settings td {{ text-align: left; overflow-wrap: anywhere }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
 pre {{ overflow-x: auto; padding: 0.8em; background: #8882; border-radius: 6px }}
 </style></head><body>
 <h1>{title}</h1>
@@ -50,7 +53,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence], kind: str = "") -> str:
     def line(tag, cells):
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-    return f'<table class="{kind}">{line("th", head)}{"".join(line("td", row) for row in rows)}</table>'
+    lines = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table class="{kind}">{lines}</table></div>'
 
 
 def command(*words) -> str:
@@ -66,10 +70,38 @@ def share(value) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
+def data_options(preset: str, path: str | None, ways: dict) -> list[str]:
+    """Return the options of the command line that load the images of a run."""
+    words = ["--preset", preset, *(["--data", path] if path else [])]
+    for name, value in ways.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return words
+
+
+def preset_of(run) -> str:
+    name = run.config.dataset
+    return name if name in EVALUATE_PRESETS else "demo"
+
+
 def data_of(run) -> list[str]:
-    """Return the options that stand for the images of a run."""
-    path = run.description["path"]
-    return ["--preset", run.config.dataset.replace("shapes", "demo"), *(["--data", path] if path else [])]
+    about = run.description
+    path = "IMAGES" if from_python(run) else about["path"]
+    return data_options(preset_of(run), path, about["options"])
+
+
+def from_python(run) -> bool:
+    """Return whether no command can load the images of a run."""
+    return run.description["path"] is None and run.description["data"] != "shapes"
+
+
+def following(run, *words) -> list[str]:
+    """Return the heading, and the command that comes after a run or resumes it."""
+    note = "IMAGES stands for a file (see --data) of the images, which the run has got from Python."
+    return [heading("Next"), command(*words), *([paragraph(note)] if from_python(run) else [])]
+
+
+def resuming(run, kind: str) -> list[str]:
+    return following(run, kind, "--resume", run.folder.path, *(["--data", "IMAGES"] if from_python(run) else []))
 
 
 def settings_of(description: dict) -> list[str]:
@@ -84,7 +116,7 @@ def settings_of(description: dict) -> list[str]:
 
 def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     """Write alphas.svg, curves.svg and report.html of a search; genotype: its cell, once it is finished."""
-    if run.folder.path is None or not run.log:
+    if not run.folder.writes or not run.log:
         return
     config, log, data = run.config, run.log, run.description["data"]
     stages = Stages([config.epochs] * len(config.depths), config.alpha_start)
@@ -112,11 +144,11 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
     ]
     for number, stage in enumerate(searching.stages, 1):
         parts.append(cells_of(stage.genotype(config.max_skips), f"stage {number}"))
-    parts.append(heading("Next"))
     if genotype:
-        parts.append(command("evaluate", run.folder.path / "genotype.json", *data_of(run)))
+        fitting = options(config, SEARCH_PRESETS.get(config.dataset, SEARCH_PRESETS["demo"]), FITS_IMAGES)
+        parts += following(run, "evaluate", run.folder.path / "genotype.json", *data_of(run), *fitting)
     else:
-        parts.append(command("search", "--resume", run.folder.path))
+        parts += resuming(run, "search")
     parts += settings_of(run.description)
     run.folder.write("alphas.svg", alphas)
     run.folder.write("curves.svg", curves)
@@ -141,7 +173,7 @@ def stages_of(run, stages, candidates) -> str:
 
 def write_evaluation(run, genotype: pdarts.Genotype):
     """Write curves.svg and report.html of an evaluation."""
-    if run.folder.path is None:
+    if not run.folder.writes:
         return
     config, last, data = run.config, run.log[-1], run.description["data"]
     curves = curves_svg(run.log, Stages([config.epochs]), "drop_path")
@@ -156,14 +188,14 @@ def write_evaluation(run, genotype: pdarts.Genotype):
         figure(curves),
         heading("The cell"),
         cells_of(genotype, ""),
-        heading("Next"),
     ]
     if finished:
         words = ["evaluate", run.folder.path / "genotype.json", "--weights", run.folder.path / "weights.pt"]
-        size = [word for name in ("depth", "channels", "stem") for word in (f"--{name}", getattr(config, name))]
-        parts.append(command(*words, *data_of(run), *size, "--stem-stride", config.stem_stride))
+        words += [*data_of(run), *options(config, EVALUATE_PRESETS[preset_of(run)])]
+        words += ["--device", run.device] if run.device != pick_device("auto") else []
+        parts += following(run, *words, *([] if run.fused else ["--kernels", "off"]))
     else:
-        parts.append(command("evaluate", "--resume", run.folder.path))
+        parts += resuming(run, "evaluate")
     parts += settings_of(run.description)
     run.folder.write("curves.svg", curves)
     run.folder.write("report.html", page(f"P-DARTS: an evaluation on {data}", finished, parts))

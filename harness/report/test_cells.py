@@ -224,14 +224,19 @@ def svg_geometry(svg):
 
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
-@pytest.mark.parametrize("name", [*PUBLISHED, "crowded"])
-def test_drawings_show_every_edge_and_nothing_overlaps(name, kind):
+@pytest.mark.parametrize("name", [*PUBLISHED, "crowded", "long"])
+def test_drawings_show_every_edge_and_nothing_overlaps(name, kind, monkeypatch):
     crowded = [("conv_7x1_1x7", 0), ("sep_conv_7x7", 0)] * 6
+    if name == "long":
+        crowded = [("inverted_bottleneck_3x3", 0), ("x" * 20 + "y" * 180, 1)] * 6
+        for operation, _ in crowded:
+            monkeypatch.setitem(OPERATIONS, operation, OPERATIONS["none"])
     genotype = PUBLISHED.get(name) or Genotype(crowded, [2, 3, 4, 5, 6, 7], crowded, [7])
     boxes, paths, width, height = svg_geometry(draw(genotype)[kind])
     pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
     labels = sorted(text for kind_, text, *_ in boxes if kind_ == "label")
-    assert labels == sorted([*(op for op, _ in pairs), "concat"])
+    whole = {"x" * 12 + "\u2026" + "y" * 11: "x" * 20 + "y" * 180}
+    assert sorted(whole.get(label, label) for label in labels) == sorted([*(op for op, _ in pairs), "concat"])
     states = [box for box in boxes if box[0] == "state"]
     assert [text for _, text, *_ in states] == ["c_{k-2}", "c_{k-1}", *map(str, range(len(pairs) // 2)), "c_{k}"]
     assert [box[2] for box in states] == sorted(box[2] for box in states)  # inputs left, output right
@@ -259,6 +264,15 @@ def test_drawings_show_every_edge_and_nothing_overlaps(name, kind):
         assert a[2] != b[2] or a[1] < b[0] or b[1] < a[0]
     uprights = [x for a, b, _ in brackets for x in (a, b)]
     assert len(set(uprights)) == 2 * len(pairs)
+
+
+def test_drawings_of_cells_are_dark_on_dark_pages():
+    for svg in draw(PUBLISHED["PDARTS"]).values():
+        root = ElementTree.fromstring(svg)
+        paper = next(rect for rect in root.iter() if rect.get("class") == "paper")
+        assert (root.get("class"), paper.get("width")) == ("cell", root.get("width"))
+        dark = svg.partition("@media (prefers-color-scheme: dark)")[2]
+        assert re.match(r" \{\n\.cell \.paper, \.cell \.label rect \{ fill: #16181c \}", dark)
 
 
 def bracket(path):

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import pdarts
+from harness.checkpoint import Folder
 from harness.conftest import CELL, POOLS, TINY
 from harness.evaluate import evaluate
 from harness.report import report
@@ -99,7 +100,9 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
     assert "evaluate --resume" in Page(pages[0][1]).text and "1 of 2 epochs" in Page(pages[0][1]).text
     text = Page(pages[-1][1]).text
     assert f"test error {result.test_error:.2%}" in text and "drop_path" in text
-    assert re.search("--weights .*/run/weights.pt --preset demo .*--depth 3 --channels 8", text)
+    options = "--depth 3 .*--batch-size 6.* --cutout 4"
+    assert re.search(f"--weights .*/run/weights.pt --preset demo --data IMAGES {options}", text)
+    assert "IMAGES stands for a file (see --data) of the images, which the run has got from Python" in text
     drawn((tmp_path / "run/curves.svg").read_text())
     before = (tmp_path / "run/curves.svg").read_bytes()
     (tmp_path / "run/curves.svg").unlink()
@@ -108,7 +111,7 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
 
 
 def test_a_page_shows_any_name_as_text(images, tmp_path):
-    run = Run("search", TINY, images, tmp_path / "<b>", "cpu", "off", None)
+    run = Run("search", TINY, images, Folder(tmp_path / "<b>"), "cpu", "off")
     run.description["data"] = "<script>alert(1)</script> & co"
     alphas = {f"softmax_alphas_{kind}": [[0.25] * 4] * 5 for kind in ("normal", "reduce")}
     run.log = [record(1, epoch) | alphas for epoch in (0, 1)]
@@ -133,6 +136,29 @@ def test_charts_hold_their_texts_apart_at_any_length(epochs):
     drawn(alphas_svg(log, [(n, n) for n in names], pdarts.SPACE.edges, stages))
     drawn(curves_svg(log, stages, "skip_dropout"))
     drawn(curves_svg([{**r, "loss": 1e-9, "lr": 1e-7} for r in log], Stages([3 * epochs]), "drop_path"))
+
+
+def test_operations_of_one_colour_differ_where_a_stage_has_one_epoch():
+    names, p = (pdarts.PRIMITIVES,) * 2, {f"softmax_alphas_{kind}": [[0.125] * 8] * 2 for kind in ("normal", "reduce")}
+    root = drawn(alphas_svg([record(1, 0) | p], [(names, names)], pdarts.cell_edges(1), Stages([1])))
+    dots = [tuple(dot.get(name) for name in ("fill", "stroke")) for dot in root.iter(f"{SVG}circle")]
+    assert len(set(dots)) == 8 and all(dots.count(dot) == 5 for dot in dots)  # of 4 edges, and in the legend
+
+
+def test_custom_operations_have_room_and_colours_of_their_own(monkeypatch):
+    custom = [f"{name}_of_an_own_project_with_a_long_name" for name in ("first", "second")]
+    for name in custom:
+        monkeypatch.setitem(pdarts.OPERATIONS, name, pdarts.OPERATIONS["none"])
+    p = {f"softmax_alphas_{kind}": [[0.5] * 2] * 2 for kind in ("normal", "reduce")}
+    log = [record(1, epoch) | p for epoch in range(2)]
+    root = drawn(alphas_svg(log, [((tuple(custom),) * 2,) * 2], pdarts.cell_edges(1), Stages([2])))
+    assert len({path.get("stroke") for path in root.iter(f"{SVG}path") if path.get("class") == "line"}) == 2
+
+
+def test_tables_of_a_page_scroll_where_they_are_wider():
+    content = report.page("title", True, [report.table(("a", "b"), [(1, 2)])])
+    assert Page(content).text and '<div class="wide"><table' in content
+    assert re.search(r"figure, \.wide \{[^}]*overflow-x: auto", content)
 
 
 @pytest.mark.parametrize("nodes", range(1, 7))

@@ -158,6 +158,14 @@ def where_cuda_does_not_compile(folder, first):
     assert len(calls(home)) == 1
 
 
+def test_a_compiler_may_be_named_with_arguments(tmp_path, cache, monkeypatch):
+    cxx = script(tmp_path / "g++", f'case "$*" in *-o*) {WRITE};; *) exec {CXX} "$@";; esac')
+    monkeypatch.setenv("CXX", f"env {cxx}")  # as "ccache g++"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache.parent))
+    assert build._library(None).read_text() == "built\n"
+    assert os.environ["CXX"] == f"env {cxx}"
+
+
 def test_a_failure_is_kept_until_it_is_deleted_or_a_compiler_changes(device, tmp_path, cache):
     home = toolkit(tmp_path / "toolkit", "mixed.cu(7): error: made to fail")
     before = os.environ.copy(), cpp_extension.CUDA_HOME
