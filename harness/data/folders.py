@@ -208,8 +208,8 @@ def fingerprint(listing: Listing) -> str:
 
 def decode(path) -> torch.Tensor:
     """Return a file's image: uint8 [3,H,W], always in colour, not turned by EXIF, as with ImageFolder; not contiguous.
-    An image of 16 bits of grey is int32 [1,H,W], for `colour`. ValueError with the reason for a file that cannot be
-    read, InputError if nothing is installed that reads any."""
+    An image of 16 bits is int32 [1,H,W] or, a PNG in colour, [3,H,W], for `colour`. ValueError with the reason for a
+    file that cannot be read, InputError if nothing is installed that reads any."""
     try:
         from PIL import Image  # torchvision cannot be imported without it either
     except ImportError:
@@ -231,7 +231,12 @@ def decode(path) -> torch.Tensor:
                     return torch.from_numpy(pixels)[None]
                 if image.mode == "F":
                     raise ValueError("pixels that are no whole numbers")
+                layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
                 pixels = np.array(image.convert("RGB"))
+                if layout in ("RGB;16B", "RGBA;16B"):  # of which Pillow has kept the upper 8 bits
+                    with Image.open(path, formats=FORMATS) as lower:  # and now, with the bytes swapped, the lower ones
+                        lower.tile = [(*lower.tile[0][:3], f"{layout[:-1]}L")]
+                        pixels = 256 * pixels.astype(np.int32) + np.array(lower.convert("RGB"))
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(reason(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

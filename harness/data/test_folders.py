@@ -545,6 +545,13 @@ def encoded(array, form, mode=None, **options) -> bytes:
     return file.getvalue()
 
 
+def png_16(array) -> bytes:
+    """A PNG of 16 bits, [H,W,3] or with alpha [H,W,4], which Pillow does not write."""
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    return png(width, height, 16, {3: 2, 4: 6}[channels], rows)
+
+
 def png(width, height, depth=8, kind=2, data=b"") -> bytes:
     """A PNG that claims what it likes."""
 
@@ -579,6 +586,8 @@ def test_images_of_all_kinds_become_colour(tmp_path, smooth):
         (encoded(smooth, "PNG"), smooth, 0),
         (encoded(grey, "PNG"), grey, 0),
         (encoded(deep, "PNG"), deep / 257, 0.6),
+        (png_16(smooth.astype(int) * 257), smooth, 0),
+        (png_16(alpha.astype(int) * 257), smooth, 0),
         (encoded(deep, "TIFF"), deep / 257, 0.6),
         (encoded(deep, "PPM"), deep / 257, 0.6),
         (encoded(smooth, "TIFF"), smooth, 0),
@@ -638,6 +647,7 @@ def test_damaged_files_are_refused_with_a_reason(tmp_path, smooth, limits):
 def test_random_damage_to_images_leads_to_an_image_or_a_reason(tmp_path, smooth, limits):
     pytest.importorskip("PIL")
     files = [encoded(smooth, form) for form in folders.FORMATS] + [encoded(smooth[..., 0], "PNG", "P")]
+    files += [png_16(smooth.astype(int) * 16), encoded(smooth[..., 0].astype(np.uint16) * 16, "TIFF")]
     files.append(encoded(smooth, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"))
     path, taken = tmp_path / "1.jpg", 0
     for number, rng in cases(300):
@@ -650,7 +660,7 @@ def test_random_damage_to_images_leads_to_an_image_or_a_reason(tmp_path, smooth,
             else:
                 taken += 1
                 assert pixels.numel() <= 3 * 10**8 and pixels.min() >= 0
-                assert (pixels.dtype, len(pixels)) in ((torch.uint8, 3), (torch.int32, 1))
+                assert (pixels.dtype, len(pixels)) in ((torch.uint8, 3), (torch.int32, 1), (torch.int32, 3))
     assert taken > 20
 
 
@@ -685,9 +695,11 @@ def test_images_of_16_bits_are_scaled_by_the_largest_value_in_the_data_set(tmp_p
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "1.png").write_bytes(encoded((scale * ramp).round().astype(np.uint16), "PNG"))
     (tmp_path / "train/a/2.png").write_bytes(encoded(grey, "PNG"))
+    in_colour = np.stack([largest * ramp, largest * (1 - ramp), 0 * ramp], 2).round().astype(int)
+    (tmp_path / "train/b/2.png").write_bytes(png_16(in_colour))
     for workers in 0, 1:  # the second time from the cache
         x, _, x_test, _, _, found = cached(scan(tmp_path), 16, workers * FORK)
         assert found == largest == check(scan(tmp_path)).largest
         assert np.array_equal(x[1, 0].numpy(), grey)  # of 8 bits: as it is
-        for image in x[0], x[2], 2 * x_test[0].int():
+        for image in x[0], x[2], 2 * x_test[0].int(), x[3, :1], 255 - x[3, 1:2].int():
             assert (image - torch.from_numpy(255 * ramp)).abs().max() <= max(1.1, 500 / largest)
