@@ -129,6 +129,8 @@ def test_config_json_holds_what_is_needed_to_run_again(searched, images):
     assert content["kernels"] in ("fused", "plain")
     assert (content["processes"], content["threads"]) == (1, torch.get_num_threads())
     assert (content["data"], content["path"]) == (images.name, None)
+    assert (content["classes"], content["shape"]) == (list("01234"), list(images.size))
+    assert content["mean"] == images.mean.tolist() and content["std"] == images.std.tolist()
     assert content["device"] == "cpu" or content["device"].startswith("cuda")
     assert content["versions"].keys() == {"python", "torch", "numpy"} and content["command"] == sys.argv
 

@@ -356,6 +356,18 @@ def test_an_evaluation_with_kernels_takes_the_steps_of_a_plain_one():
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("sources", [(0, 0, 0, 2), (1, 1, 1, 2), (0, 1, 0, 1)])
+def test_parameters_that_nothing_reads_have_no_gradients_as_in_plain_torch(sources):
+    pairs = [("sep_conv_3x3", source) for source in sources]
+    plain, unread = pdarts.Network(pdarts.Genotype(pairs, [3], pairs, [3]), 4, 10, 3), []
+    for network in plain, fused(plain):
+        logits, _ = network.train()(torch.randn(2, 3, 8, 8))
+        named = dict(network.named_parameters())
+        gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
+        unread.append([name for name, gradient in zip(named, gradients) if gradient is None])
+    assert unread[0] == unread[1] != []
+
+
 def test_a_search_takes_fusion_as_an_argument():
     x, y = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
     short = {"depths": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "alpha_start": 1}
