@@ -420,3 +420,41 @@ def test_the_backward_operator_names_what_does_not_fit(device, kind):
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.pdarts.cell_backward(g, of, kept, *head, statistics, *tail, [True, *[False] * 7])
+
+
+# --- Memory that inputs have in common --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["the same", "three times", "views", "channels", "images", "rows", "broadcast"])
+@pytest.mark.parametrize("training", [True, False])
+def test_inputs_may_have_memory_in_common(device, how, training):
+    """Each input is read by two convolutions of one size, which is its own."""
+    torch.manual_seed(0)
+    large = torch.randn(5, 6, 12, 12, dtype=torch.float64).to(device, memory_format=layout_of(device))
+    cut = {
+        "the same": lambda x: [x[:2]] * 2,
+        "three times": lambda x: [x[:2]] * 3,
+        "views": lambda x: [x[:2].view_as(x[:2]), x[:2].detach(), x[:2, :]],
+        "channels": lambda x: [x[:2], x[:2, 1:5], x[:2, 2:]],
+        "images": lambda x: [x[:4], x[1:]],
+        "rows": lambda x: [x[:2, :, :11], x[:2, :, 1:], x[:2, :, :11].flip(2)],
+        "broadcast": lambda x: [x[:1].expand(2, -1, -1, -1), x[:2], x[1:2].expand(2, -1, -1, -1)],
+    }[how]
+    channels = [x.shape[1] for x in cut(large)]
+    kernels = [k for k in (3, 5, 7)[: len(channels)] for _ in range(2)]
+    weights = [torch.randn(channels[i // 2], 1, k, k, dtype=torch.float64) for i, k in enumerate(kernels)]
+    weights += [torch.randn(4, channels[i // 2], 1, 1, dtype=torch.float64) for i in range(len(kernels))]
+    weights = [w.to(device).requires_grad_() for w in weights]
+    p, results = torch.randn(len(kernels), device=device, dtype=torch.float64).requires_grad_(), []
+    for function in cell, cell_ref:
+        leaf = large.clone(memory_format=torch.preserve_format).requires_grad_()
+        inputs, count = cut(leaf), len(kernels)
+        steps = [Separable(i // 2, weights[i], weights[count + i], 1, kernels[i] // 2) for i in range(count)]
+        norm = Norm(*(f(4, dtype=torch.float64, device=device) for f in FRESH))
+        norms = [None] * len(inputs) + [norm] * count + [None]  # a norm of all of them
+        terms = range(len(inputs), len(inputs) + count)
+        y = function(inputs, [*steps, Sum(list(terms))], [len(inputs) + count], p, norms, training)
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(device)
+        results.append([y, *torch.autograd.grad(y, [leaf, p, *weights], gradient), *norm[:2]])
+    for mine, right in zip(*results, strict=True):
+        assert (mine - right).norm() <= 1e-11 * right.norm()
