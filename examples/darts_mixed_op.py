@@ -1,7 +1,4 @@
-"""The mixed operation of DARTS, as everybody writes it, made fast by one line: python examples/darts_mixed_op.py
-
-The folder kernels/ is all of this project that it needs.
-"""
+"""The mixed operation of DARTS, as everybody writes it, made fast by one line. Of this project it needs kernels/."""
 
 import pathlib
 import sys
@@ -17,8 +14,9 @@ import kernels
 def separable(channels, size, dilation):
     padding = dilation * (size // 2)
     depthwise = nn.Conv2d(channels, channels, size, 1, padding, dilation, groups=channels, bias=False)
-    pointwise = nn.Conv2d(channels, channels, 1, bias=False)
-    return nn.Sequential(nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels, affine=False))
+    return nn.Sequential(
+        nn.ReLU(), depthwise, nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels, affine=False)
+    )
 
 
 class MixedOp(nn.Module):

@@ -92,7 +92,10 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
             fused.use_on_cuda(mode)
         if mode is not None:
             fused.use("on" if named else mode)
-        return fused.fused(device)
+        used = fused.fused(device)
+        if used:
+            fused.supports("mixed", torch.empty(0, device=device))  # refuses wrong variables of the environment now
+        return used
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise InputError(f"the kernels cannot be used: {error}") from None
 

@@ -59,8 +59,7 @@ def depth_of(pairs) -> int:
 def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
     """Return parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head.
 
-    Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers. The
-    network must not be fused yet."""
+    Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers."""
     was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter:
         network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))

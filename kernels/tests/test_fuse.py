@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import os
+import random
 
 import pytest
 import torch
@@ -332,6 +334,46 @@ def test_nodes_of_more_than_64_outputs_and_other_search_spaces_are_fused(monkeyp
     converted = fused(network)
     assert all_whole(converted)
     assert_same(network, converted, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(2 * int(os.environ.get("PDARTS_FUZZ", "1"))))
+def test_random_networks_compute_what_plain_torch_does(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    names = [name for name in pdarts.OPERATIONS if name != "none"]
+    size, channels = (rng.randint(4, 11), rng.randint(4, 11)), rng.choice([2, 4, 6])
+    if rng.random() < 0.5:
+        space = pdarts.SearchSpace(("none", *names), nodes=rng.randint(1, 2))
+        count = rng.randint(1, 4)
+        candidates = [
+            [tuple(name for name in space.primitives if name in chosen) for chosen in
+             (rng.sample(names, count) for _ in space.edges)] for _ in range(2)
+        ]
+        network = pdarts.SearchNetwork(channels, 5, rng.randint(3, 4), *candidates, space=space)
+        network.set_skip_dropout(rng.choice([0.0, 0.3]))
+    else:
+        cells = [
+            [(rng.choice(names), rng.randint(0, 1 + i // 2)) for i in range(2 * rng.randint(1, 3))] for _ in range(2)
+        ]
+        concats = [rng.sample(range(2 + len(c) // 2), rng.randint(1, 2 + len(c) // 2)) for c in cells]
+        genotype = pdarts.Genotype(cells[0], concats[0], cells[1], concats[1])
+        network = pdarts.Network(genotype, channels, 5, rng.randint(3, 4), auxiliary=False)
+        network.set_drop_path(rng.choice([0.0, 0.3]))
+    network = network.double()
+    converted, x = fused(network), torch.randn(rng.randint(2, 4), 3, *size, dtype=torch.float64)
+    draw_alike(network, converted)
+    results = []
+    for one in (converted, network):
+        torch.manual_seed(1)
+        logits = one.train()(x)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        gradients = torch.autograd.grad(logits.square().mean(), list(one.parameters()), allow_unused=True)
+        results.append([logits.detach(), *gradients, *one.buffers(), one.eval()(x)])
+    for mine, right in zip(*results, strict=True):
+        assert (mine is None) == (right is None)
+        if mine is not None:
+            mine, right = (t[0] if isinstance(t, tuple) else t for t in (mine, right))
+            torch.testing.assert_close(mine.contiguous(), right.contiguous(), rtol=1e-8, atol=1e-10)
 
 
 def test_where_the_kernels_do_not_serve_nothing_is_changed():
