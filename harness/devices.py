@@ -94,7 +94,7 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
             fused.use("on" if named else mode)
         used = fused.fused(device)
         if used:
-            fused.fuse(torch.nn.Linear(1, 1, device=device))  # refuses wrong variables of the environment now
+            fused.memory_format(device)  # refuses a wrong PDARTS_LAYOUT before the run begins
         return used
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise InputError(f"the kernels cannot be used: {error}") from None

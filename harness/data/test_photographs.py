@@ -98,8 +98,8 @@ def test_a_search_takes_the_files_resized_and_mapped_in_random_order(folder, tmp
     folder_and_settings = ["--data", str(folder), "--size", "16", "--stem", "imagenet", "--workers", "0"]
     small += ["--kernels", "off", "--out", str(tmp_path / "run")]
     assert cli.command(["search", *folder_and_settings, *small]) == 0
-    text = capsys.readouterr().out
-    assert f"searching on 36 images of {folder}" in text and text.endswith(f"--preset demo --data {folder}\n")
+    text, fitting = capsys.readouterr().out, "--stem imagenet --size 16"
+    assert f"searching on 36 images of {folder}" in text and text.endswith(f"--data {folder} {fitting}\n")
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert saved["path"] == str(folder) and saved["settings"]["stem"] == "imagenet"
 
