@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmarks: what the kernels are for, against plain torch and against the official code.
+"""Benchmarks of the kernels against plain torch and against the official code.
 
     python bench.py                            # the fused mixed operation, the same as: bench.py operations
     python bench.py step [--official DIR]      # the steps of a search, in each stage
@@ -7,7 +7,7 @@
     python bench.py search                     # the epochs of a search, and hours of the paper's
     python bench.py losses [--data DIR]        # the losses of training with the kernels and without
 
-`python bench.py COMMAND --help` describes each. What takes longer, or is about a GPU, is elsewhere:
+`python bench.py COMMAND --help` describes each. Longer measurements, and those of a GPU:
 
     python -m harness.measure gpu --out DIR                # all of that and more on a GPU, in half an hour
     python -m harness.measure traffic                      # launches and bytes of a step on CUDA, counted without one
@@ -119,7 +119,7 @@ def step(args):
     On the CPU all sides take turns, and of three calls the third counts: two find the memory as the other sides left
     it. On a GPU one side after the other is alone in memory. "Of peak" is the share of the rate of this machine's own
     matrix products, of 2048 x 2048 (8192 x 8192 on a GPU), that a side reaches: the operations of the step's products
-    and convolutions in the time that it takes. "Saved" is what autograd saves for the backward pass.
+    and convolutions in the time that it takes. "Saved" is the memory that autograd saves for the backward pass.
 
     The first stage has all candidates; stages 2 and 3, on all sides, have those that the official code keeps in a
     search of testdata/derive.json, which differ from edge to edge: the first one, or with --search N the N-th.
@@ -127,7 +127,7 @@ def step(args):
     device, batch = begin(args)
     if args.official:
         official_module(args.official, "model_search")
-    candidates(1, args.search)  # is refused now if it is
+    candidates(1, args.search)  # a wrong number is refused before anything is built
     rates = args.skip_dropout or SKIP_DROPOUT
     config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, dtype=args.dtype, skip_dropout=rates)
     print(*header(device), f"{args.dtype}, batch {batch}, C = {args.channels}", sep="\n")
@@ -220,7 +220,7 @@ def losses(args):
     itself. The exit status is 1 if the kernels' losses in float64 are not the same to 4 digits.
     """
     device, batch = begin(args)
-    candidates(1, args.search)  # is refused now if it is
+    candidates(1, args.search)  # a wrong number is refused before anything is built
     config = dataclasses.replace(pdarts.CIFAR10, channels=args.channels, skip_dropout=NO_DROPOUT)
     data = batches(2 * args.steps, batch, device, args.data)
     source = "CIFAR-10" if args.data else "generated images"

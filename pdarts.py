@@ -307,7 +307,7 @@ class SearchSpace:
             raise InputError(f"the search space has unknown primitives {unknown}; expected some of {list(OPERATIONS)}")
         if not 0 < len(self.primitives) == len(set(self.primitives)):
             raise InputError(f"the search space has primitives {self.primitives}; expected one or more, each once")
-        if self.nodes < 1:
+        if type(self.nodes) is not int or self.nodes < 1:
             raise InputError(f"the search space has cells of {self.nodes} nodes; expected 1 or more")
 
     @property
@@ -320,16 +320,16 @@ SPACE = SearchSpace()
 # --- The mixed operation, the cell and the search network (paper, sec. 3.1) -------------------------------------------
 
 
-def inverted_dropout(x: Tensor, rate: Tensor, shape: Sequence[int]) -> Tensor:
+def inverted_dropout(x: Tensor, rate: Tensor, like: Tensor) -> Tensor:
     """Zero parts of x with probability `rate`, a tensor with one element, and divide the rest by 1 - rate.
 
-    shape: that of the dropout mask, which is broadcast to the shape of x.
+    like: a tensor of the shape of the dropout mask, which is broadcast to the shape of x.
     """
     # At rate 0 nothing is drawn, where this costs nothing to know: a GPU would have to be waited for, and a compiled
     # graph cannot branch on a number in a tensor.
     if rate.is_cpu and not torch.compiler.is_compiling() and rate == 0:
         return x
-    kept = torch.rand(shape, device=x.device) >= rate
+    kept = torch.rand_like(like, dtype=torch.float32) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
 
 
@@ -341,7 +341,7 @@ class SkipDropout(nn.Module):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return inverted_dropout(x, self.rate, x.shape) if self.training else x
+        return inverted_dropout(x, self.rate, x) if self.training else x
 
 
 class MixedOp(nn.Module):
@@ -414,11 +414,12 @@ class Stemmed(nn.Module):
         cifar: a 3x3 convolution to 3*C channels. imagenet: three convolutions of stride 2 to C channels.
         channels: C of the first cell. stride: that of the cifar stem.
         """
+        least = {"cifar": 1, "imagenet": 2}.get(stem)
+        if least is None or channels < least:
+            raise InputError(f"stem is {stem!r} of {channels} channels; expected 'cifar' of 1, 'imagenet' of 2 or more")
         if stem == "cifar":
             self.stem = nn.Sequential(*conv_bn(in_channels, 3 * channels, stride))
             return 3 * channels, 3 * channels, False
-        if stem != "imagenet" or channels < 2:
-            raise InputError(f"stem is {stem!r} of {channels} channels; expected 'cifar', or 'imagenet' of 2 or more")
         half = channels // 2
         self.stem0 = nn.Sequential(*conv_bn(in_channels, half, 2), nn.ReLU(), *conv_bn(half, channels, 2))
         self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(channels, channels, 2))
@@ -490,7 +491,7 @@ class SearchNetwork(Stemmed):
 
 def reduction_cells(depth: int) -> tuple[int, int]:
     """Return the positions of the two reduction cells, from 0."""
-    if depth < 3:
+    if type(depth) is not int or depth < 3:
         raise InputError(f"depth is {depth}; expected at least 3 cells, two of them reduction cells")
     return depth // 3, 2 * depth // 3
 
@@ -932,14 +933,15 @@ class DropPath(nn.Module):
         self.register_buffer("rate", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return inverted_dropout(x, self.rate, (x.shape[0], 1, 1, 1)) if self.training else x
+        return inverted_dropout(x, self.rate, x[:, :1, :1, :1]) if self.training else x
 
 
 class Cell(nn.Module):
     """A cell of the evaluation network, made of the (operation, source) pairs of a genotype.
 
     s0 [N,channels_0,H_0,W_0], s1 [N,channels_1,H,W] -> [N,len(concat)*channels,H/stride,W/stride], where stride is 2 in
-    a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError is raised for a wrong pair.
+    a reduction cell and 1 in a normal one. reduction_before: as in SearchCell. InputError is raised for a wrong pair or
+    concat.
     """
 
     def __init__(
@@ -947,6 +949,7 @@ class Cell(nn.Module):
         reduction: bool, reduction_before: bool,
     ):
         super().__init__()
+        check_cell(pairs, concat)
         preprocess = FactorizedReduce if reduction_before else relu_conv_bn
         self.preprocess0 = preprocess(channels_0, channels, affine=True)
         self.preprocess1 = relu_conv_bn(channels_1, channels, affine=True)
@@ -954,12 +957,7 @@ class Cell(nn.Module):
         self.sources = [source for _, source in pairs]
         self._ops = nn.ModuleList()  # as in the official state_dict
         self.drop_paths = nn.ModuleList()
-        for i, (name, source) in enumerate(pairs):
-            if name not in OPERATIONS or not 0 <= source < 2 + i // 2:
-                raise InputError(
-                    f"pair {i} of a cell is {name!r}, {source!r}; expected one of {', '.join(OPERATIONS)} and an input "
-                    f"from 0 to {1 + i // 2}"
-                )
+        for name, source in pairs:
             op = OPERATIONS[name].build(channels, 2 if reduction and source < 2 else 1, True)
             self._ops.append(op)
             # Identities are not dropped (official).
@@ -972,6 +970,21 @@ class Cell(nn.Module):
             b = self.drop_paths[i + 1](self._ops[i + 1](states[self.sources[i + 1]]))
             states.append(a + b)
         return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+def check_cell(pairs: Sequence[tuple[str, int]], concat: Sequence[int]) -> None:
+    """Raise InputError unless these are the pairs and the concatenated states of a cell of a genotype."""
+    if not pairs or len(pairs) % 2:
+        raise InputError(f"a cell has {len(pairs or ())} pairs; expected two for each node")
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or pair[0] not in list(OPERATIONS) or pair[1] not in range(2 + i // 2):
+            raise InputError(
+                f"pair {i} of a cell is {', '.join(map(repr, pair))}; expected one of {', '.join(OPERATIONS)} and an "
+                f"input from 0 to {1 + i // 2}"
+            )
+    last = 1 + len(pairs) // 2
+    if not concat or any(state not in range(2, last + 1) for state in concat):
+        raise InputError(f"the concat of a cell is {concat}; expected states from 2 to {last}")
 
 
 class PoolTo2x2(nn.Module):
@@ -1015,7 +1028,7 @@ class Network(Stemmed):
     ):
         super().__init__()
         reductions = reduction_cells(depth)
-        if not isinstance(genotype, Genotype):
+        if not all(hasattr(genotype, field) for field in Genotype._fields):
             raise InputError(f"genotype is a {type(genotype).__name__}; expected a Genotype, as GENOTYPES['PDARTS'] is")
         channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
         self.cells = nn.ModuleList()
@@ -1208,14 +1221,32 @@ def search_data(
     """Split images into halves, of which the first trains the weights and the second the alphas.
 
     The images must come shuffled. num_classes: by default one more than the largest label. The other arguments are
-    those of `Loader`.
+    those of `Loader`. InputError is raised as by `Loader`, and if a label is not below num_classes.
     """
-    if mean is None:
+    check_images(x, y, least=4)
+    if num_classes is None:
+        num_classes = int(y.max()) + 1
+    if y.max() >= num_classes:
+        raise InputError(f"y holds {int(y.max())} of {num_classes} classes; expected class indices from 0")
+    if mean is None and std is None:
         mean, std = statistics(x)
     half = len(y) // 2
     train = Loader(x[:half], y[:half], config, mean, std, device)
     val = Loader(x[half:], y[half:], config, mean, std, device)
-    return Data(train, num_classes or int(y.max()) + 1, x.shape[1], val)
+    return Data(train, num_classes, x.shape[1], val)
+
+
+def check_images(x: Tensor, y: Tensor, least: int = 2) -> None:
+    """Raise InputError unless x holds `least` images or more, uint8 [N,C,H,W], and y their class indices, int64 [N]."""
+    tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
+    found = f"x is a {type(x).__name__} and y a {type(y).__name__}"
+    if tensors:
+        found = f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}"
+    right = tensors and x.dtype == torch.uint8 and x.ndim == 4 and y.dtype == torch.int64 and y.shape == x.shape[:1]
+    if not right or len(y) < least:
+        raise InputError(f"{found}; expected tensors, uint8 [N,C,H,W] and int64 [N], {least} images or more")
+    if y.min() < 0:
+        raise InputError(f"y holds {int(y.min())}; expected class indices from 0")
 
 
 class Loader:
@@ -1223,7 +1254,7 @@ class Loader:
 
     x: images, uint8 [N,C,H,W]. y: labels, int64 [N]. mean, std: those of x/255, [C]; by default they are computed.
     device: that of the batches; by default it is that of x, which may also stay in main memory or in a mapped file.
-    InputError is raised if x and y have another type or shape.
+    InputError is raised if x and y have another type or shape, or mean and std another number of channels.
     """
 
     # Deviation: a last batch of a single image is left out, since batch norm cannot be trained on it.
@@ -1233,13 +1264,11 @@ class Loader:
         mean: Tensor | Sequence[float] | None = None, std: Tensor | Sequence[float] | None = None,
         device: torch.device | str | None = None,
     ):
-        if x.dtype != torch.uint8 or x.ndim != 4 or y.dtype != torch.int64 or y.shape != x.shape[:1] or len(y) < 2:
-            raise InputError(
-                f"x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; expected uint8 [N,C,H,W] and int64 "
-                "[N], 2 images or more"
-            )
-        if mean is None:
+        check_images(x, y)
+        if mean is None and std is None:
             mean, std = statistics(x)
+        if mean is None or std is None or not len(mean) == len(std) == x.shape[1] or min(std) <= 0:
+            raise InputError(f"mean is {mean} and std {std}; expected {x.shape[1]} numbers, those of std above 0")
         self.x = x
         self.y = y
         self.config = config

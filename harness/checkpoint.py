@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import socket
 import warnings
 import weakref
@@ -16,7 +17,7 @@ import zipfile
 import torch
 
 from harness.distributed import broadcast, processes
-from harness.files import check_zip, is_temporary, lock, reason, write_whole
+from harness.files import check_zip, is_temporary, lock, reason, some, write_whole
 from harness.report.cells import draw
 from pdarts import Genotype, InputError
 
@@ -260,16 +261,45 @@ def _check_state(state: dict, of_search: bool):
         check(state[name], name)
 
 
+# Names that DataParallel, torch.compile, FSDP, AveragedModel and other projects' wrappers put into the keys of a
+# state_dict, and the counters that AveragedModel and thop add to it.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "net", "network"}
+COUNTERS = {"n_averaged", "total_ops", "total_params"}
+
+
+def weights_in(content, keys: set[str]) -> dict:
+    """Return the state_dict that a loaded file is or holds, with the keys of the network."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    found = {}
+    for name, state in {None: content, **content}.items():
+        if isinstance(state, dict):
+            parts = [str(key).split(".") for key in state]
+            renamed = [".".join(part for part in key if part not in WRAPPERS) for key in parts]
+            weights = {new: value for new, key, value in zip(renamed, parts, state.values()) if key[-1] not in COUNTERS}
+            if weights.keys() & keys:
+                if len(weights) < sum(key[-1] not in COUNTERS for key in parts):
+                    raise ValueError("keys that differ only in their prefixes")
+                found[name] = weights
+    if not found:
+        raise ValueError(f"its keys are {some(list(map(str, content)))}, none of them the network's")
+    if len(found) > 1:
+        raise ValueError(f"it holds several: {', '.join(map(str, found))}")
+    return next(iter(found.values()))
+
+
 def load_weights(network, path, device):
-    """Load a state_dict, with or without the auxiliary head; an InputError says what does not fit."""
+    """Load a state_dict, with or without the auxiliary head; an InputError says what does not fit.
+
+    It may have been saved by a wrapped network, and lie beside other things in a checkpoint, as the official one does.
+    """
     try:
         if zipfile.is_zipfile(path):  # torch's format since 1.6
             check_zip(path, sums=True)  # torch does not compare them
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd files, which are used or refused
-            state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+            content = torch.load(path, map_location=device, weights_only=True)
+        state = weights_in(content, set(network.state_dict()))
         if not any(key.startswith("auxiliary_head.") for key in state):
             network.auxiliary_head = None
         without_head = network.auxiliary_head is None
@@ -279,6 +309,7 @@ def load_weights(network, path, device):
             raise ValueError(f"{wrong[0]} is complex")
         network.load_state_dict(state)
     except Exception as error:  # whatever a damaged file leads to
-        raise InputError(
-            f"cannot use the weights {path} ({reason(error)}); expected a state_dict of this network"
-        ) from None
+        why = reason(error)
+        if other := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch's own message is long, and no line
+            why = f"it holds {other[1]}, where only tensors, numbers and texts are read"
+        raise InputError(f"cannot use the weights {path} ({why}); expected a state_dict of this network") from None

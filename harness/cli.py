@@ -1,4 +1,4 @@
-"""The command line: search, evaluate, draw."""
+"""The command line: search, evaluate, draw, predict."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from harness.devices import keep_freed_memory
 from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
 from harness.files import short, write_whole
+from harness.predict import predict
 from harness.progress import duration, reading
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
 from harness.report.report import data_options
@@ -35,7 +36,8 @@ HELP = {  # more than pdarts.py says of its settings
     "stem_stride": "stride of the cifar stem; 2 or more for large images (official: 1)",
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
-DATA_OPTIONS = ("skip_damaged", "cache")  # how a folder of images is loaded, besides the settings
+DATA_OPTIONS = ("skip_damaged", "follow_links", "cache")  # how a folder of images is loaded, besides the settings
+GENOTYPE = f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +83,9 @@ def _add_options(parser, presets):
         "--workers", type=int, metavar="N", help="processes that read images (default: the cores of each process)"
     )
     folder.add_argument("--skip-damaged", action="store_true", help="leave out the images that cannot be read")
+    folder.add_argument(
+        "--follow-links", action="store_true", help="take the images to which links out of PATH lead"
+    )
     folder.add_argument("--cache", type=_path, metavar="DIR", help="for resized images (default: in PATH)")
     settings = parser.add_argument_group("settings", "the value in brackets is the demo's, then CIFAR-10's")
     for field in dataclasses.fields(presets["demo"]):
@@ -146,7 +151,7 @@ def _configure(args, presets, folder):
         raise InputError(f"workers is {args.workers}; expected 0 to 1000")
     cores = (os.cpu_count() or 1) // environment_number("LOCAL_WORLD_SIZE", 1, least=1)
     workers = args.workers if args.workers is not None else min(cores, 16) if cores > 1 else 0
-    ways = {"skip_damaged": args.skip_damaged, "cache": args.cache, "progress": reading()}
+    ways = {name: getattr(args, name) for name in DATA_OPTIONS} | {"progress": reading()}
     images = load(settings, args.data, args.download, workers, **ways)
     if isinstance(images, Images) and images.version is None:  # not of a folder
         for name in ("size", *DATA_OPTIONS, "workers"):
@@ -160,7 +165,7 @@ def _configure(args, presets, folder):
     used, all_images = images.first(settings.images), len(images)
     some = f"{len(used)} of " if len(used) < all_images else ""
     without = f", without {images.damaged} damaged file{'s' * (images.damaged > 1)}" if images.damaged else ""
-    return settings, used, f"{some}{all_images} images of {images.name}{without}"
+    return settings, used, f"{some}{all_images} images of {images.name}{without}{images.note and f' ({images.note})'}"
 
 
 def _space(primitives=SPACE.primitives, nodes=SPACE.nodes) -> SearchSpace:
@@ -192,7 +197,8 @@ def _search(args, folder):
         f"and {settings.epochs} epochs; results in {out}"
     )
     result = search(settings, images, folder, space=space, **_ways(args))
-    _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}\n")
+    _say(f"\nThe cell, after {duration(time.monotonic() - started)}:\n\n{cell_table(result.genotype)}")
+    _say(f"\n{result.genotype}\n")
     _say(f"written: {out / 'genotype.json'}, report.html, normal.svg, reduce.svg, log.jsonl, stages/")
     following = ["python", sys.argv[0], "evaluate", str(out / "genotype.json")]
     following += data_options(args.preset, args.data, images.options)
@@ -212,6 +218,7 @@ def _evaluate(args, folder):
             f"preset {args.preset}: training on {which}, {settings.depth} cells, {settings.channels} channels, "
             f"{settings.epochs} epochs; results in {out}"
         )
+    _say(f"genotype:      {genotype}")
     result = evaluate(genotype, settings, images, folder, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
     _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
@@ -222,8 +229,9 @@ def _evaluate(args, folder):
 
 
 def _draw(args, _):
-    prefix = args.output if args.output is not None else pathlib.Path(args.genotype).stem + "-"
     genotype = read_genotype(args.genotype)
+    stem = "cell" if "Genotype(" in args.genotype else pathlib.Path(args.genotype).stem
+    prefix = args.output if args.output is not None else f"{stem}-"
     folder = pathlib.Path(f"{prefix}x").parent
     if not folder.is_dir():
         raise InputError(f"no folder {folder}; expected one that exists")
@@ -231,6 +239,11 @@ def _draw(args, _):
         path = pathlib.Path(f"{prefix}{kind}.svg")
         write_whole(path, svg.encode())
         print(path)
+
+
+def _predict(args, _):
+    for line in predict(args.folder, args.images, args.device):
+        print(line, flush=True)
 
 
 def _parser():
@@ -244,16 +257,21 @@ def _parser():
     space.add_argument("--nodes", type=int, metavar="N", help=f"nodes of a cell (default: {SPACE.nodes})")
     command.set_defaults(run=_search, space=SPACE)
     command = commands.add_parser("evaluate", help="train and test the network of a cell", allow_abbrev=False)
-    command.add_argument("genotype", nargs="?", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
+    command.add_argument("genotype", nargs="?", help=GENOTYPE)
     _add_options(command, EVALUATE_PRESETS)
     command.add_argument("--weights", type=_path, metavar="FILE", help="only test the network with these weights")
     command.set_defaults(run=_evaluate)
     command = commands.add_parser("draw", help="draw a cell as SVG", allow_abbrev=False)
-    command.add_argument("genotype", help=f"{', '.join(PUBLISHED)}, or a genotype.json")
+    command.add_argument("genotype", help=GENOTYPE)
     command.add_argument(
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )
     command.set_defaults(run=_draw)
+    command = commands.add_parser("predict", help="name the classes of images", allow_abbrev=False)
+    command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
+    command.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, and folders of them")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    command.set_defaults(run=_predict)
     return parser
 
 
@@ -308,7 +326,7 @@ def command(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
             parser.error("expected a value, got --")
-        if args.command == "draw":
+        if args.command in ("draw", "predict"):
             args.run(args, None)
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`

@@ -1,15 +1,16 @@
 """The small runs, images and processes that the tests of the harness share."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import signal
-import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from harness.data.images import Images
 from harness.fuzz import FUZZ
 from harness.search import search
 from harness.settings import SearchSettings
-from kernels.tests.conftest import ENVIRONMENT, beside  # noqa: F401  (for the tests)
+from kernels.tests.conftest import ENVIRONMENT, beside, run_beside  # noqa: F401  (for the tests)
 from pdarts import SearchSpace
 
 torch.set_num_threads(1)  # the feature maps are small
@@ -63,17 +64,47 @@ def write_images(folder, n=24):
     np.savez(folder / "own.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
 
 
-def python(*arguments, cwd=ROOT, **environment):
-    """Run Python to its end, without the kernels."""
-    environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
-
-
 def in_two_processes(function, *arguments):
     """Run `function(rank, 2, *arguments)` in two processes, forked from one that has imported torch."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
     torch.multiprocessing.start_processes(function, (2, *arguments), nprocs=2, start_method="forkserver")
+
+
+def begin(output, file, *arguments, cwd=ROOT, **environment):
+    """Start Python on a file as from a shell, without the kernels; return its process, forked from one with torch.
+
+    The files stdout and stderr in the folder `output` take its output.
+    """
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "harness.conftest"])
+    environment = ENVIRONMENT | {"PDARTS_KERNELS": "off"} | environment
+    of_main = output, pathlib.Path(cwd), environment, file, *map(str, arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=_main, args=of_main)
+    process.start()
+    return process
+
+
+def _main(output, cwd, environment, file, *arguments):
+    for descriptor, name in (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pdarts", "harness", "kernels")]:
+        del sys.modules[name]  # here they are those beside the file
+    folder = (cwd / file).parent
+    sys.path = [str(folder), *(path for path in sys.path if pathlib.Path(path).resolve() != ROOT)]
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def python(file, *arguments, cwd=ROOT, **environment):
+    """Run Python on a file to its end, see `begin`; return its exit status and its output."""
+    with tempfile.TemporaryDirectory() as output:
+        process = begin(output, file, *arguments, cwd=cwd, **environment)
+        process.join(170)
+        process.kill()
+        stdout, stderr = (pathlib.Path(output, name).read_text() for name in ("stdout", "stderr"))
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 
 def assert_same(a, b, where="checkpoint"):
@@ -139,13 +170,8 @@ def _same_mode_of_the_kernels():
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_the_others(request, tmp_path_factory):
-    """Futures, by name, of the tests of all rooms that are marked `beside`."""
-    here = [item for item in request.session.items if pathlib.Path(__file__).parent in item.path.parents]
-    functions = [item.function for item in here if hasattr(item, "function")]
-    tests = [function.beside for function in functions if hasattr(function, "beside")]
     threads = 2 if (os.cpu_count() or 1) > 2 else 1  # a test may start two processes
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}
+    yield from run_beside(pathlib.Path(__file__).parent, request, tmp_path_factory, threads)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pathlib
 import re
 import reprlib
 import secrets
+import sys
 import zipfile
 
 try:
@@ -23,16 +24,36 @@ def short(value) -> str:
 
 def reason(error: Exception) -> str:
     """Return a short text of an error that a damaged file led to."""
-    text = " ".join(str(error).split())
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).split())  # without colours
     return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
 
 
+def shown(text: str) -> str:
+    """Return a name as messages and lists show it: in one line, even if the name has several."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def some(names: list[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(f"{shown(name):.80}" for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that are free, or all bytes where only their number is known."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+
+
 def check_zip(path, sums=False):
-    """Raise ValueError for a zip that unpacks to far more than its size, or, with `sums`, is damaged."""
+    """Raise ValueError for a zip that unpacks to more than there is memory, or, with `sums`, is damaged."""
     with zipfile.ZipFile(path) as archive:
-        size, unpacked = os.path.getsize(path), sum(part.file_size for part in archive.infolist())
-        if unpacked > 10**7 + 100 * size:
-            raise ValueError(f"{size} bytes that unpack to {unpacked}")
+        unpacked, free = sum(part.file_size for part in archive.infolist()), free_memory()
+        if unpacked > 0.7 * free:  # reading takes 1.3 times as much
+            raise ValueError(f"it unpacks to {unpacked} bytes, and {free} are free in memory")
         if sums and (damaged := archive.testzip()):
             raise ValueError(f"{damaged} is damaged")
 

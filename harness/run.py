@@ -20,7 +20,7 @@ import torch
 
 import pdarts
 from harness.checkpoint import Checkpoints, Folder
-from harness.data.images import Images, load
+from harness.data.images import DataSet, load
 from harness.devices import deterministic, entered, fused, pick_device, pick_kernels
 from harness.distributed import Shared, gather, largest, processes, share_buffers
 from harness.files import reason
@@ -112,6 +112,11 @@ class Run:
         with entered(self.device):
             self.fused = pick_kernels(kernels, self.device)
         images = load(config).first(config.images) if images is None else images
+        if not isinstance(images, DataSet):
+            raise InputError(
+                f"images is a {type(images).__name__}; expected harness.data.images.Images, such as Images.from_arrays "
+                "returns, or harness.data.loaders.Loaders"
+            )
         identity |= {"kernels": "fused" if self.fused else "plain"}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "images"}
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
@@ -273,13 +278,22 @@ def _lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def _describe(config, images: Images, device: torch.device) -> dict:
+def _describe(config, images: DataSet, device: torch.device) -> dict:
     """Return the content of config.json."""
+
+    def numbers(values):
+        return None if values is None else torch.as_tensor(values).tolist()
+
     return {
         "settings": dataclasses.asdict(config),
         "data": images.name,
         "path": images.path and os.path.abspath(images.path),  # to resume from any folder
         "options": getattr(images, "options", {}),
+        "classes": list(images.classes or map(str, range(images.num_classes))),
+        "shape": list(images.size),
+        "mean": numbers(images.mean),
+        "std": numbers(images.std),
+        "largest": images.largest,
         "device": str(device) if device.type != "cuda" else f"{device}: {torch.cuda.get_device_name(device)}",
         "processes": processes()[1],
         "threads": torch.get_num_threads(),  # torch adds up in another order with another number

@@ -55,7 +55,7 @@ def _search(run: Run, space: SearchSpace, graphs: bool, show: bool) -> SearchRes
     config = run.config
     data = run.shared(run.images.search_data(config))
     steps = len(data.train)
-    # What the epochs of a stage take: a step with alphas counts twice.
+    # The work of each stage: a step with alphas counts twice.
     work = [steps * c * k * (2 * config.epochs - config.alpha_start) for c, k in zip(config.depths, config.keep)]
     accuracies = []
     with run.block():

@@ -1,5 +1,6 @@
 """Tests of checkpoints and weights: what is damaged, hostile or of another run is refused, and nothing gets lost."""
 
+import argparse
 import io
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,9 +245,44 @@ def test_weights_are_loaded_with_and_without_an_auxiliary_head(tmp_path):
             assert (network.auxiliary_head is not None) == (in_file and in_network)
 
 
+def prefixed(state, *prefixes):
+    return {prefix + key: value for prefix in prefixes for key, value in state.items()}
+
+
+WRAPPED = {
+    "the official ImageNet script's": lambda state: {
+        "epoch": 3, "state_dict": prefixed(state, "module."), "best_acc_top1": 71.2, "optimizer": {"state": {}}
+    },
+    "DataParallel": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "a part compiled": lambda state: {key.replace("cells.1.", "cells.1._orig_mod."): v for key, v in state.items()},
+    "both": lambda state: prefixed(state, "module._orig_mod."),
+    "repeated": lambda state: prefixed(state, "module.module._orig_mod."),
+    "nested": lambda state: {"model": state},
+    "nested and wrapped": lambda state: {"model_state_dict": prefixed(state, "_orig_mod.module."), "args": {"lr": 1}},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {}},
+    "averaged": lambda state: prefixed(state, "module.") | {"n_averaged": torch.tensor(3)},
+    "counted by thop": lambda state: state | prefixed({"total_ops": torch.zeros(1)}, "", "cells.0.", "cells.1._ops.0."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_weights_of_a_wrapped_network_and_in_a_checkpoint_are_loaded(tmp_path, wrap):
+    network, weights = Network(SMALL, 1, 3, 3, True), Network(SMALL, 1, 3, 3, True).state_dict()
+    torch.save(wrap(weights), tmp_path / "weights.pt")
+    load_weights(network, tmp_path / "weights.pt", torch.device("cpu"))
+    assert_same(dict(network.state_dict()), dict(weights))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        (lambda state: {"epoch": 1, "weights": {"x": torch.ones(1)}}, "its keys are epoch, weights, none of them the"),
+        (lambda state: {"run": {"state_dict": state}}, "its keys are run, none of them the network's"),
+        (lambda state: {"state_dict": state, "ema": state}, "it holds several: state_dict, ema"),
+        (lambda state: prefixed(state, "", "module."), "keys that differ only in their prefixes"),
+        (lambda state: state | {"best": np.float64(1)}, "it holds numpy.*scalar, where only tensors, numbers and text"),
+        (lambda state: {"state_dict": state, "args": argparse.Namespace()}, "it holds argparse.Namespace, where only"),
         (lambda state: list(state.values()), "it holds a list"),
         (lambda state: state | {"stem.0.weight": state["stem.0.weight"].cfloat()}, "stem.0.weight is complex"),
         (lambda state: {"classifier.bias": state["classifier.bias"]}, "Missing key"),
@@ -257,8 +294,9 @@ def test_weights_that_do_not_fit_are_refused_with_the_reason(tmp_path, change, m
     network = Network(SMALL, 1, 3, 3)
     torch.save(change(network.state_dict()), tmp_path / "weights.pt")
     message = f"cannot use the weights .*{message}.*; expected a state_dict of this network"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         load_weights(network, tmp_path / "weights.pt", torch.device("cpu"))
+    assert str(error.value).isprintable()
 
 
 def test_random_weights_are_those_of_the_network_or_are_refused(tmp_path, limits):

@@ -55,8 +55,11 @@ def test_search_and_evaluate_from_the_repository(folder):
     following = shlex.split(re.search(r"next: +python pdarts.py (.*)", text)[1])
     cell = f"{folder}/found/genotype.json"
     assert following == ["evaluate", cell, "--preset", "demo", "--data", f"{folder}/images"]
+    printed = re.findall(r"^Genotype.*", text, re.MULTILINE)
     small = "--depth 3 --channels 8 --epochs 1 --batch-size 16".split()
     text = run(*following, *small, "--out", folder / "evaluated")
+    printed += re.findall(r"^genotype: +(.*)", text, re.MULTILINE)
+    assert [read_genotype(genotype) for genotype in printed] == [read_genotype(cell)] * 2
     assert "preset demo: training on 50 images of cifar10, 3 cells, 8 channels, 1 epochs" in text
     assert re.search(r"test error: +\d+\.\d\d%", text) and (folder / "evaluated/weights.pt").exists()
     refused = python("pdarts.py", "search", "--out", folder / "refused", PDARTS_KERNELS="perhaps")
@@ -222,9 +225,11 @@ BAD = {
     "stride": (["search", "--stem", "imagenet", "--stem-stride", 2], "--stem-stride is not read with --stem imagenet;"),
     "crop": (["evaluate", "PDARTS", "--augment", "imagenet", "--cutout", 4], "--cutout is not read with --augment im"),
     "no head": (["evaluate", "PDARTS", "--no-auxiliary", "--auxiliary-weight", 1], "--auxiliary-weight is not read wi"),
-    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file or one of PDARTS"),
+    "unknown genotype": (["draw", "RDARTS"], "no genotype 'RDARTS'; expected a file, one of PDARTS"),
     "nothing to evaluate": (["evaluate"], "the following arguments are required: genotype"),
-    "no JSON": (["draw", "used/file"], "not valid JSON"),
+    "no JSON": (["draw", "used/file"], "used/file is not valid (JSONDecodeError: Expecting value"),
+    "half a text": (["draw", "Genotype(normal=[('none', 0)"], "the genotype is not valid"),
+    "a long name": (["evaluate", "x" * 5000], "; expected a file, one of PDARTS"),
     "no genotype": (["draw", "list.json"], "is not a genotype; expected an object with normal"),
     "unknown operation": (["evaluate", "operation.json"], "normal[3] has unknown operation 'sep_conv_4x4'"),
     "future node": (["evaluate", "future.json"], "reduce[0] has input 2; node 0 can take 0 to 1"),
@@ -234,6 +239,8 @@ BAD = {
     "no weights": (["evaluate", "PDARTS", "--weights", "missing"], "no weights missing"),
     "weights and out": (["evaluate", "PDARTS", "--weights", "used/file", "--out", "new"], "--weights only tests"),
     "wrong weights": (["evaluate", "PDARTS", "--weights", "used/file"], "cannot use the weights used/file"),
+    "no evaluation": (["predict", "missing", "1.jpg"], "cannot read the run missing (FileNotFoundError"),
+    "no image": (["predict", "missing"], "the following arguments are required: IMAGE"),
     "no folder": (["draw", "PDARTS", "-o", "missing/cell"], "no folder missing"),
 }
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import itertools
-import sys
 import warnings
 
 import pytest
@@ -26,6 +25,8 @@ IMAGES = random_images((8, 8, 3), 3, 22)  # in halves of 11: two batches of 4 an
 
 class Recorder(TorchDispatchMode):
     """What a capture takes down: every operation with its very tensors and numbers, nothing of the Python around it."""
+
+    of_fused_operators = True
 
     def __init__(self):
         super().__init__()
@@ -99,19 +100,16 @@ class Captured(CapturedStep):
         pass
 
 
-class OnGPU(torch.Tensor):
-    """Says that it does not lie on the CPU, whose shortcuts look at numbers."""
-
-    is_cpu = False
-    __torch_function__ = torch._C._disabled_torch_function_impl
+def drop_without_looking(x, rate, like):
+    """`pdarts.inverted_dropout` as it computes on a GPU, without the CPU's look at the rate."""
+    return x * ((torch.rand_like(like, dtype=torch.float32) >= rate) / (1 - rate)).to(x.dtype)
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Drops without looking at the rate, and Adam with its count of steps in a tensor."""
-    drop, adam = pdarts.inverted_dropout, torch.optim.Adam
-    monkeypatch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, rate.as_subclass(OnGPU), shape))
-    monkeypatch.setattr(sys.modules["kernels.fuse"], "_nothing_drops", lambda rates: False)
+    adam = torch.optim.Adam
+    monkeypatch.setattr(pdarts, "inverted_dropout", drop_without_looking)
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **options: adam(*a, **options | {"capturable": True}))
     of_adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(of_adam, "_get_capturable_supported_devices", lambda *_: ["cpu"])
@@ -196,7 +194,7 @@ def number_as_learning_rate(patch):
 
 def number_as_rate(patch):
     drop = pdarts.inverted_dropout
-    patch.setattr(pdarts, "inverted_dropout", lambda x, rate, shape: drop(x, torch.tensor(float(rate.numpy())), shape))
+    patch.setattr(pdarts, "inverted_dropout", lambda x, rate, like: drop(x, torch.tensor(float(rate.numpy())), like))
 
 
 @pytest.mark.parametrize("frozen", [number_as_learning_rate, number_as_rate])

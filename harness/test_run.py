@@ -32,6 +32,7 @@ from harness.conftest import (
     TINY,
     TWO_STAGES,
     assert_same_run,
+    begin,
     beside,
     fast_search,
     python,
@@ -128,6 +129,8 @@ def test_config_json_holds_what_is_needed_to_run_again(searched, images):
     assert content["kernels"] in ("fused", "plain")
     assert (content["processes"], content["threads"]) == (1, torch.get_num_threads())
     assert (content["data"], content["path"]) == (images.name, None)
+    assert (content["classes"], content["shape"]) == (list("01234"), list(images.size))
+    assert content["mean"] == images.mean.tolist() and content["std"] == images.std.tolist()
     assert content["device"] == "cpu" or content["device"].startswith("cuda")
     assert content["versions"].keys() == {"python", "torch", "numpy"} and content["command"] == sys.argv
 
@@ -451,17 +454,15 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
         return ["--resume" if folder.exists() else "--out", "killed"]
 
     while number < kills:
-        arguments = [sys.executable, *map(str, command), *begun()]
-        with subprocess.Popen(
-            arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            try:
-                text, _ = process.communicate(timeout=rng.uniform(0.3, 1) * min(duration, 10))
-                assert process.returncode == 0, text
-                shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
-            except subprocess.TimeoutExpired:
-                process.kill()
-                number += 1
+        process = begin(tmp_path, *command, *begun(), cwd=tmp_path)
+        process.join(rng.uniform(0.3, 1) * min(duration, 10))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            number += 1
+        else:
+            assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+            shutil.rmtree(tmp_path / "killed")  # it has ended: again from the start
     result = python(*command, *begun(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

@@ -12,7 +12,7 @@
 The folder works alone, copied into any project. README.md is its manual.
 """
 
-from .fuse import fuse, memory_format
+from .fuse import Report, fuse, report, unfuse
 from .ops import cell, dropout_key, dropout_masks, mixed_norm_sum, mixed_sum, pool, separable
 from .program import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum
 from .reference import (
@@ -27,6 +27,6 @@ from .reference import (
 from .runtime import CUDA_OPERATIONS, fused, load, supports, use, use_on_cuda
 
 __all__ = ["cell", "cell_ref", "dropout_key", "dropout_masks", "dropout_masks_ref", "fuse", "fused", "load"]
-__all__ += ["memory_format", "mixed_norm_sum", "mixed_norm_sum_ref", "mixed_sum", "mixed_sum_ref", "philox_ref", "pool"]
+__all__ += ["mixed_norm_sum", "mixed_norm_sum_ref", "mixed_sum", "mixed_sum_ref", "philox_ref", "pool"]
 __all__ += ["pool_ref", "separable", "separable_ref", "supports", "use", "use_on_cuda", "CUDA_OPERATIONS", "Dropout"]
-__all__ += ["FactorizedReduce", "Norm", "Pool", "Separable", "Sum"]
+__all__ += ["FactorizedReduce", "Norm", "Pool", "Report", "Separable", "Sum", "report", "unfuse"]

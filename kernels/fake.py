@@ -88,8 +88,8 @@ def register():
         omitted = outputs if x.device.type == "cpu" or len(outputs) == 1 else ()
         kept = [sizes[v] for v in range(len(inputs), len(sizes)) if v not in (*omitted, *again)] + between
         of_values = x.new_empty((3, len(sizes), c) if statistics is None else 0)
-        values = [cell_map(x, len(x), *of) for of in kept] if keep else []
-        return cell_map(x, len(x), c * len(outputs), *size), of_values, values
+        values = [cell_map(x, x.shape[0], *of) for of in kept] if keep else []
+        return cell_map(x, x.shape[0], c * len(outputs), *size), of_values, values
 
     @torch.library.register_fake("pdarts::cell_backward")
     def _(

@@ -251,9 +251,9 @@ def cell(
     stored. Returns the channels of the values in `outputs` side by side: sums, or one step without a norm.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has,
-    and on CUDA where CUDA_OPERATIONS names it, in these types, in NCHW, with kernels of 3 or 5 and strides and
-    dilations of 1 or 2: what steps read in common is read once, and gradients are added up where they belong instead
-    of being written apart. Elsewhere sums are mixed operations, and torch's own operations compute the steps. Saved for
+    and on CUDA where CUDA_OPERATIONS names it, in these types, in NCHW, with kernels of 3, 5 or 7 and strides
+    and dilations of 1 or 2: what steps read in common is read once, and gradients are added up where they belong, not
+    written apart. Elsewhere sums are mixed operations, and torch's own operations compute the steps. Saved for
     backward: all values, and on CUDA what pointwise convolutions read; the rest is computed again. Differentiable once.
     """
     norms = list(norms or [None] * (len(inputs) + len(operations)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 MAX_CANDIDATES = 64  # terms of one mixed operation, see csrc/mixed.h
-CUDA_KERNEL_SIZES = 3, 5  # of depthwise convolutions, see with_taps in csrc/cuda/cell.cu
+CUDA_KERNEL_SIZES = 3, 5, 7  # of depthwise convolutions, PdartsKernels of csrc/cuda/cell.cuh
 
 
 class Norm(NamedTuple):

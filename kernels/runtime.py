@@ -17,8 +17,6 @@ _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
 
 
-
-
 def _parsed(operations: str) -> frozenset[str]:
     names = frozenset(operations.replace(",", " ").split())
     if not names <= CUDA_OPERATIONS:

@@ -31,6 +31,7 @@ class CifarFormat(NamedTuple):
     label_bytes: int  # before each image of the binary version; the last of them is the class
     label_key: bytes  # of the python version
     classes: int
+    names: tuple[str, ...]  # of the classes
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -50,6 +51,7 @@ CIFAR = {
         label_bytes=1,
         label_key=b"labels",
         classes=10,
+        names=tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
         mean=(0.49139968, 0.48215827, 0.44653124),
         std=(0.24703233, 0.24348505, 0.26158768),
     ),
@@ -63,6 +65,16 @@ CIFAR = {
         label_bytes=2,  # coarse, fine
         label_key=b"fine_labels",
         classes=100,
+        names=tuple(
+            "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+            "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
+            "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
+            "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid "
+            "otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
+            "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+            "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
+            "wardrobe whale willow_tree wolf woman worm".split()
+        ),
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
     ),

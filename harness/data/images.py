@@ -15,7 +15,7 @@ from harness.data import folders
 from harness.data.cifar import CIFAR, download_cifar, read_cifar
 from harness.data.loaders import Loaders
 from harness.data.photographs import Photographs
-from harness.files import check_zip, reason
+from harness.files import check_zip, reason, some
 from pdarts import InputError
 
 
@@ -35,6 +35,9 @@ class Images:
     device: torch.device | None = None  # of the batches, if the images themselves stay in a mapped file
     damaged: int = 0  # files that were left out
     version: str | None = None  # tells them from others, where they are too many to look at
+    note: str = ""  # about the data, for the user
+    classes: tuple[str, ...] = ()  # their names, if there are any
+    largest: int = 0  # of all values in images of 16 bits, see harness.data.folders.colour
     options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
 
     def __len__(self):
@@ -45,10 +48,13 @@ class Images:
         return tuple(self.x_train.shape[1:])
 
     @staticmethod
-    def from_arrays(x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None) -> Images:
-        """Check arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] integers from 0.
+    def from_arrays(
+        x_train, y_train, x_test, y_test, name="own data", num_classes=None, mean=None, std=None, in_place=False
+    ) -> Images:
+        """Check arrays or tensors, x [N,H,W] or [N,H,W,channels] uint8 and y [N] or [N,1] integers from 0.
 
-        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given."""
+        num_classes is one more than the largest label of y_train, mean and std are those of x_train, unless given.
+        in_place: the arrays are not needed any more, and their memory may be used."""
         parts = {}
         for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
             x, y = (np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v) for v in (x, y))
@@ -56,13 +62,19 @@ class Images:
                 raise InputError(
                     f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]")
             x = x[..., None] if x.ndim == 3 else x
+            if channels_come_first(x.shape):
+                raise InputError(
+                    f"{name}: x_{split} has shape {list(x.shape)}, which looks like [N,channels,H,W]; expected "
+                    "[N,H,W,channels], as x.transpose(0, 2, 3, 1) has it")
             if x.shape[0] < (4 if split == "train" else 1) or min(x.shape[1:3]) < 8 or x.shape[3] < 1:
                 raise InputError(
                     f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training images or more and 1 test image "
                     "or more, of 8 x 8 or larger")
+            y = y.reshape(-1) if y.shape in ((len(x), 1), (1, len(x))) else y
             if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
                 raise InputError(
-                    f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per image")
+                    f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per image (of "
+                    "one-hot rows y.argmax(1), of names np.unique(y, return_inverse=True)[1])")
             if y.min() < 0:
                 raise InputError(f"{name}: y_{split} holds {y.min()}; expected class indices from 0")
             parts[split] = x, y
@@ -71,7 +83,12 @@ class Images:
             raise InputError(
                 f"{name}: x_train holds images of {list(x_train.shape[1:])} and x_test of {list(x_test.shape[1:])}; "
                 "expected the same")
-        num_classes = num_classes or min(int(y_train.max()) + 1, len(x_train))  # a class needs an image
+        if num_classes is None:
+            num_classes, found = int(y_train.max()) + 1, np.unique(y_train)
+            if len(found) < num_classes:
+                raise InputError(
+                    f"{name}: y_train has {len(found)} classes, from {found[0]} to {found[-1]}; expected class indices "
+                    "from 0, each with images, as np.unique(y, return_inverse=True)[1] numbers them")
         if max(y_train.max(), y_test.max()) >= num_classes or num_classes < 2:
             raise InputError(
                 f"{name}: y_train goes up to {y_train.max()} and y_test to {y_test.max()}; expected 2 or more classes, "
@@ -79,13 +96,15 @@ class Images:
         if mean is None or std is None:
             # From the histogram of each channel: exact and without a float copy of the images.
             levels = np.arange(256) / 255
-            p = np.stack([np.bincount(x_train[..., c].ravel(), minlength=256) for c in range(x_train.shape[3])])
+            p = np.zeros((x_train.shape[3], 256))
+            for part in in_parts(x_train):
+                p += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(len(p))]
             p = p / p.sum(axis=1, keepdims=True)
             mean = p @ levels
             std = np.maximum(np.sqrt(np.maximum(p @ levels**2 - mean**2, 0)), 1 / 255)
         tensors = []
         for x, y in parts.values():
-            tensors.append(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
+            tensors.append(torch.from_numpy(channels_first(x, in_place)))
             tensors.append(torch.from_numpy(y.astype(np.int64)))
         mean, std = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
         return Images(name, *tensors, num_classes, mean, std)
@@ -147,6 +166,37 @@ class Images:
             yield loader.normalise(images), labels
 
 
+def channels_come_first(shape) -> bool:
+    """Whether images [N,H,W,channels] are more likely [N,channels,H,W], or volumes."""
+    _, height, width, channels = shape
+    small = height < 8 <= min(width, channels)
+    return small or channels > 4 and (channels == width or channels > height != width)
+
+
+def in_parts(x: np.ndarray) -> list[np.ndarray]:
+    """Return views of some images each, of a megabyte or so."""
+    return np.array_split(x, min(max(1, x.nbytes >> 20), len(x)))
+
+
+def channels_first(x: np.ndarray, in_place: bool) -> np.ndarray:
+    """Return [N,H,W,C] as [N,C,H,W], contiguous; in_place: in the memory of x."""
+    n, h, w, c = x.shape
+    if c == 1 or not in_place or not x.flags.c_contiguous:
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    for part in in_parts(x.reshape(n, h * w * c)):
+        part[:] = part.reshape(-1, h * w, c).transpose(0, 2, 1).reshape(part.shape)
+    return x.reshape(n, c, h, w)
+
+
+def shuffle(x: np.ndarray, order: np.ndarray):
+    """Bring the images of a contiguous array into this order, in its memory."""
+    for columns in np.array_split(x.reshape(len(x), -1), 16, axis=1):
+        columns[:] = columns[order]
+
+
+SHAPES = tuple("disc ring square frame diamond diamond-frame cross saltire lying-bar standing-bar".split())
+
+
 def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     """Generate images, 32 x 32 in colour, of 10 shapes of varied position, size, colour, rotation and background."""
     rng = np.random.default_rng(seed)
@@ -180,66 +230,97 @@ def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
     shade = (x * np.cos(tilt) + y * np.sin(tilt)) * column(0, 2)
     noise = rng.normal(0, 1, (n, 32, 32, 3)) * column(5, 25)[..., None]
     image = (np.where(mask, colour, background + shade[..., None]) + noise).clip(0, 255).astype(np.uint8)
-    return Images.from_arrays(image[:train], label[:train], image[train:], label[train:], "shapes")
+    images = Images.from_arrays(image[:train], label[:train], image[train:], label[train:], "shapes")
+    return dataclasses.replace(images, classes=SHAPES)
+
+
+KEYS = "x_train", "y_train", "x_test", "y_test"
+OTHER_KEYS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
 
 
 def load_npz(path: pathlib.Path) -> Images:
-    """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file.
+    """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file; or MedMNIST's names.
 
-    The training images are shuffled (by a fixed seed): a search halves them, and such files are often sorted."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
+    The training images are shuffled (by a fixed seed): a search halves them, and such files are often sorted. All this
+    happens in the memory of the arrays."""
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old or odd array headers
-            missing = [key for key in keys if key not in archive]
+            found = {key.lower(): key for key in archive}
+            keys = [next((found[name] for name in (key, OTHER_KEYS[key]) if name in found), None) for key in KEYS]
+            missing = [key for key, name in zip(KEYS, keys) if name is None]
             if missing:
-                raise InputError(f"{path} lacks {', '.join(missing)}; expected {', '.join(keys)}")
+                raise InputError(
+                    f"{path} lacks {', '.join(missing)} and holds {some(list(archive)) or 'nothing'}; expected "
+                    f"{', '.join(KEYS)}, or {', '.join(OTHER_KEYS.values())}")
             arrays = [archive[key] for key in keys]
+            others = [key for key in archive if key not in keys]
     except InputError:
         raise
     except Exception as error:  # whatever a damaged zip or array header leads to
-        raise InputError(f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(keys)}") from None
-    images = Images.from_arrays(*arrays, str(path))
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images.x_train)))
-    return dataclasses.replace(images, x_train=images.x_train[order], y_train=images.y_train[order])
+        raise InputError(f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(KEYS)}") from None
+    images = Images.from_arrays(*arrays, str(path), in_place=True)
+    order = np.random.default_rng(0).permutation(len(images.x_train))
+    shuffle(images.x_train.numpy(), order)
+    note = f"{some(others)} in it not read" if others else ""
+    return dataclasses.replace(images, y_train=images.y_train[torch.from_numpy(order)], note=note)
 
 
 DataSet = Images | Photographs | Loaders
 
 
-def load_folder(path: str, settings, workers: int, **options) -> Images | Photographs:
+def load_folder(path: str, settings, workers: int, follow_links=False, **options) -> Images | Photographs:
     """Return the images of a folder: its files, if the settings augment these, else resized, in a mapped file.
 
     Their order is random (by a fixed seed): a search halves them, and --images takes the first ones."""
-    listing, rng = folders.scan(path).subset(settings.fraction), np.random.default_rng(0)
+    listing, rng = folders.scan(path, follow_links).subset(settings.fraction), np.random.default_rng(0)
     train, test = ([part[i] for i in rng.permutation(len(part))] for part in (listing.train, listing.test))
     listing = dataclasses.replace(listing, train=train, test=test)
+
+    def note(largest):
+        scaled = f"images of 16 bits scaled by their largest value, {largest}" if largest else ""
+        return ", ".join(filter(None, (listing.note, scaled)))
+
     if getattr(settings, "augment", "cifar") == "imagenet":
         sound = folders.check(listing, workers, **options)
-        return Photographs(sound, settings.size, workers, damaged=listing.images - sound.images)
-    x_train, y_train, x_test, y_test, damaged = folders.cached(listing, settings.size, workers, **options)
+        damaged = listing.images - sound.images
+        return Photographs(sound, settings.size, workers, damaged=damaged, note=note(sound.largest))
+    x_train, y_train, x_test, y_test, damaged, largest = folders.cached(listing, settings.size, workers, **options)
     version = f"{folders.fingerprint(listing)}, {settings.size} pixels, without {len(damaged)}"
     statistics = pdarts.statistics(x_train[:2000])
-    images = (x_train, y_train, x_test, y_test, len(listing.classes), *statistics)
-    return Images(path, *images, path=path, device=torch.device("cpu"), version=version, damaged=len(damaged))
+    images = Images(path, x_train, y_train, x_test, y_test, len(listing.classes), *statistics, path)
+    return dataclasses.replace(
+        images, device=torch.device("cpu"), version=version, damaged=len(damaged), note=note(largest),
+        classes=tuple(listing.classes), largest=largest)
 
 
 def load(settings, path: str | None = None, download: bool = False, workers: int = 0, **options) -> DataSet:
     """Return the images of `settings.dataset` and --data: generated shapes, CIFAR, an .npz file, a folder of images.
 
-    workers and options: see harness.data.folders.cached.
+    Where a folder holds several of these, a preset of CIFAR or ImageNet decides. workers and options: see
+    harness.data.folders.cached; follow_links: the links of harness.data.folders.scan.
     """
     folder, dataset = pathlib.Path(path or "data"), settings.dataset
+    from_files = dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet"
     if dataset not in ("shapes", "imagenet", *CIFAR):
         raise InputError(f"dataset is {dataset!r}; expected shapes, imagenet, {' or '.join(CIFAR)}")
     if download and (dataset not in CIFAR or folder.is_file()):
         raise InputError(f"nothing to download for {path or dataset}; expected --preset {' or '.join(CIFAR)}")
-    if path and folder.is_dir() and any((folder / name).is_dir() for name in ("train", "val")):
+    found = [name for name, form in CIFAR.items() if form.version_in(folder)] if path else []
+    splits = list(folders.split_folders(folder).values()) if path and folder.is_dir() else []
+    if dataset == "shapes" and not from_files and len(found) + bool(splits) > 1:
+        raise InputError(
+            f"{path} holds {' and '.join(found + splits)}; expected one data set, or --preset {' or '.join(CIFAR)}")
+    if splits and (from_files or dataset not in CIFAR or not (download or dataset in found)):
         return load_folder(path, settings, workers, **options)
-    if dataset == "imagenet" or getattr(settings, "augment", "cifar") == "imagenet":
-        found = f"no train/CLASS and val/CLASS in {path}" if path else "no --data FOLDER"
-        raise InputError(f"{found}; expected a folder with images in train/CLASS and val/CLASS")
+    if path and folder.is_dir() and not found and not download and (classes := folders.loose_classes(folder)):
+        raise InputError(
+            f"{path} holds images in folders ({some(classes)}), but no train and val; expected most images of each "
+            f"class in {folder / 'train'}/CLASS, and the others in {folder / 'val'}/CLASS")
+    if from_files:
+        lacks = f"no train/CLASS and val/CLASS in {path}" if path else "no --data FOLDER"
+        raise InputError(f"{lacks}; expected a folder with images in train/CLASS and val/CLASS")
     if settings.fraction != 1:
         raise InputError(f"fraction is {settings.fraction}; expected 1 but for a folder of images (or use --images)")
     if path and folder.is_file():
@@ -249,13 +330,13 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
             return shapes()
         if not folder.is_dir():
             raise InputError(f"no file or folder {path}; expected an .npz file, or a folder with CIFAR or train/CLASS")
-        found = [name for name, form in CIFAR.items() if form.version_in(folder)]
         if not found:
-            folders = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
-            raise InputError(f"no data in {path}; expected one of the folders {folders}")
+            names = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
+            raise InputError(
+                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}")
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)
     form = CIFAR[dataset]
     images = Images.from_arrays(*read_cifar(dataset, folder), dataset, form.classes, form.mean, form.std)
-    return dataclasses.replace(images, path=str(folder))
+    return dataclasses.replace(images, path=str(folder), classes=form.names)

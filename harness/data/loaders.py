@@ -28,8 +28,9 @@ from pdarts import InputError, seed_of
 
 
 def as_it_is(batch, device):
-    images, labels = batch
-    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    """Return a pair of tensors on the device; anything else is left to `check_batch`."""
+    tensors = isinstance(batch, (tuple, list)) and all(isinstance(part, torch.Tensor) for part in batch)
+    return tuple(part.to(device, non_blocking=True) for part in batch) if tensors else batch
 
 
 class Batches:
@@ -46,6 +47,8 @@ class Batches:
         self.dataset, self.batch, self.workers = dataset, batch, workers
         self.finish, self.collate, self.device = finish, collate, torch.device("cpu")
         self.rank, self.number = 0, 1
+        if not hasattr(dataset, "__len__"):
+            raise InputError(f"dataset is a {type(dataset).__name__}; expected one with a length and dataset[i]")
         len(self)  # is refused now if it is
 
     def part(self, rank: int, number: int) -> Batches:
@@ -110,37 +113,44 @@ class Seeded:
             np.random.set_state(of_numpy)
 
 
-class Checked:
-    """A loader whose first batch of an epoch is checked, since a network would take almost any."""
+def check_batch(which: str, batch, size, num_classes: int, device=None):
+    """Return images and labels of a batch; InputError if it is anything else. device: where it must be, None: anywhere.
+    """
+    where = "" if device is None else f" on {device.type}"
+    expected = f"images, float [N,{','.join(map(str, size))}], and labels, int64 [N]{where}"
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+        raise InputError(f"{which} yields a {type(batch).__name__}{keys:.80}; expected a pair of {expected}")
+    images, labels = batch
+    tensors = isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)
+    found = f"{type(images).__name__} and {type(labels).__name__}"
+    if tensors:
+        found = " and ".join(f"{t.dtype} {list(t.shape)} on {t.device.type}" for t in (images, labels))
+    right = tensors and images.is_floating_point() and images.shape[1:] == size
+    right = right and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if not right or device and {images.device.type, labels.device.type} != {device.type}:
+        raise InputError(f"{which} yields {found.replace('torch.', '')}; expected {expected}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise InputError(
+            f"{which} yields labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}"
+        )
+    return images, labels
 
-    def __init__(self, loader, size, num_classes, device):
-        self.loader, self.size, self.num_classes, self.device = loader, size, num_classes, device
+
+class Checked:
+    """A loader whose batches are checked, since a network would take almost any."""
+
+    def __init__(self, loader, which, *form):
+        self.loader, self.which, self.form = loader, which, form
         if hasattr(loader, "part"):
-            self.part = lambda *which: Checked(loader.part(*which), size, num_classes, device)
+            self.part = lambda *part: Checked(loader.part(*part), which, *form)
 
     def __len__(self):
         return len(self.loader)
 
     def epoch(self, seed: int, start: int = 0):
-        for number, (images, labels) in enumerate(self.loader.epoch(seed, start)):
-            if number == 0:
-                self.check(images, labels)
-            yield images, labels
-
-    def check(self, images, labels):
-        expected = f"float [N,{','.join(map(str, self.size))}] and int64 [N] on {self.device.type}"
-        tensors = isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)
-        found = f"{type(images).__name__} and {type(labels).__name__}"
-        if tensors:
-            found = " and ".join(f"{t.dtype} {list(t.shape)} on {t.device.type}" for t in (images, labels))
-        right = tensors and images.is_floating_point() and images.shape[1:] == self.size
-        right = right and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-        if not right or {images.device.type, labels.device.type} != {self.device.type}:
-            raise InputError(f"the loader yields {found.replace('torch.', '')}; expected {expected}")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise InputError(
-                f"the loader yields labels from {labels.min()} to {labels.max()}; expected 0 to {self.num_classes - 1}"
-            )
+        for batch in self.loader.epoch(seed, start):
+            yield check_batch(self.which, batch, *self.form)
 
 
 @dataclasses.dataclass
@@ -161,6 +171,29 @@ class Loaders:
     version: str = ""
     path: str | None = None
     device: torch.device = torch.device("cpu")
+    classes: tuple[str, ...] = ()  # their names, kept with the run as mean and std of the images [C] are
+    mean: Any = None
+    std: Any = None
+    largest = 0
+
+    def __post_init__(self):
+        self.size = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size,)
+        if len(self.size) != 3 or not all(type(n) is int and n > 0 for n in (*self.size, self.num_classes)):
+            raise InputError(f"size is {self.size} and num_classes {self.num_classes!r}; expected (C,H,W) and a number")
+        for which in "train", "val":
+            loader = getattr(self, which)
+            if not hasattr(loader, "epoch") and (which == "train" or loader is not None):
+                batch, workers = (getattr(loader, n, d) for n, d in (("batch_size", 96), ("num_workers", 0)))
+                raise InputError(
+                    f"{which} is a {type(loader).__name__}; expected a loader with a length and epoch(seed, start), "
+                    f"such as harness.data.loaders.Batches(dataset, batch={batch}, workers={workers})"
+                )
+        iterable = hasattr(self.test_batches, "__iter__") or hasattr(self.test_batches, "__getitem__")
+        if not iterable or hasattr(self.test_batches, "__next__"):
+            raise InputError(
+                f"test_batches is a {type(self.test_batches).__name__}; expected batches that can be read more than "
+                "once, such as torch's DataLoader or a list"
+            )
 
     def fingerprint(self) -> str:
         lengths = [len(loader) for loader in (self.train, self.val) if loader is not None]
@@ -173,22 +206,30 @@ class Loaders:
     def search_data(self, config: pdarts.SearchConfig) -> pdarts.Data:
         if self.val is None:
             raise InputError("val is None; expected the loader that the alphas learn from")
-        return pdarts.Data(self._checked(self.train), self.num_classes, self.size[0], self._checked(self.val))
+        return pdarts.Data(self._checked("train"), self.num_classes, self.size[0], self._checked("val"))
 
     def evaluate_data(self, config: pdarts.EvaluateConfig) -> pdarts.Data:
         if self.test_batches == ():
             raise InputError("test_batches is (); expected the batches on which the network is tested")
-        return pdarts.Data(self._checked(self.train), self.num_classes, self.size[0])
+        return pdarts.Data(self._checked("train"), self.num_classes, self.size[0])
 
-    def _checked(self, loader):
-        return Checked(loader, tuple(self.size), self.num_classes, self.device)
+    def _checked(self, which):
+        """Return a checked loader; a batch of it, and a test batch, are read now, not at the end of the first stage."""
+        loader = Checked(getattr(self, which), which, self.size, self.num_classes, self.device)
+        with torch.random.fork_rng(devices=()):  # from which a DataLoader draws
+            if next(loader.epoch(0), None) is None:
+                raise InputError(f"{which} yields no batch; expected one or more")
+            if which == "train" and self.test_batches != () and next(self.test(), None) is None:
+                raise InputError("test_batches yields no batch; expected one or more")
+        return loader
 
     def test(self, limit: int | None = None, part: tuple[int, int] = (0, 1)):
         """Yield the `test_batches` on the device, until `limit` images are reached."""
         rank, number, seen = *part, 0
-        for i, (images, labels) in enumerate(self.test_batches):
+        for i, batch in enumerate(self.test_batches):
             if limit is not None and seen >= limit:
                 return
+            images, labels = check_batch("test_batches", batch, self.size, self.num_classes)
             seen += len(labels)
             if i % number == rank:
                 yield as_it_is((images, labels), self.device)

@@ -31,6 +31,7 @@ class Photographs:
     side: int
     workers: int = 0
     damaged: int = 0  # files that were left out
+    note: str = ""  # about the data, for the user
     options: dict = dataclasses.field(default_factory=dict)  # of the command line, which loaded them
     device: torch.device = torch.device("cpu")
 
@@ -44,9 +45,19 @@ class Photographs:
     def size(self) -> tuple[int, int, int]:
         return 3, self.side, self.side
 
+    mean, std = MEAN, STD
+
     @property
     def num_classes(self) -> int:
         return len(self.listing.classes)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.listing.classes
+
+    @property
+    def largest(self) -> int:
+        return self.listing.largest
 
     def __len__(self):
         return len(self.listing.train)
@@ -75,7 +86,7 @@ class Photographs:
         rank, number = part
         images = self.listing.test[:limit][rank::number]
         loader = DataLoader(
-            Middles(self.listing.folder, images, self.side),
+            Middles(self.listing, images, self.side),
             batch,
             num_workers=self.workers,
             worker_init_fn=leave_signals_to_the_run,
@@ -85,11 +96,11 @@ class Photographs:
             yield normalised(pixels.to(self.device).float() / 255), labels.to(self.device)
 
 
-def read(folder, path):
+def read(listing, path):
     try:
-        return folders.decode(os.path.join(folder, path))
+        return folders.colour(folders.decode(os.path.join(listing.folder, path)), listing.largest)
     except ValueError as error:  # it could be read when the run began
-        raise InputError(f"cannot read {path} in {folder} any more ({error}); expected an image") from None
+        raise InputError(f"cannot read {path} in {listing.folder} any more ({error}); expected an image") from None
 
 
 @dataclasses.dataclass
@@ -105,7 +116,7 @@ class Crops:
 
     def __getitem__(self, i):
         path, label = self.listing.train[i]
-        image = read(self.listing.folder, path)
+        image = read(self.listing, path)
         top, left, height, width = random_crop(*image.shape[1:])
         image = resized(image[:, top : top + height, left : left + width], self.side, self.side)
         if self.flip and torch.rand(()) < 0.5:
@@ -119,7 +130,7 @@ class Crops:
 class Middles:
     """A dataset of (the middle of a resized image, uint8 [3,side,side]; label). For 224, images get 256 (official)."""
 
-    folder: str
+    listing: folders.Listing
     images: list
     side: int
 
@@ -128,10 +139,14 @@ class Middles:
 
     def __getitem__(self, i):
         path, label = self.images[i]
-        larger = round(self.side * 256 / 224)
-        start = (larger - self.side) // 2
-        image = folders.resize_and_crop(read(self.folder, path), larger)
-        return image[:, start : start + self.side, start : start + self.side], label
+        return middle(read(self.listing, path), self.side), label
+
+
+def middle(image, side):
+    """Return the middle of a resized image, uint8 [3,side,side]."""
+    larger = round(side * 256 / 224)
+    start = (larger - side) // 2
+    return folders.resize_and_crop(image, larger)[:, start : start + side, start : start + side]
 
 
 def random_crop(height: int, width: int) -> tuple[int, int, int, int]:

@@ -97,17 +97,21 @@ def test_images_are_found_in_order_of_classes_and_paths(tmp_path):
 @pytest.mark.parametrize(
     "paths, message",
     [
-        ([], "no folder train and no val or test in .*; expected train/CLASS/"),
+        ([], "cannot read .*own .FileNotFoundError.*; expected a folder that can be read"),
+        (["1.jpg"], "no folder train and no val or test in .*; expected train/CLASS/"),
+        (["train/a/1.jpg", "Training/a/1.jpg"], "has a folder Training and a folder train; expected one of them"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/images/1.jpg", "val/images/2.jpg", "val/val_annotations.txt"],
+         "val_annotations.txt lacks 2 of 2 images: val/images/1.jpg, val/images/2.jpg; expected all of them"),
         (["val/a/1.jpg"], "no folder train in "),
         (["train/a/1.jpg", "train/b/1.jpg"], "no folder val or test in "),
         (["train/a/1.jpg", "val/a/1.jpg"], "train has 1 folders; expected 2 or more"),
-        (["train/a/1.jpg", "train/b/1.gif", "train/c/x/.1.jpg", "val/a/1.jpg"],
-         "2 of 3 classes in .*train have no images: b, c; expected files .jpg, .jpeg, .png, .webp, .bmp"),
+        (["train/a/1.jpg", "train/b/1.svg", "train/c/x/.1.jpg", "val/a/1.jpg"],
+         "2 of 3 classes in .*train have no images: b, c; expected files .jpg, .jpeg, .png, .webp, .bmp, .tif"),
         (["train/a/1.jpg", *(f"train/{i}/no" for i in range(5)), "val/a/1.jpg"], "5 of 6 .*: 0, 1, 2 and 2 more;"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg", "val/d/no"],
          "2 classes in .*val are not in .*train: c, d; expected"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"], "val has no images in folders of classes; expected CLASS/"),
-        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.gif", "test/a/1.jpg"], "val has no images in folders of classes"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.svg", "test/a/1.jpg"], "val has no images in folders of classes"),
         (["train/a/1.jpg", f"train/b\n{ODD}/no", "val/a/1.jpg"], rf"1 of 2 classes in .*: b\\n\{ESCAPED}; expected"),
     ],
 )  # fmt: skip
@@ -115,6 +119,38 @@ def test_what_is_not_a_folder_of_images_is_named(tmp_path, paths, message):
     with pytest.raises(InputError, match=message) as error:
         scan(write(tmp_path / "own", *paths))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("train, test, tested", [
+    ("Training", "Testing", "Testing"), ("train", "valid", "valid"), ("TRAIN", "Test", "Test"),
+    ("train", "validation", "validation")])  # fmt: skip
+def test_other_names_of_train_and_val_are_known(tmp_path, train, test, tested):
+    write(tmp_path, f"{train}/a/1.jpg", f"{train}/b/1.jpg", f"{test}/b/1.jpg")
+    assert scan(tmp_path).train == [(f"{train}/a/1.jpg", 0), (f"{train}/b/1.jpg", 1)]
+    assert scan(tmp_path).test == [(f"{tested}/b/1.jpg", 1)] and scan(tmp_path).note == ""
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path):
+    write(tmp_path, *(f"train/{name}/1.{ending}" for name, ending in zip("abcdefg", folders.ENDINGS[-7:])))
+    write(tmp_path, "train/a/IMG_0001", "train/b/notes.txt", "train/c/x/1.heic", "train/1.jpg", "train/a/.DS_Store",
+          "valid/a/1.jpg", "test/a/1.jpg", "test/a/readme", "readme")  # fmt: skip
+    listing = scan(tmp_path)
+    assert len(listing.train) == 7 and listing.test == [("valid/a/1.jpg", 0)]
+    assert listing.note == (
+        "4 other files in it not read: train/1.jpg, train/a/IMG_0001, train/b/notes.txt and 1 more, tested on valid, "
+        "not on test"
+    )
+
+
+def test_the_annotations_of_tiny_imagenet_are_read(tmp_path):
+    write(tmp_path, "train/n01/images/n01_0.JPEG", "train/n02/images/n02_0.JPEG", "test/images/test_0.JPEG",
+          *(f"val/images/val_{i}.JPEG" for i in range(3)))  # fmt: skip
+    lines = "".join(f"val_{i}.JPEG\tn0{2 - i % 2}\t0\t0\t9\t9\n" for i in range(3))
+    (tmp_path / "val/val_annotations.txt").write_text(lines)
+    listing = scan(tmp_path)
+    assert listing.classes == ["n01", "n02"] and len(listing.train) == 2
+    assert listing.test == [("val/images/val_1.JPEG", 0), ("val/images/val_0.JPEG", 1), ("val/images/val_2.JPEG", 1)]
+    assert listing.note == "tested on val, not on test"
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
@@ -157,8 +193,11 @@ def test_links_that_lead_out_of_the_folder_are_refused(tmp_path, folder):
         scan(folder)
     shutil.move(folder / "val", tmp_path / "val")
     (folder / "val").symlink_to(tmp_path / "val")  # and so no longer val/cat/deep
-    with pytest.raises(InputError, match="4 of .*: train/fox, .*"):
+    with pytest.raises(InputError, match="4 of .*: train/fox, .*; expected all images in it, or --follow-links"):
         scan(folder)
+    taken = scan(folder, links=True)
+    assert {("train/fox/1.jpg", 3), ("train/cat/out.jpg", 0), ("train/cat/in/out.jpg", 0)} <= set(taken.train)
+    assert taken.classes == ["cat", "dog", "eel", "fox"] and ("val/eel/0.png", 2) in taken.test
 
 
 def test_a_part_of_each_class_is_chosen_alike_whatever_the_others_are(tmp_path):
@@ -506,6 +545,13 @@ def encoded(array, form, mode=None, **options) -> bytes:
     return file.getvalue()
 
 
+def png_16(array) -> bytes:
+    """A PNG of 16 bits, [H,W,3] or with alpha [H,W,4], which Pillow does not write."""
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    return png(width, height, 16, {3: 2, 4: 6}[channels], rows)
+
+
 def png(width, height, depth=8, kind=2, data=b"") -> bytes:
     """A PNG that claims what it likes."""
 
@@ -539,7 +585,14 @@ def test_images_of_all_kinds_become_colour(tmp_path, smooth):
         (encoded(smooth, "BMP"), smooth, 0),
         (encoded(smooth, "PNG"), smooth, 0),
         (encoded(grey, "PNG"), grey, 0),
-        (encoded(deep, "PNG"), grey, 0),
+        (encoded(deep, "PNG"), deep / 257, 0.6),
+        (png_16(smooth.astype(int) * 257), smooth, 0),
+        (png_16(alpha.astype(int) * 257), smooth, 0),
+        (encoded(deep, "TIFF"), deep / 257, 0.6),
+        (encoded(deep, "PPM"), deep / 257, 0.6),
+        (encoded(smooth, "TIFF"), smooth, 0),
+        (encoded(smooth, "PPM"), smooth, 0),
+        (encoded(grey // 16 * 16, "GIF"), grey // 16 * 16, 0),
         (encoded(alpha, "PNG"), smooth, 0),
         (encoded(alpha, "WEBP", lossless=True, exact=True), smooth, 0),
         (encoded(grey, "PNG", "LA"), grey, 0),
@@ -551,7 +604,7 @@ def test_images_of_all_kinds_become_colour(tmp_path, smooth):
         path.write_bytes(content)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pixels = decode(path)
+            pixels = folders.colour(decode(path), 65535)
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 40, 30)
         wanted = wanted if wanted.ndim == 3 else np.repeat(wanted[..., None], 3, 2)
         assert abs(pixels.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= near
@@ -575,6 +628,8 @@ def test_damaged_files_are_refused_with_a_reason(tmp_path, smooth, limits):
         (png(12_000, 10_000), "ValueError: 12000 x 10000 pixels; expected 1 to 100000000"),
         (png(10_000, 9_500), "OSError"),  # of which Pillow warns
         (png(0, 10), "Error"),
+        (encoded(smooth[..., 0].astype(np.float32), "TIFF"), "ValueError: pixels that are no whole numbers"),
+        (encoded(smooth[..., 0].astype(np.int32) - 9, "TIFF"), "ValueError: a pixel of -9; expected 0 or more"),
         (png(10, 0), "Error"),
         (png(10, 10), "OSError"),
     ):
@@ -592,6 +647,7 @@ def test_damaged_files_are_refused_with_a_reason(tmp_path, smooth, limits):
 def test_random_damage_to_images_leads_to_an_image_or_a_reason(tmp_path, smooth, limits):
     pytest.importorskip("PIL")
     files = [encoded(smooth, form) for form in folders.FORMATS] + [encoded(smooth[..., 0], "PNG", "P")]
+    files += [png_16(smooth.astype(int) * 16), encoded(smooth[..., 0].astype(np.uint16) * 16, "TIFF")]
     files.append(encoded(smooth, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"))
     path, taken = tmp_path / "1.jpg", 0
     for number, rng in cases(300):
@@ -603,7 +659,8 @@ def test_random_damage_to_images_leads_to_an_image_or_a_reason(tmp_path, smooth,
                 assert len(str(error).splitlines()) == 1
             else:
                 taken += 1
-                assert pixels.dtype == torch.uint8 and len(pixels) == 3 and pixels.numel() <= 3 * 10**8
+                assert pixels.numel() <= 3 * 10**8 and pixels.min() >= 0
+                assert (pixels.dtype, len(pixels)) in ((torch.uint8, 3), (torch.int32, 1), (torch.int32, 3))
     assert taken > 20
 
 
@@ -620,9 +677,29 @@ def test_a_folder_of_real_images_is_cached(tmp_path, smooth):
     listing = scan(tmp_path)
     with pytest.raises(InputError, match=r"1 of 14 .*: train/a/0.jpg \(UnidentifiedImageError: .*damaged.txt"):
         cached(listing, 16, 2)
-    x, y, x_test, y_test, bad = cached(listing, 16, 2, skip_damaged=True)
+    x, y, x_test, y_test, bad, largest = cached(listing, 16, 2, skip_damaged=True)
+    assert largest == 0
     assert (x.shape, x_test.shape, len(bad)) == ((9, 3, 16, 16), (4, 3, 16, 16), 1)
     assert y.tolist() == [0] * 4 + [1] * 5 and y_test.tolist() == [0, 0, 1, 1]
     left = check(listing, 2, skip_damaged=True)
     for row, (path, _) in zip(torch.cat([x, x_test]), left.train + left.test):
         assert torch.equal(row, resize_and_crop(decode(tmp_path / path), 16))
+
+
+@pytest.mark.parametrize("largest", [200, 4095, 65535])
+def test_images_of_16_bits_are_scaled_by_the_largest_value_in_the_data_set(tmp_path, largest):
+    pytest.importorskip("PIL")
+    ramp, grey = np.linspace(0, 1, 256).reshape(16, 16), np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for split, scale in ("train", largest), ("val", largest // 2):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "1.png").write_bytes(encoded((scale * ramp).round().astype(np.uint16), "PNG"))
+    (tmp_path / "train/a/2.png").write_bytes(encoded(grey, "PNG"))
+    in_colour = np.stack([largest * ramp, largest * (1 - ramp), 0 * ramp], 2).round().astype(int)
+    (tmp_path / "train/b/2.png").write_bytes(png_16(in_colour))
+    for workers in 0, 1:  # the second time from the cache
+        x, _, x_test, _, _, found = cached(scan(tmp_path), 16, workers * FORK)
+        assert found == largest == check(scan(tmp_path)).largest
+        assert np.array_equal(x[1, 0].numpy(), grey)  # of 8 bits: as it is
+        for image in x[0], x[2], 2 * x_test[0].int(), x[3, :1], 255 - x[3, 1:2].int():
+            assert (image - torch.from_numpy(255 * ramp)).abs().max() <= max(1.1, 500 / largest)

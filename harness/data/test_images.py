@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import pdarts
+from harness import files
 from harness.conftest import ONE_NODE
 from harness.data.cifar import CIFAR
 from harness.data.images import Images, load, shapes
@@ -71,7 +73,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         (["imagenet"], "no --data FOLDER; expected a folder with images in train/CLASS and val/CLASS"),
         (["imagenet", str(tmp_path)], "no train/CLASS and val/CLASS in .*; expected a folder with images"),
         (["shapes", "missing"], "no file or folder missing"),
-        (["shapes", str(tmp_path)], "no data in .*; expected one of the folders cifar-10-batches-bin, .*100-python"),
+        (["shapes", str(tmp_path)], "no data in .*; expected .*, or one of the folders cifar-10-batches-bin, .*100-py"),
         (["cifar10", str(tmp_path)], "no cifar10 in .*; expected a folder cifar-10-batches-bin or cifar-10-batches-py"),
         (["shapes", None, True], "nothing to download for shapes; expected --preset cifar10 or cifar100"),
         (["cifar10", str(tmp_path / "own.npz"), True], "nothing to download for .*own.npz"),
@@ -84,10 +86,50 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(EvaluateSettings(augment="imagenet"))
 
 
+def test_a_preset_decides_between_data_sets_in_one_folder(tmp_path, monkeypatch):
+    taken, here = [], str(tmp_path)
+    monkeypatch.setattr("harness.data.images.load_folder", lambda path, *_: taken.append(path))
+
+    def name(settings, *arguments):
+        read = load(settings, here, *arguments)
+        return read.name if read else taken.pop() and "folder"
+
+    write_cifar(tmp_path, "cifar10", binary=True)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert name(SearchSettings(dataset="cifar10")) == "cifar10"
+    assert name(SearchSettings(dataset="cifar100")) == name(EvaluateSettings(dataset="imagenet")) == "folder"
+    assert name(EvaluateSettings(dataset="cifar10", augment="imagenet")) == "folder"
+    with pytest.raises(InputError, match=f"{here} holds cifar10 and train and val; expected one data set, or --pre"):
+        load(SearchSettings(dataset="shapes"), here)
+    monkeypatch.setattr("harness.data.images.download_cifar", write_cifar_100)
+    assert name(SearchSettings(dataset="cifar100"), True) == "cifar100"
+    for folder in "train", "val":
+        (tmp_path / folder).rmdir()
+    assert [name(SearchSettings(dataset=dataset)) for dataset in ("cifar10", "cifar100")] == ["cifar10", "cifar100"]
+    with pytest.raises(InputError, match="holds cifar10 and cifar100; expected one data set"):
+        load(SearchSettings(dataset="shapes"), here)
+
+
+def write_cifar_100(name, folder):
+    write_cifar(folder, "cifar100", binary=True)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10", "imagenet"])
+def test_classes_without_train_and_val_are_told_how_to_arrange_them(tmp_path, dataset):
+    for name in "daisy", "rose", "tulip", "iris":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.tif").touch()
+    settings = EvaluateSettings(dataset=dataset)
+    message = r"holds images in folders \(daisy, iris, rose and 1 more\), but no train and val; expected most images of"
+    with pytest.raises(InputError, match=message):
+        load(settings, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x_train": None}, "lacks x_train"),
+        ({"x_train": None}, "lacks x_train and holds y_train, x_test, y_test; expected x_train, .* or train_images"),
         ({"x_train": np.zeros((12, 8, 8), np.float32)}, r"x_train is float32 \[12, 8, 8\]; expected uint8"),
         ({"x_train": np.zeros((12, 8), np.uint8)}, "expected uint8"),
         ({"x_train": np.zeros((12, 7, 8), np.uint8)}, "8 x 8 or larger"),
@@ -95,10 +137,18 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         ({"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)}, "1 test image or more"),
         ({"y_train": np.zeros(12)}, r"y_train is float64 \[12\]; expected integers"),
         ({"y_train": np.zeros(11, int)}, r"expected integers \[12\]"),
+        ({"y_train": np.eye(3)[np.arange(12) % 3]}, r"float64 \[12, 3\]; expected .* \(of one-hot rows y.argmax"),
+        ({"y_train": np.array(list("abcd" * 3))}, r"y_train is <U1 \[12\]; .* of names np.unique\(y"),
+        ({"y_train": np.arange(12) % 3 + 1}, "y_train has 3 classes, from 1 to 3; expected class indices from 0"),
+        ({"y_train": np.arange(12) % 2 * 4 + 3}, r"y_train has 2 classes, from 3 to 7; .* as np.unique\(y"),
+        *(({"x_train": np.zeros(shape, np.uint8)}, r"x_train has shape \[12, .*, which looks like \[N,channels,H,W\]; "
+           r"expected \[N,H,W,channels\], as x.transpose\(0, 2, 3, 1\) has it")
+          for shape in ((12, 3, 16, 16), (12, 1, 8, 8), (12, 13, 64, 64), (12, 64, 13, 13), (12, 13, 24, 32),
+                        (12, 28, 28, 28))),
         ({"y_train": np.full(12, -1)}, "class indices from 0"),
         ({"y_train": np.zeros(12, int)}, "expected 2 or more classes"),
         ({"y_test": np.full(4, 7)}, "y_test to 7"),
-        ({"y_train": np.full(12, 10**9)}, "expected 2 or more classes"),
+        ({"y_train": np.full(12, 10**9)}, "y_train has 1 classes, from 1000000000 to 1000000000; expected"),
         ({"y_train": np.array([None] * 12, object)}, "cannot read"),
     ],
 )
@@ -108,6 +158,48 @@ def test_wrong_npz_files_get_a_message_that_names_the_array(tmp_path, change, me
     np.savez(tmp_path / "own.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(InputError, match=message):
         load(SearchSettings(dataset="shapes"), str(tmp_path / "own.npz"))
+
+
+def test_other_names_of_arrays_and_shapes_of_labels_are_read(tmp_path):
+    arrays, (x, y, x_test, y_test) = own_arrays(), own_arrays().values()
+    medmnist = {"train_images": x, "train_labels": y[:, None], "val_images": x, "val_labels": y[:, None]}
+    medmnist |= {"test_images": x_test, "test_labels": y_test[:, None]}
+    for others in {key.upper(): value for key, value in arrays.items()}, arrays | {"y_test": y_test[None]}, medmnist:
+        for name, content in ("own.npz", arrays), ("other.npz", others):
+            np.savez(tmp_path / name, **content)
+        own, other = (load(SearchSettings(dataset="shapes"), str(tmp_path / name)) for name in ("own.npz", "other.npz"))
+        assert other.fingerprint() == own.fingerprint() and own.note == ""
+        assert other.note == ("val_images, val_labels in it not read" if others is medmnist else "")
+
+
+def test_many_channels_are_read_where_they_come_last():
+    for shape in (11, 11, 30), (13, 9, 4), (9, 13, 4), (16, 32, 3):
+        assert own_images(shape).size == (shape[2], *shape[:2])
+
+
+def test_an_npz_takes_little_more_memory_than_its_arrays_however_small_the_file(tmp_path, monkeypatch):
+    x, path = np.zeros((2000, 64, 64, 3), np.uint8), tmp_path / "own.npz"
+    x += (np.arange(2000) % 250).astype(np.uint8)[:, None, None, None]
+    y = np.arange(2000) % 10
+    np.savez_compressed(path, x_train=x, y_train=y, x_test=x[:500], y_test=y[:500])
+    unpacked = 2500 * 64 * 64 * 3
+    assert unpacked > 300 * path.stat().st_size
+    tracemalloc.start()
+    own = load(SearchSettings(dataset="shapes"), str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * unpacked
+    assert torch.equal(own.y_train, (own.x_train[:, 1, 2, 3] % 10).long())
+    assert own.x_train.float().std((1, 2, 3)).max() == 0
+    monkeypatch.setattr(files, "free_memory", lambda: unpacked)
+    with pytest.raises(InputError, match=f"it unpacks to 307.* bytes, and {unpacked} are free in memory"):
+        load(SearchSettings(dataset="shapes"), str(path))
+
+
+def test_arrays_of_the_caller_stay_as_they_are():
+    x, y = own_arrays()["x_train"], own_arrays()["y_train"]
+    Images.from_arrays(x, y, x, y)
+    assert np.array_equal(x, own_arrays()["x_train"])
 
 
 def test_a_damaged_npz_is_refused(tmp_path):
@@ -135,32 +227,6 @@ def test_shapes_are_seeded_balanced_and_beyond_a_linear_classifier():
 
 
 # --- what searches and evaluations are given --------------------------------------------------------------------------
-
-
-def test_augmentation_crops_flips_normalises_and_cuts_out_each_image():
-    n = 200
-    marked = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
-    marked[:, :, 10, 12] = 255  # one white pixel shows where the crop and the flip took it
-
-    def augment(x, crop_padding=0, flip=False, cutout=0):
-        config = EvaluateConfig(crop_padding=crop_padding, flip=flip, cutout=cutout)
-        return own_images((32, 32, 3)).evaluate_data(config).train.augment(x, torch.Generator().manual_seed(0))
-
-    plain = augment(marked)
-    own = own_images((32, 32, 3))
-    expected = (marked / 255 - own.mean.view(-1, 1, 1)) / own.std.view(-1, 1, 1)
-    assert plain.dtype == torch.float32 and torch.allclose(plain, expected, atol=1e-6)
-    _, rows, cols = (augment(marked, 4, True)[:, 0] == plain[0, 0, 10, 12]).nonzero().T
-    assert len(rows) == n
-    assert set((10 - rows).tolist()) == set(range(-4, 5))
-    assert set(cols.tolist()) == set(range(8, 17)) | set(range(31 - 16, 31 - 7))
-    cut = augment(marked, cutout=16) == 0
-    assert (cut == cut[:, :1]).all()  # the same square in all channels
-    heights, widths = cut[:, 0].any(2).sum(1), cut[:, 0].any(1).sum(1)
-    assert heights.max() == widths.max() == 16 and heights.min() >= 8  # clipped at the borders
-    assert torch.equal(cut[:, 0].sum((1, 2)), heights * widths)
-    small = augment(marked[:, :, :8, :8], cutout=16) == 0
-    assert small[:, 0].sum((1, 2)).max() <= 16  # at most half the image's side
 
 
 def test_a_search_learns_weights_from_the_first_half_and_alphas_from_the_second():
@@ -289,7 +355,8 @@ def fits(x, y, x_test, y_test) -> bool:
         if b.dtype.kind not in "iu" or b.shape != a.shape[:1] or b.min() < 0:
             return False
     same = (*x.shape[1:], 1)[:3] == (*x_test.shape[1:], 1)[:3]
-    return bool(same and len(x) >= 4 and max(1, y_test.max()) <= y.max() < len(x))
+    classes = len(np.unique(y))
+    return bool(same and len(x) >= 4 and max(1, y_test.max()) <= y.max() == classes - 1)
 
 
 def test_random_npz_files_give_the_images_in_them_or_are_refused(tmp_path, limits):

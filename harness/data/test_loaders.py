@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import kernels
 import pdarts
 from harness.conftest import CELL, ONE_STAGE, assert_same_run, beside, fast_search, in_two_processes
-from harness.data.loaders import Batches, Checked, Loaders
+from harness.data.loaders import Batches, Loaders
 from harness.distributed import Shared
 from harness.evaluate import evaluate
 from harness.run import Stopped
@@ -112,34 +112,105 @@ class Plain:
         self.batches = batches
 
     def __len__(self):
-        return 2
+        return len(self.batches)
 
     def epoch(self, seed, start=0):
         yield from self.batches[start:]
 
 
 X, Y = torch.rand(4, *SIZE), torch.arange(4) % 3
+CONFIG = EvaluateSettings(depth=3, channels=8, epochs=2, batch_size=4, auxiliary=False)
+WRONG = {
+    "numpy": ((X.numpy(), Y), r"yields ndarray and Tensor; expected images, float \[N,3,8,8\], and labels, int"),
+    "channels": ((X[:, :1], Y), r"yields float32 \[4, 1, 8, 8\] on cpu and int64 \[4\] on cpu; expected images, float"),
+    "size": ((X[:, :, :6], Y), r"yields float32 \[4, 3, 6, 8\] on cpu"),
+    "bytes": (((X * 255).byte(), Y), "yields uint8 .* expected images, float"),
+    "type of labels": ((X, Y.float()), "yields .* float32 .4. on cpu; expected"),
+    "shape of labels": ((X, Y[:, None]), r"yields .* int64 \[4, 1\] on cpu; expected"),
+    "fewer labels": ((X, Y[:3]), "yields .* int64 .3. on cpu; expected"),
+    "labels from 1": ((X, Y + 1), "yields labels from 1 to 3; expected 0 to 2"),
+    "negative labels": ((X, Y - 1), "yields labels from -1 to 1; expected 0 to 2"),
+    "a dict": ({"image": X, "label": Y}, "yields a dict of image, label; expected a pair of images, float"),
+    "three parts": ((X, Y, Y), "yields a tuple; expected a pair of images"),
+    "images alone": (X, "yields a Tensor; expected a pair of images"),
+}
 
 
-@pytest.mark.parametrize("batch, message", [
-    ((X.numpy(), Y), r"the loader yields ndarray and Tensor; expected float \[N,3,8,8\] and int64 \[N\] on cpu"),
-    ((X[:, :2], Y), r"yields float32 \[4, 2, 8, 8\] on cpu and int64 \[4\] on cpu; expected float \[N,3,8,8\]"),
-    (((X * 255).byte(), Y), "yields uint8 .* expected float"),
-    ((X, Y.float()), "float32 .4. on cpu; expected"),
-    ((X, Y[:3]), "int64 .3. on cpu; expected"),
-    ((X, Y + 1), "labels from 1 to 3; expected 0 to 2"),
-    ((X, Y - 1), "labels from -1 to 1; expected 0 to 2"),
-])  # fmt: skip
-def test_what_a_loader_must_yield_is_said(batch, message):
+@pytest.mark.parametrize("which", ["train", "val", "test_batches"])
+@pytest.mark.parametrize("batch, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_batch_is_named_with_its_loader(which, batch, message):
+    wrong = [batch] if which == "test_batches" else Plain([batch])
+    data, state = dataclasses.replace(own(0), **{which: wrong}), torch.get_rng_state()
+    with pytest.raises(InputError, match=f"^{which} {message}"):
+        data.search_data(ONE_STAGE)
+    if which != "val":
+        with pytest.raises(InputError, match=f"^{which} {message}"):
+            data.evaluate_data(CONFIG)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_wrong_test_images_are_refused_before_a_run_begins(tmp_path):
+    data = dataclasses.replace(own(0), test_batches=[(X, Y + 1)])
+    for run in lambda: fast_search(ONE_STAGE, data, tmp_path / "run"), lambda: evaluate(CELL, CONFIG, data, tmp_path):
+        with pytest.raises(InputError, match="^test_batches yields labels from 1 to 3; expected 0 to 2"):
+            run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_checked_in_every_batch():
+    later = Plain([(X, Y), (X, Y), (X, Y + 5)])
+    with pytest.raises(InputError, match="^train yields labels from 5 to 7; expected 0 to 2"):
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), train=later), kernels="off")
+    with pytest.raises(InputError, match="^test_batches yields labels from 5 to 7; expected 0 to 2"):
+        evaluate(CELL, CONFIG, dataclasses.replace(own(0), test_batches=later.batches), kernels="off")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"train": DataLoader(TensorDataset(X, Y), 2, num_workers=1)},
+     r"train is a DataLoader; expected a loader with a length and epoch.seed, start., such as harness.data.loaders."
+     r"Batches\(dataset, batch=2, workers=1\)"),
+    ({"val": [(X, Y)]}, "val is a list; expected a loader with a length and epoch"),
+    ({"train": Plain([])}, "train yields no batch; expected one or more"),
+    ({"test_batches": []}, "test_batches yields no batch; expected one or more"),
+    ({"test_batches": ((X, Y) for _ in range(2))}, "test_batches is a generator; .* read more than once, such"),
+    ({"test_batches": None}, "test_batches is a NoneType; expected batches that can be read"),
+    ({"size": 8}, r"size is \(8,\) and num_classes 3; expected .C,H,W. and a number"),
+    ({"num_classes": "3"}, "num_classes '3'; expected .C,H,W. and a number"),
+], ids=str)  # fmt: skip
+def test_what_is_no_loader_is_refused_by_its_name(change, message):
     with pytest.raises(InputError, match=message):
-        next(Checked(Plain([batch]), SIZE, 3, torch.device("cpu")).epoch(0))
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), **change), kernels="off")
+
+
+@pytest.mark.parametrize("images", [DataLoader(TensorDataset(X, Y)), TensorDataset(X, Y), (X, Y), "data"], ids=str)
+def test_what_is_no_data_set_is_refused(images):
+    message = f"images is a {type(images).__name__}; expected .*Images.* or .*Loaders"
+    with pytest.raises(InputError, match=message):
+        fast_search(ONE_STAGE, images, kernels="off")
+    with pytest.raises(InputError, match=message):
+        evaluate(CELL, CONFIG, images, kernels="off")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield X[0], Y[0]
+
+
+def test_batches_need_a_dataset_with_a_length():
+    with pytest.raises(InputError, match="dataset is a Stream; expected one with a length and dataset.i."):
+        Batches(Stream(), 4)
+
+
+class Short(Plain):
+    def __len__(self):
+        return 2
 
 
 def test_a_loader_that_ends_early_or_yields_too_few_is_named():
     with pytest.raises(InputError, match="the loader ended before its 2 batches; expected as many as its length"):
-        list(Shared(Plain([(X, Y)])).epoch(0))
+        list(Shared(Short([(X, Y)])).epoch(0))
     with pytest.raises(InputError, match="the loader yields 1 images for 1 processes; expected 2 or more for each"):
-        list(Shared(Plain([(X[:1], Y[:1])])).epoch(0))
+        list(Shared(Short([(X[:1], Y[:1])])).epoch(0))
     for images, batch in (1, 4), (4, 1):
         with pytest.raises(InputError, match=f"batch is {batch}, of {images} images, for 1 process; expected 2 images"):
             Batches(Noisy(images), batch)

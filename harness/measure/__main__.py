@@ -1,7 +1,8 @@
-"""Measurements that take longer than those of bench.py, or are about a GPU: `python -m harness.measure COMMAND`."""
+"""Measurements beside those of bench.py, of hours or of a GPU, and tests: `python -m harness.measure COMMAND`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -11,14 +12,15 @@ from harness.measure import gpu_report
 from harness.measure import traffic as counting
 from harness.measure.claims import Claims
 from harness.measure.options import Parser, add_command, run_command
+from harness.measure.versions import VERSIONS, versions
 
 
 def gpu(args):
-    """All measurements of a GPU in half an hour, and checks of what runs there, as DIR/report.md and report.json.
+    """All measurements of a GPU in half an hour, and checks of its results, as DIR/report.md and report.json.
 
     Each of the ten parts runs in a process of its own with a time limit, so that one that fails, hangs or crashes
     does not stop the others. `--parts 1 3` runs some only: the other parts that DIR holds stay in the report. Without
-    a GPU the same command runs on the CPU, small, and says what does not apply.
+    a GPU the same command runs on the CPU, small, and names the parts that do not apply.
     """
     if not torch.cuda.is_available():  # else the processes of the parts use the GPU, and this one must not
         pick_device(args.device)
@@ -57,6 +59,11 @@ def main(arguments: list[str]) -> int:
     add_command(commands, traffic, "json", "batch", "channels", "stages", "search", batch=96, device="cpu")
     claims_parser = add_command(commands, claims, "device", "out", "scale", "seeds")
     claims_parser.add_argument("--data", metavar="DIR", required=True, help="the folder of CIFAR-10")
+    versions_parser = add_command(commands, versions, "out")
+    versions_parser.add_argument("--torch", nargs="+", default=VERSIONS, metavar="VERSION",
+                                 help=f"(default: {' '.join(VERSIONS)})")  # fmt: skip
+    versions_parser.add_argument("--python", default=sys.executable, metavar="FILE", help="(default: this Python)")
+    versions_parser.add_argument("--tests", nargs=argparse.REMAINDER, default=(), help="arguments of pytest, the last")
     result = run_command(parser, arguments)
     return result if isinstance(result, int) else 0
 

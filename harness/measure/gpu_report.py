@@ -8,7 +8,7 @@
 Each part runs in a process of its own with a time limit, so that one that fails, hangs or crashes does not stop the
 others. DIR/report.md and report.json are written after each part and hold its measurements, however it ended;
 part-N.log holds its output. `--parts 1 3` runs some only: the results of other parts in DIR stay in the report. Without
-a GPU the same command runs on the CPU, small, and says what does not apply.
+a GPU the same command runs on the CPU, small, and names the parts that do not apply.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def finite(value):
 
 def markdown(content: dict) -> str:
     """Return the report as text."""
-    lines = ["# What was measured", "", f"{content.get('device', 'unknown device')}; {content.get('versions', '')}", ""]
+    lines = ["# Measurements", "", f"{content.get('device', 'unknown device')}; {content.get('versions', '')}", ""]
     parts = content["parts"]
     summary = [
         {"part": f"{n}. {p['title']}", "result": p["status"], "seconds": p["seconds"], "limit": p["limit"]}

@@ -85,7 +85,7 @@ def measured(args, device, make, kinds, name=""):
     except Exception as error:
         yield {"problem": reason(error)}
         traceback.print_exc()
-    gc.collect()  # what the failed side held
+    gc.collect()  # the memory of a failed side
 
 
 def steps(args, device):

@@ -1,4 +1,4 @@
-"""How far the losses of training with the kernels and without part, and how far rounding alone carries them."""
+"""The distances between losses of training with the kernels and without, and those that rounding alone makes."""
 
 from __future__ import annotations
 

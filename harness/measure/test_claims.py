@@ -75,12 +75,12 @@ def test_every_seed_has_the_same_plan_and_searches_come_before_their_cells():
 def test_a_plan_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path, runs, monkeypatch):
     monkeypatch.stop.add("seed0-search-one-stage")
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path).run()
+        made(tmp_path, seeds=1).run()
     assert [name for _, name in runs] == [
         "seed0-search-pdarts", "seed0-search-no-skip-dropout", "seed0-search-one-stage"
     ]
     monkeypatch.stop.clear()
-    again = made(tmp_path)
+    again = made(tmp_path, seeds=1)
     again.run()
     assert runs[3] == ("search", "seed0-search-one-stage")
     names = [name for _, name in runs[3:]]

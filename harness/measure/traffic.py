@@ -26,7 +26,7 @@ import pdarts
 from harness.measure.search_steps import OurStep, batches
 from kernels.program import KINDS
 
-IMAGES = 4  # of the step that is run
+IMAGES = 2  # of the step that is run
 RATES = (3.3e12, 4.3e12)  # bytes per second, about those of the memories of an H100 and an H200
 SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations that are fused
 RATE = 0.3  # of the skip dropout
@@ -47,11 +47,6 @@ def mixed_backward(call, size):
     launches = (bool(sums) or of_p) + any(batch) + bool(inputs) + of_p
     moved = bool(sums) * size(grad) + size(sums) + size(grad) + size(again) + size(call.results)
     return launches, moved
-
-
-def between(x, y, pointwise, size):
-    """Return the bytes of the input of the pointwise convolution, which is saved."""
-    return size(y) // pointwise.shape[0] * x.shape[1]
 
 
 def convolution_backward(call, size):
@@ -111,7 +106,7 @@ class Launches:
         self.operations.append((kind, [source], parts, stride, alike))
         self.shapes.append((n, c, *size))
 
-    def kept(self):
+    def saved(self):
         """Return the bytes that are saved on CUDA, less those on the CPU."""
         between = [z for _, _, parts, *_ in self.operations for z, written, _ in parts if written]
         outputs = [self.shapes[v] for v in self.outputs if len(self.outputs) > 1]
@@ -142,7 +137,7 @@ class Launches:
     def reads(self, values):
         return [self.shapes[source] for source in {self.operations[v][1][0] for v in values}]
 
-    def forward(self, keep):
+    def forward(self, save):
         shapes, level = self.shapes, [0] * self.inputs
         for _, sources, *_ in self.operations[self.inputs :]:
             level.append(1 + max(level[v] for v in sources))
@@ -150,7 +145,7 @@ class Launches:
         for values in self.levels(level)[1:]:
             kind = {v: self.operations[v][0] for v in values}
             for group in self.grouped(v for v in values if kind[v] in ("separable", "reduce")):
-                between = [z for v in group for z, kept, _ in self.operations[v][2] if keep and kept]
+                between = [z for v in group for z, saved, _ in self.operations[v][2] if save and saved]
                 self.launch(*self.reads(group), *(shapes[v] for v in group), *between)
                 self.count += any(self.batch[v] for v in group)
             for group in self.grouped(v for v in values if kind[v] in ("max", "avg") and not self.operations[v][4]):
@@ -197,8 +192,8 @@ class Launches:
             self.launch(*moved, self.shapes[v], times=0)
             pools = [u for u in read if self.operations[u][0] in ("max", "avg")]
             self.launch(*(self.shapes[u] for u in pools), times=bool(pools))  # of each what the sum's gradient is
-            kept = [u for u in pools if not self.operations[u][4]]
-            self.launch(*(self.shapes[u] for u in kept), *[self.shapes[v]] * (3 * bool(pools)), times=0)
+            own = [u for u in pools if not self.operations[u][4]]
+            self.launch(*(self.shapes[u] for u in own), *[self.shapes[v]] * (3 * bool(pools)), times=0)
             readers += [u for u in read if self.operations[u][0] in ("separable", "reduce")]
         self.count += len(sizes)
         for group in self.grouped(readers):
@@ -244,7 +239,7 @@ def forward_of(call, size):
 
 def cell(call, size):
     launches = forward_of(call, size)
-    launches.forward(keep=call.arguments[-1])
+    launches.forward(save=call.arguments[-1])
     return launches.count, launches.bytes
 
 
@@ -268,7 +263,7 @@ KNOWN = {
 }
 # Bytes that are saved on CUDA, less those on the CPU.
 MORE_SAVED = {
-    "pdarts::cell": lambda call, size: forward_of(call, size).kept(),
+    "pdarts::cell": lambda call, size: forward_of(call, size).saved(),
 }
 KERNELLESS = ("aten::empty", "aten::detach", "aten::_local_scalar_dense", "aten::new_empty", "aten::lift_fresh")
 
@@ -282,10 +277,12 @@ class Call:
 class Traffic(TorchDispatchMode):
     """A mode that counts launches and bytes of each operation."""
 
+    of_fused_operators = True
+
     def __init__(self, images: int, batch: int):
         super().__init__()
         self.images, self.factor = images, batch / images
-        self.launches, self.bytes, self.kept = collections.Counter(), collections.Counter(), 0.0
+        self.launches, self.bytes, self.saved = collections.Counter(), collections.Counter(), 0.0
 
     def size(self, tensors) -> float:
         every = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
@@ -304,30 +301,37 @@ class Traffic(TorchDispatchMode):
             moved = self.size([args, list((kwargs or {}).values()), results])
         self.launches[name] += launches
         self.bytes[name] += moved
-        self.kept += MORE_SAVED[name](Call(args, results), self.size) if name in MORE_SAVED else 0
+        self.saved += MORE_SAVED[name](Call(args, results), self.size) if name in MORE_SAVED else 0
         return results
 
     def saved_by(self, forward) -> float:
         """Return the bytes that autograd saves of a call for the backward pass."""
-        kept = {}
+        saved = {}
 
         def pack(t):
-            kept[t.untyped_storage().data_ptr()] = self.size(t)
+            saved[t.untyped_storage().data_ptr()] = self.size(t)
             return t.detach()
 
         with self, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             result = forward()  # alive, so that no memory is counted twice or missed
         del result
-        return sum(kept.values()) + self.kept
+        return sum(saved.values()) + self.saved
 
 
 @contextlib.contextmanager
 def side(operations):
     """Enter a block in which the operations run one by one, as on CUDA, the named ones by ours."""
     with contextlib.ExitStack() as stack:
-        for module in ("kernels.ops", "kernels.fuse"):
+        for module in ("kernels.ops", "kernels.modules"):
             stack.enter_context(mock.patch.object(sys.modules[module], "supports", lambda name, x: name in operations))
         yield
+
+
+def first_step(optimizer):
+    """Let the optimizer make its state."""
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
 
 
 def rows(stages, channels: int, batch: int, number: int = 1):
@@ -340,8 +344,9 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                 step = OurStep(stage, config, images, labels, number=number)
                 step.network.set_skip_dropout(RATE)
                 saved = Traffic(IMAGES, batch).saved_by(step.forward)
-                for which in ("weights", "alphas"):
-                    step.run(which)  # what an optimizer makes at its first step
+                optimizers = {"weights": step.search.weight_optimizer, "alphas": step.search.architect.optimizer}
+                for which, optimizer in optimizers.items():
+                    first_step(optimizer)
                     with Traffic(IMAGES, batch) as counted:
                         step.run(which)
                     moved = sum(counted.bytes.values())
@@ -352,10 +357,11 @@ def rows(stages, channels: int, batch: int, number: int = 1):
 
 
 def print_table(args):
-    """Print the table and return its rows."""
+    """Print the table, each row when it is counted, and return the rows."""
     kernels.use("on")
+    torch.set_num_threads(1)  # the tensors are small
     print(f"float32, batch {args.batch}, C = {args.channels}; counted, not measured")
-    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json")
+    print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json", flush=True)
     table = []
     for row, counted in rows(args.stages, args.channels, args.batch, args.search):
         if not table:

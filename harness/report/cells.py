@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import itertools
 import json
+import numbers
+import os
 import pathlib
+import re
+import warnings
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.files import short
+from harness.files import reason, short
 from harness.report.charts import colour_of
 from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, parse_genotype
 
@@ -65,12 +70,20 @@ def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int =
 
 
 def check_genotype(genotype, name="genotype") -> Genotype:
-    """Return `genotype` in its canonical types; an InputError names the entry that is wrong."""
-    if not isinstance(genotype, Genotype):
-        raise InputError(f"{name} is a {type(genotype).__name__}; expected a Genotype, such as GENOTYPES['PDARTS']")
+    """Return the Genotype of any object or dict with its four fields; an InputError names the entry that is wrong.
+
+    A cell may hold its pairs node by node, as [[(operation, input), (operation, input)], ...] too."""
+    fields = genotype if isinstance(genotype, dict) else {
+        field: getattr(genotype, field) for field in Genotype._fields if hasattr(genotype, field)}
+    if not set(Genotype._fields) <= fields.keys():
+        raise InputError(
+            f"{name} is a {type(genotype).__name__}; expected a Genotype, such as GENOTYPES['PDARTS'], or another "
+            f"object with {', '.join(Genotype._fields)}")
     cells = []
     for kind in ("normal", "reduce"):
-        pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+        pairs, concat = fields[kind], fields[f"{kind}_concat"]
+        if isinstance(pairs, (list, tuple)) and all(map(is_node, pairs)):
+            pairs = [pair for node in pairs for pair in node]
         if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
             raise InputError(
                 f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {short(pairs)}")
@@ -84,31 +97,70 @@ def check_genotype(genotype, name="genotype") -> Genotype:
             if not isinstance(operation, str) or operation not in OPERATIONS:
                 raise InputError(
                     f"{where} has unknown operation {short(operation)}; expected one of {', '.join(OPERATIONS)}")
-            if type(source) is not int or not 0 <= source < 2 + i // 2:
+            if not is_whole(source) or not 0 <= source < 2 + i // 2:
                 raise InputError(f"{where} has input {short(source)}; node {i // 2} can take 0 to {1 + i // 2}")
         states = range(2, 2 + len(pairs) // 2)
         if (not isinstance(concat, (list, tuple, range)) or not concat
-                or any(type(s) is not int or s not in states for s in concat) or len(set(concat)) < len(concat)):
+                or any(not is_whole(s) or s not in states for s in concat) or len(set(concat)) < len(concat)):
             raise InputError(
                 f"{name}: {kind}_concat is {short(concat)}; expected states from {states[0]} to {states[-1]} once")
-        cells += [[(operation, source) for operation, source in pairs], list(concat)]
+        cells += [[(str(operation), int(source)) for operation, source in pairs], [int(s) for s in concat]]
     return Genotype(*cells)
 
 
+def is_node(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (list, tuple)) for v in value)
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # numpy's too
+
+
+# As logs and genotypes.py hold it, with four levels of brackets at most.
+WITHIN = r"[^()]"
+for _ in range(4):
+    WITHIN = rf"(?:[^()]|\({WITHIN}*\))"
+PRINTED = re.compile(rf"Genotype\({WITHIN}*\)")
+OF_NUMPY = re.compile(r"(?:np|numpy)\.\w+\(([^()]*)\)")  # np.int64(1), as numpy prints a number in a list
+
+
+def parse_printed(text: str) -> Genotype:
+    """Return the genotype of "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd strings
+        call = ast.parse(text, mode="eval").body
+        arguments = dict(zip(Genotype._fields, call.args)) | {word.arg: word.value for word in call.keywords}
+        for field, node in arguments.items():
+            is_range = isinstance(node, ast.Call) and ast.unparse(node.func) == "range"
+            arguments[field] = range(*map(ast.literal_eval, node.args)) if is_range else ast.literal_eval(node)
+        return Genotype(**arguments)
+
+
 def read_genotype(source: str) -> Genotype:
-    """Return the genotype of a name in PUBLISHED, or of a JSON file such as the genotype.json of a search."""
+    """Return the genotype of a name in PUBLISHED, of a file, or of a text such as "Genotype(normal=[...], ...)".
+
+    A file is a genotype.json of a search, or holds one such text, as a log does."""
     if source in PUBLISHED:
         return PUBLISHED[source]
-    path = pathlib.Path(source)
-    if not path.is_file():
-        raise InputError(f"no genotype {source!r}; expected a file or one of {', '.join(PUBLISHED)}")
+    is_text = "Genotype(" in source
+    name = "the genotype" if is_text else source
+    if not is_text and not os.path.isfile(source):
+        raise InputError(
+            f"no genotype {short(source)}; expected a file, one of {', '.join(PUBLISHED)}, or a text like "
+            "Genotype(normal=[('sep_conv_3x3', 1), ...], ...)")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not valid JSON ({error}); expected a genotype.json") from None
-    if not isinstance(content, dict) or not set(Genotype._fields) <= content.keys():
-        raise InputError(f"{source} is not a genotype; expected an object with {', '.join(Genotype._fields)}")
-    return check_genotype(Genotype(*(content[field] for field in Genotype._fields)), source)
+        text = source if is_text else pathlib.Path(source).read_text(encoding="utf-8")
+        printed = sorted(set(PRINTED.findall(OF_NUMPY.sub(r"\1", text))))
+        content = parse_printed(printed[0]) if printed else json.loads(text)
+    except (ValueError, TypeError, SyntaxError, AttributeError, MemoryError, RecursionError) as error:
+        raise InputError(
+            f"{name} is not valid ({reason(error)}); expected JSON, as in a genotype.json, or a printed Genotype(...)"
+        ) from None
+    if len(printed) > 1:
+        raise InputError(f"{name} holds {len(printed)} genotypes; expected one, such as the text of one of them")
+    if not printed and (not isinstance(content, dict) or not set(Genotype._fields) <= content.keys()):
+        raise InputError(f"{name} is not a genotype; expected an object with {', '.join(Genotype._fields)}")
+    return check_genotype(content, name)
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def write_search(run, searching, genotype: pdarts.Genotype | None = None):
             "Accuracies are those of the last epoch, on the half of the images that the weights and that the alphas "
             "learn from; skip-connects are those of the normal cell before they are limited to M."
         ),
-        heading("What the edges learn"),
+        heading("The probabilities of the candidates"),
         figure(alphas),
         heading("Losses, accuracies, rates"),
         figure(curves),

@@ -1,10 +1,13 @@
 """Tests of harness/report/cells.py: the published cells, genotype files, drawings."""
 
+import collections
 import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,14 +77,62 @@ def test_a_genotype_is_read_by_its_name_or_from_a_file(tmp_path):
         assert read_genotype(name) is genotype and check_genotype(genotype) == genotype
         path.write_text(json.dumps(genotype._asdict() | {"max_skips": 2}))
         assert read_genotype(str(path)) == genotype
-    with pytest.raises(InputError, match="no genotype 'RDARTS'; expected a file or one of PDARTS, DARTS_V1"):
+    with pytest.raises(InputError, match="no genotype 'RDARTS'; expected a file, one of PDARTS, DARTS_V1"):
         read_genotype("RDARTS")
-    for text, message in ("something", "not valid JSON"), ("[]", "is not a genotype; expected an object with normal"):
+    for text, message in ("something", "not valid .*; expected JSON, as in"), ("[]", "expected an object with norm"):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_genotype(str(path))
-    with pytest.raises(InputError, match="cell is a str; expected a Genotype"):
+    with pytest.raises(InputError, match="cell is a str; expected a Genotype.* or another object with normal, normal"):
         check_genotype("PDARTS", "cell")
+
+
+OTHER = collections.namedtuple("Genotype", "normal normal_concat reduce reduce_concat")  # another project's
+TUPLES = OTHER(*(tuple(field) for field in PUBLISHED["NASNet"]))
+NODES = PUBLISHED["PDARTS"]._replace(**{
+    kind: [pairs[i : i + 2] for i in range(0, 8, 2)]
+    for kind, pairs in zip(("normal", "reduce"), (PUBLISHED["PDARTS"].normal, PUBLISHED["PDARTS"].reduce))
+})
+
+
+@pytest.mark.parametrize("genotype, name", [
+    *((genotype, name) for name, genotype in PUBLISHED.items()),
+    (TUPLES, "NASNet"),
+    (NODES, "PDARTS"),
+    (NODES._replace(reduce=tuple(map(tuple, NODES.reduce))), "PDARTS"),
+    (OTHER(*PUBLISHED["DARTS_V1"])._replace(normal_concat=range(2, 6), reduce_concat=range(2, 6)), "DARTS_V1"),
+    (TUPLES._replace(normal=[(op, np.int64(source)) for op, source in TUPLES.normal]), "NASNet"),
+], ids=str)
+def test_a_genotype_of_any_project_is_read_as_an_object_as_text_and_in_a_file(tmp_path, genotype, name):
+    right = PUBLISHED[name]
+    objects = genotype, genotype._asdict(), SimpleNamespace(**genotype._asdict())
+    positional = f"Genotype({', '.join(map(repr, genotype))})"
+    lines = "Genotype = namedtuple('Genotype', 'normal')\n", *(f"12:00 genotype = {genotype}\n" for _ in range(2))
+    (tmp_path / "log.txt").write_text("".join(lines))
+    texts = repr(genotype), positional, repr(genotype).replace("), (", "),\n  ("), str(tmp_path / "log.txt")
+    for read in (*map(check_genotype, objects), *map(read_genotype, texts)):
+        assert read == right and repr(read) == repr(right) and type(read) is Genotype
+
+
+def test_a_network_takes_another_project_s_genotype():
+    with torch.device("meta"):
+        theirs, ours = (Network(cell, 4, 10, 3).state_dict() for cell in (TUPLES, PUBLISHED["NASNet"]))
+    assert list(theirs) == list(ours)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text[:-1], "the genotype is not valid .*; expected JSON, as in a genotype.json, or a printed Genoty"),
+    (lambda text: text.replace("normal=", "norm="), "the genotype is not valid .TypeError: .*norm.*; expected JSON"),
+    (lambda text: text.replace("[2, 3, 4, 5]", "open('x')"), "the genotype is not valid .ValueError: malformed node"),
+    (lambda text: text.replace("[2, 3, 4, 5]", "range(2, 10**30)"), "the genotype is not valid"),
+    (lambda text: text.replace("[2, 3, 4, 5]", f"range(2, {10**30})"), "normal_concat is range.*; expected states fr"),
+    (lambda text: text.replace("sep_conv_3x3", "conv"), "the genotype: normal.* unknown operation 'conv'; expected"),
+    (lambda text: text + text.replace("sep_conv_3x3", "none"), "holds 2 genotypes; expected one, such as the text of"),
+])
+def test_a_text_that_is_no_genotype_is_refused_in_a_line(change, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_genotype(change(repr(PUBLISHED["PDARTS"])))
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def device(request, fused, monkeypatch):
 def steps_by_torch(monkeypatch):
     """The mixed operation is fused; torch computes convolutions and pooling, as it does in 16 bits."""
     supports = kernels.supports
-    for module in (kernels.ops, sys.modules["kernels.fuse"]):  # kernels.fuse is the function
+    for module in (kernels.ops, kernels.modules):
         monkeypatch.setattr(module, "supports", lambda operation, x: operation == "mixed" and supports(operation, x))
 
 
@@ -71,6 +71,10 @@ def pytest_collection_modifyitems(items):
         return waits, item.path.parent in (FOLDER, ROOT / "harness")
 
     items.sort(key=when)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def pytest_collection_finish(session):
@@ -86,8 +90,8 @@ def pytest_sessionfinish(session):
 
 
 def run_beside(folder, request, tmp_path_factory, threads):
-    """Yields futures of the tests in `folder` that run beside the others, by name."""
-    functions = [getattr(item, "function", None) for item in request.session.items if item.path.parent == folder]
+    """Yields futures of the tests below `folder` that run beside the others, by name."""
+    functions = [getattr(item, "function", None) for item in request.session.items if folder in item.path.parents]
     tests = [function.beside for function in functions if hasattr(function, "beside")]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         yield {test.__name__: pool.submit(test, tmp_path_factory.mktemp(test.__name__)) for test in tests}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.mark.cuda  # skipped without a GPU, see conftest.py
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 FRESH = (torch.zeros, torch.ones)  # running means and variances
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -71,6 +71,8 @@ class DepthwiseConvolutions(TorchDispatchMode):
 
     torch takes the channels-last way where one of them looks like it, also a weight [C,1,k,k] that is contiguous too.
     """
+
+    of_fused_operators = True
 
     def __init__(self):
         super().__init__()

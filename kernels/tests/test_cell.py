@@ -1,12 +1,14 @@
 """The fused cell against its plain twin in torch: values, gradients, statistics, what is kept, messages."""
 
 import functools
+import re
 
 import pytest
 import torch
 
 import kernels
 from kernels import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum, cell, cell_ref
+from kernels.tests.conftest import FOLDER
 from kernels.tests.helpers import FRESH, layout_of
 
 
@@ -29,7 +31,7 @@ class Case:
         self.training, self.tensors = training, []
         large = (h, w) if stride == 1 else (2 * h - 1, 2 * w)
         a, b, small = (self.leaf(n, *size) for size in ((c, *large), (c + 3, *large), (c, h, w)))
-        depthwise = [self.leaf(channels, 1, k, k) for channels, k in ((c, 3), (c, 5), (c + 3, 3), (c, 3))]
+        depthwise = [self.leaf(channels, 1, k, k) for channels, k in ((c, 3), (c, 5), (c + 3, 3), (c, 7))]
         pointwise = [self.leaf(*size, 1, 1) for size in ((c, c), (c, c), (c, c + 3), (c, c), (c, c))]
         halves = [self.leaf(half, c + 3, 1, 1) for half in (c // 2, c - c // 2)]
         self.inputs = [a, b, small]
@@ -42,7 +44,7 @@ class Case:
             Pool(7, "avg"),  # 8
             Separable(2, None, pointwise[3]),  # 9
             Sum([8, 7, 9, 7]),  # 10
-            Separable(10, depthwise[3], pointwise[4], 1, 1, 1),  # 11
+            Separable(10, depthwise[3], pointwise[4], 1, 3, 1),  # 11
             Sum([11, 10]),  # 12
             Sum([7]),  # 13, not an output, as the first
             Pool(13, "max"),  # 14
@@ -333,7 +335,8 @@ def of_size(kernel, *settings):
 @pytest.mark.parametrize("operations, norms, known", [
     ([of_size(5, 2, 4, 2), Pool(0, "max", 2), Sum([1, 2])], [], True),
     ([of_size(3, 1, 1), Separable(1, None, POINTWISE), Sum([2])], [None, NORM], True),
-    ([of_size(7, 1, 3), Sum([1])], [], False),
+    ([of_size(7, 2, 6, 2), Sum([1])], [], True),
+    ([of_size(9, 1, 4), Sum([1])], [], False),
     ([of_size(3, 1, 3), Sum([1])], [], False),
     ([of_size(3, 3), Sum([1])], [], False),
     ([Separable(0, None, POINTWISE), Pool(1, "max"), Sum([2])], [], False),
@@ -342,6 +345,11 @@ def of_size(kernel, *settings):
 def test_cells_that_are_fused_on_cuda_are_known(operations, norms, known):
     norms = norms + [None] * (1 + len(operations) - len(norms))
     assert kernels.program.known_on_cuda(operations, norms, [len(operations)]) == known
+
+
+def test_the_sizes_of_kernels_on_cuda_are_those_of_its_sources():
+    (sizes,) = re.findall(r"PdartsKernels = .*<int, ([\d, ]+)>;", (FOLDER.parent / "csrc/cuda/cell.cuh").read_text())
+    assert tuple(map(int, sizes.split(","))) == kernels.program.CUDA_KERNEL_SIZES
 
 
 # --- A cell of one step -----------------------------------------------------------------------------------------------
@@ -420,3 +428,41 @@ def test_the_backward_operator_names_what_does_not_fit(device, kind):
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.pdarts.cell_backward(g, of, kept, *head, statistics, *tail, [True, *[False] * 7])
+
+
+# --- Memory that inputs have in common --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["the same", "three times", "views", "channels", "images", "rows", "broadcast"])
+@pytest.mark.parametrize("training", [True, False])
+def test_inputs_may_have_memory_in_common(device, how, training):
+    """Each input is read by two convolutions of one size, which is its own."""
+    torch.manual_seed(0)
+    large = torch.randn(5, 6, 12, 12, dtype=torch.float64).to(device, memory_format=layout_of(device))
+    cut = {
+        "the same": lambda x: [x[:2]] * 2,
+        "three times": lambda x: [x[:2]] * 3,
+        "views": lambda x: [x[:2].view_as(x[:2]), x[:2].detach(), x[:2, :]],
+        "channels": lambda x: [x[:2], x[:2, 1:5], x[:2, 2:]],
+        "images": lambda x: [x[:4], x[1:]],
+        "rows": lambda x: [x[:2, :, :11], x[:2, :, 1:], x[:2, :, :11].flip(2)],
+        "broadcast": lambda x: [x[:1].expand(2, -1, -1, -1), x[:2], x[1:2].expand(2, -1, -1, -1)],
+    }[how]
+    channels = [x.shape[1] for x in cut(large)]
+    kernels = [k for k in (3, 5, 7)[: len(channels)] for _ in range(2)]
+    weights = [torch.randn(channels[i // 2], 1, k, k, dtype=torch.float64) for i, k in enumerate(kernels)]
+    weights += [torch.randn(4, channels[i // 2], 1, 1, dtype=torch.float64) for i in range(len(kernels))]
+    weights = [w.to(device).requires_grad_() for w in weights]
+    p, results = torch.randn(len(kernels), device=device, dtype=torch.float64).requires_grad_(), []
+    for function in cell, cell_ref:
+        leaf = large.clone(memory_format=torch.preserve_format).requires_grad_()
+        inputs, count = cut(leaf), len(kernels)
+        steps = [Separable(i // 2, weights[i], weights[count + i], 1, kernels[i] // 2) for i in range(count)]
+        norm = Norm(*(f(4, dtype=torch.float64, device=device) for f in FRESH))
+        norms = [None] * len(inputs) + [norm] * count + [None]  # a norm of all of them
+        terms = range(len(inputs), len(inputs) + count)
+        y = function(inputs, [*steps, Sum(list(terms))], [len(inputs) + count], p, norms, training)
+        gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(device)
+        results.append([y, *torch.autograd.grad(y, [leaf, p, *weights], gradient), *norm[:2]])
+    for mine, right in zip(*results, strict=True):
+        assert (mine - right).norm() <= 1e-11 * right.norm()

@@ -284,6 +284,20 @@ def test_fused_mixed_operation_takes_slices_and_outputs_in_different_memory_form
         assert torch.allclose(mine, right) and all(map(torch.allclose, *gradients))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_mixed_operation_takes_outputs_and_norms_that_have_memory_in_common(device, training):
+    probabilities, x = (t.detach() for t in leaves(device, 1, (5, 6, 8, 8), torch.float64))
+    results = []
+    for function in kernels.mixed_norm_sum, kernels.mixed_norm_sum_ref:
+        leaf, p = x.clone().requires_grad_(), probabilities.repeat(5).requires_grad_()
+        norm, other = (fresh_norm(6, dtype=torch.float64, device=device) for _ in range(2))
+        outputs = [leaf[:2], leaf[:2], leaf[:2].view_as(leaf[:2]), leaf[1:3], leaf[:1].expand(2, -1, -1, -1)]
+        y = function(outputs, p, [norm, None, other, norm, norm], training)
+        results.append([y, *torch.autograd.grad(y, [leaf, p], y.detach()), *running([norm, other])])
+    for mine, right in zip(*results, strict=True):
+        assert torch.allclose(mine, right, rtol=1e-11, atol=1e-12)
+
+
 def test_fused_mixed_operation_leaves_alone_what_needs_no_gradient(device):
     tensors = leaves(device, 4, dtype=torch.float64)
     every = torch.autograd.grad(normed(*tensors).square().sum(), tensors)

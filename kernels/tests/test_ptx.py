@@ -1,6 +1,5 @@
 """What nvcc makes of the CUDA sources, above all of mixed.cu: no GPU is needed."""
 
-import os
 import re
 import shutil
 
@@ -86,7 +85,7 @@ def test_no_kernel_spills_registers(nvcc_beside_the_others):
     assert spills and set(spills) == {("0", "0", "0")}, report
 
 
-@pytest.mark.skipif("PDARTS_SLOW" not in os.environ, reason="takes a minute and a half: set PDARTS_SLOW=1")
+@pytest.mark.slow  # a minute and a half
 def test_no_kernel_of_the_cell_spills_registers(tmp_path):
     report = nvcc("-cubin", "-Xptxas", "-v", FOLDER.parent / "csrc/cuda/cell.cu", "-o", tmp_path / "cubin")
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -274,22 +274,15 @@ class Cell {
   void write_statistics(int64_t v, int64_t j, int64_t size) const {
     double M = cell.N * pixels(value(v));
     for (int64_t c = 0; c < C; c++) {
-      double total = 0, squares = 0;
       auto for_parts = [&](auto f) {
         for (int64_t unit = 0, at = j; unit < units; unit++, at += size) {
           double n = std::min(images, cell.N - unit * images) * pixels(value(v));
           f(n, sums[at * 2 * C + c], sums[(at * 2 + 1) * C + c], pivots[at * wide + c]);
         }
       };
-      for_parts([&](double n, double sum, double, double pivot) { total += sum + n * pivot; });
-      total /= M;
-      for_parts([&](double n, double sum, double square, double pivot) {
-        double d = pivot - total;
-        squares += square + d * (2 * sum + n * d);
-      });
-      squares = std::max(squares, 0.0) / M;
-      statistics(v, 0)[c] = total, statistics(v, 1)[c] = 1 / std::sqrt(squares + cell.eps);
-      statistics(v, 2)[c] = squares * M / (M - 1);
+      Moments x = moments_of(M, for_parts);
+      statistics(v, 0)[c] = x.mean, statistics(v, 1)[c] = 1 / std::sqrt(x.variance + cell.eps);
+      statistics(v, 2)[c] = x.variance * M / (M - 1);
     }
   }
 

@@ -310,21 +310,14 @@ void statistics_group(
   double M = m.N * m.HW;
   A *mean = static_cast<A*>(m.statistics) + k * m.C, *invstd = mean + m.K * m.C, *variance = invstd + m.K * m.C;
   for (int64_t i = 0, c = group * l.entries; i < l.channels(group); i++, c++) {
-    double s = 0, q = 0;
     auto for_parts = [&](auto f) {
       for (int64_t unit = 0; unit < l.units; unit++) {
         const double* p = partial + unit * step;
         l.for_entries(i, [&](int64_t e) { f(p[e], p[l.entries + e], p[2 * l.entries + e], p[3 * l.entries + e]); });
       }
     };
-    for_parts([&](double n, double sum, double, double pivot) { s += sum + n * pivot; });
-    s /= M;
-    for_parts([&](double n, double sum, double square, double pivot) {
-      double d = pivot - s;
-      q += square + d * (2 * sum + n * d);
-    });
-    q = std::max(q, 0.0) / M;
-    mean[c] = s, invstd[c] = 1 / std::sqrt(q + m.eps), variance[c] = q * M / (M - 1);
+    Moments x = moments_of(M, for_parts);
+    mean[c] = x.mean, invstd[c] = 1 / std::sqrt(x.variance + m.eps), variance[c] = x.variance * M / (M - 1);
   }
 }
 

@@ -81,15 +81,16 @@ template <class A>
 void Separable<A>::share(const std::vector<Separable*>& calls) {
   std::vector<Correlation> all;
   for (const Separable* call : calls) all.push_back(call->correlation);
-  for (Separable* call : calls) call->in = Map<A>(call->row, all), call->shared = true;
+  for (Separable* call : calls) call->in = Map<A>(call->row, all), call->first = calls[0];
 }
 
 // f of some images.
 template <class A>
 const A* Separable<A>::rectified(Workspace<A>& work, const A* x, int64_t images) const {
   A* memory = work.at_least(images * in.elements(), work.in);
-  if (shared && work.rectified == x) return memory;
-  work.rectified = shared ? x : nullptr;
+  std::pair<const void*, const A*> now{first, x};
+  if (first && work.rectified == now) return memory;
+  work.rectified = now;
   for (int64_t n = 0; n < images; n++) {
     Map<A> map = in.at(memory + n * in.elements());
     map.clear_sides(s.W);

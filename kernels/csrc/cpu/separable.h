@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "steps.h"
@@ -24,7 +25,7 @@ inline int64_t images_of_unit(int64_t pixels) {
 template <class A>
 struct Workspace {
   Buffer<A> in{0}, between{0}, rows{0}, gradient{0}, values{0};
-  const A* rectified = nullptr;  // the images whose f(x) `in` holds, for several calls that read them
+  std::pair<const void*, const A*> rectified;  // whose f(x) `in` holds: the first of several calls, and the images
 
   // `buffer`, made larger if it has less than n elements.
   static A* at_least(int64_t n, Buffer<A>& buffer) {
@@ -56,7 +57,7 @@ struct Separable {
   Correlation correlation{};
   std::vector<Correlation> residues;  // of the backward pass, one for each residue of the row and the column
   Map<A> in{0, {}}, of_z{0, {}};      // an image of f(x), and of z's gradient
-  bool shared = false;                // `in` is that of several calls, which read the same x
+  const void* first = nullptr;        // of several calls that read the same value, which have one `in`
   int64_t OW, pixels;                 // results of a row and of an image, for one channel
   int64_t row;                        // channels, padded to vectors
   int64_t depthwise_size, sums;       // elements of the depthwise weight, and of a unit's sums for all gradients
@@ -70,7 +71,8 @@ struct Separable {
 
   int64_t image() const { return s.H * s.W * s.pixel; }  // elements of x
 
-  // For calls that read the same x without a norm: what one has rectified serves the next ones.
+  // For calls that read the same value without a norm: what one has rectified serves the next ones. Another value may
+  // have the same memory.
   static void share(const std::vector<Separable*>& calls);
 
   // y [images, pixels, out]; each(first row, rows) is called when these are written.

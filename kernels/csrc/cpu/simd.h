@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -129,6 +130,25 @@ template <int n, class F>
 INLINE void unroll(F f) {
   [&]<int... i>(std::integer_sequence<int, i...>)
       ALWAYS { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, n>());
+}
+
+struct Moments {
+  double mean = 0, variance = 0;
+};
+
+// The moments of M elements x in parts, of which for_parts(f) calls f(n, sum of x - pivot, sum of its square, pivot) of
+// the n elements of each.
+template <class F>
+Moments moments_of(double M, F for_parts) {
+  Moments all;
+  for_parts([&](double n, double sum, double, double pivot) { all.mean += sum + n * pivot; });
+  all.mean /= M;
+  for_parts([&](double n, double sum, double square, double pivot) {
+    double d = pivot - all.mean;
+    all.variance += square + d * (2 * sum + n * d);
+  });
+  all.variance = std::max(all.variance, 0.0) / M;
+  return all;
 }
 
 // f(0.0f) or f(0.0): the type that is accumulated in.

@@ -15,9 +15,15 @@
 namespace {
 
 constexpr int kResults = 64;  // of a thread, in registers
-constexpr int kTaps = 28;     // 5 x 5, and what keeps 16 bytes aligned
 constexpr int kChannels = 4;  // whose tiles are in shared memory together
 constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
+
+// Taps of the largest kernel, and what keeps 16 bytes aligned.
+template <int... K>
+constexpr int taps_of(std::integer_sequence<int, K...>) {
+  return static_cast<int>(quotient_up(std::max({K * K...}), 4) * 4);
+}
+constexpr int kTaps = taps_of(PdartsKernels());
 
 // Blocks that a multiprocessor has room for, as registers go.
 template <class T>
@@ -29,20 +35,17 @@ void with_float(int type, F f) {
 }
 
 // f(kernel, dilation)
+template <class F, int... K>
+__device__ __forceinline__ void with_taps(int kernel, int dilation, F f, std::integer_sequence<int, K...>) {
+  auto is = [&](auto k) {
+    if (kernel == k.value) dilation == 1 ? f(k, Int<1>()) : f(k, Int<2>());
+    return kernel == k.value;
+  };
+  if (!(is(Int<K>()) || ...)) f(Int<1>(), Int<1>());
+}
 template <class F>
 __device__ __forceinline__ void with_taps(int kernel, int dilation, F f) {
-  switch (kernel * 2 + dilation) {
-    case 7:
-      return f(Int<3>(), Int<1>());
-    case 8:
-      return f(Int<3>(), Int<2>());
-    case 11:
-      return f(Int<5>(), Int<1>());
-    case 12:
-      return f(Int<5>(), Int<2>());
-    default:
-      return f(Int<1>(), Int<1>());
-  }
+  with_taps(kernel, dilation, f, PdartsKernels());
 }
 
 template <class T>
@@ -168,8 +171,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
       const T* from = tiles + i * t.images * t.image + at.offset(t, R, S);
       T z[R] = {};
       with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
-        T w[quotient_up(K.value * K.value, V) * V];
-        load_packs(weight + i * kTaps, w);
+        constexpr bool fits = K.value <= (S == 1 ? 7 : 5);  // into registers; else each is loaded where it is used
+        std::conditional_t<fits, T[quotient_up(K.value * K.value, V) * V], const volatile T*> w;
+        if constexpr (fits) {
+          load_packs(weight + i * kTaps, w);
+        } else {
+          w = weight + i * kTaps;
+        }
         for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, T v) {
           z[r] += w[row * K.value + column] * v;
         });

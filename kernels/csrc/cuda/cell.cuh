@@ -5,7 +5,11 @@
 
 #include <stdint.h>
 
+#include <utility>
+
 #include "../mixed.h"
+
+using PdartsKernels = std::integer_sequence<int, 3, 5, 7>;  // sizes, CUDA_KERNEL_SIZES of program.py
 
 constexpr int kPdartsTogether = 64;  // operations of a launch, at most
 

@@ -63,7 +63,7 @@ Tiles tiles_of(
   t.C = C, t.N = N;
   t.x = log2_up(W, 5), t.y = log2_up(quotient_up(H, each), 8 - t.x);
   auto apart = [](int n) { return n % 32; };  // banks
-  for (;; t.y--) {                            // until an image fits into shared memory
+  for (;; t.y ? t.y-- : t.x--) {              // until an image fits into shared memory
     int height = each << t.y, width = 1 << t.x;
     t.rows = static_cast<int>(quotient_up(H, height)), t.columns = static_cast<int>(quotient_up(W, width));
     t.height = height * stride + around;
@@ -71,7 +71,7 @@ Tiles tiles_of(
     for (int i = 0; i < 8 && apart(each * stride * t.pitch) != apart(width); i++) t.pitch += stride;
     t.image = t.height * t.pitch;
     while (apart(t.image) != apart(1 << (t.x + t.y))) t.image++;
-    if (t.image * static_cast<int64_t>(size) <= room || t.y == 0) break;
+    if (t.image * static_cast<int64_t>(size) <= room || t.x + t.y == 0) break;
   }
   int threads = 1 << (t.x + t.y);
   int64_t most = std::min<int64_t>(std::min(N, int64_t(kThreads / threads)), int64_t(room / size / t.image));

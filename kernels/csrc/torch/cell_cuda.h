@@ -122,13 +122,12 @@ struct CudaCell : Cell {
           v - inputs(), " reads value ", op.source,
           "; expected, on CUDA, an input or a sum, or that of a separable "
           "convolution for another");
-      bool small = (op.kernel == 3 || op.kernel == 5) && op.stride <= 2 && op.dilation <= 2;
+      bool small = is_one_of(op.kernel, PdartsKernels()) && op.stride <= 2 && op.dilation <= 2;
       TORCH_CHECK(
           op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1)),
           "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
           op.dilation, " and ", op.padding,
-          "; expected, on CUDA, 3 or 5, 1 or 2, 1 or 2 and no more than the kernel's "
-          "reach");
+          "; expected, on CUDA, one of CUDA_KERNEL_SIZES, 1 or 2, 1 or 2 and no more than the kernel's reach");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
       if (separable)
         add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
@@ -152,6 +151,11 @@ struct CudaCell : Cell {
   template <class F>
   void launch_beside(F f) {
     aside = true, f(), aside = false;
+  }
+
+  template <int... K>
+  static bool is_one_of(int kernel, std::integer_sequence<int, K...>) {
+    return ((kernel == K) || ...);
   }
 
   int64_t count() const { return values.size(); }

@@ -71,7 +71,7 @@ Tensor dropout_masks(const Tensor& key, const Tensor& rates, at::IntArrayRef ter
 }  // namespace pdarts
 
 TORCH_LIBRARY_FRAGMENT(pdarts, m) {
-  m.def("dropout_masks(Tensor key, Tensor rates, int[] terms, int[] size) -> Tensor");
+  m.def("dropout_masks(Tensor key, Tensor rates, int[] terms, SymInt[] size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pdarts, CPU, m) { m.impl("dropout_masks", &pdarts::dropout_masks); }

@@ -177,12 +177,22 @@ void update_running(
   };
   check("running_means", running_means), check("running_vars", running_vars);
   if (!statistics.is_cpu()) {
-    std::vector<Tensor> means, vars;
-    for (size_t k = 0; k < flags.size(); k++) {
-      if (flags[k]) means.push_back(statistics[0][k]), vars.push_back(statistics[2][k]);
-    }
-    at::_foreach_mul_(running_means, 1 - momentum), at::_foreach_add_(running_means, means, momentum);
-    at::_foreach_mul_(running_vars, 1 - momentum), at::_foreach_add_(running_vars, vars, momentum);
+    auto move = [&](at::TensorList running, int64_t which) {
+      std::vector<Tensor> some, of_batch;
+      auto move_some = [&] {
+        at::_foreach_mul_(some, 1 - momentum), at::_foreach_add_(some, of_batch, momentum);
+        some.clear(), of_batch.clear();
+      };
+      for (size_t k = 0, i = 0; k < flags.size(); k++) {
+        if (!flags[k]) continue;
+        const Tensor& t = running[i++];  // one that is moved twice waits for the others
+        auto is_t = [&](const Tensor& other) { return other.data_ptr() == t.data_ptr(); };
+        if (std::any_of(some.begin(), some.end(), is_t)) move_some();
+        some.push_back(t), of_batch.push_back(statistics[which][k]);
+      }
+      move_some();
+    };
+    move(running_means, 0), move(running_vars, 2);
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(statistics.scalar_type(), "update_running", [&] {

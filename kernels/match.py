@@ -1,0 +1,497 @@
+"""What the kernels can compute of a traced graph: its nodes become programs of `cell`, and torch computes the rest.
+
+A node of the graph is a feature map that is (a `Kind` each) a step of a cell, a batch norm of one, a term that is
+weighed or dropped, a sum, or a concatenation; or it is torch's. A part is a program for a concatenation or a value that
+others read, from values that are there: inputs of the graph, what torch computes, and other parts.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .program import FactorizedReduce, Norm, Pool, Separable, Sum, known_on_cuda
+from .trace import attribute, has_hooks
+
+SHIFTED = (slice(None), slice(None), slice(1, None), slice(1, None))
+ADD = operator.add, torch.add, "add"
+MUL = operator.mul, torch.mul, "mul"
+POINTWISE_FUNCTIONS = {torch.sigmoid, F.sigmoid, torch.tanh, torch.exp, operator.neg, *ADD, *MUL, "sigmoid"}
+
+
+class Kind(NamedTuple):
+    """name: of what a node is. of: the nodes it is computed from. more: modules, numbers, the nodes of weights."""
+
+    name: str
+    of: tuple = ()
+    more: tuple = ()
+
+
+TORCH = Kind("torch")
+FUSED = {"step", "norm", "add", "scale", "dropout", "drop_path", "cat"}
+TERMS = {"add", "scale", "dropout", "drop_path"}
+
+
+def settings_of(norm):
+    """Of a batch norm that can be fused; None of others: without running statistics, with their mean, in 16 bits."""
+    tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
+    wide = tracked and norm.running_mean.dtype in (torch.float32, torch.float64)
+    return (norm.training, norm.momentum, norm.eps) if wide else None
+
+
+class Matcher:
+    """Which nodes are what, and how often they are read."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, device: torch.device):
+        self.root, self.device, self.modules = root, device, dict(root.named_modules(remove_duplicate=False))
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        norms = [self.module(node, nn.BatchNorm2d) for node in graph.nodes]
+        self.once = {norm for norm in norms if norm and norms.count(norm) == 1}  # the others move statistics in turn
+        self.settings = next((s for norm in norms if norm and (s := settings_of(norm))), (False, 0.1, 1e-5))
+        self.kinds, self.left = {}, set()  # left: to torch, though they have a kind
+        self.unread = self.dead(graph)
+
+    def dead(self, graph):
+        """Calls of modules that the result does not depend on, but that may change something, with all they read."""
+        alive, unread = {self.output}, set()
+        for node in reversed(graph.nodes):
+            if node in alive or node in unread:
+                (alive if node in alive else unread).update(node.all_input_nodes)
+            elif node.op == "call_module" and not (self.module(node, nn.ReLU) or self.module(node, nn.Identity)):
+                unread.update((node, *node.all_input_nodes))
+        return unread - alive
+
+    def module(self, node, kind=nn.Module):
+        """The module that a node calls, if it is of exactly this class, any by default, without hooks and such."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        module = self.modules[node.target]
+        changed = "forward" in module.__dict__ or has_hooks(module)
+        return module if not changed and (kind is nn.Module or type(module) is kind) else None
+
+    def real(self, node):
+        """The node that computes a node's value: identities compute nothing."""
+        while isinstance(node, fx.Node) and node.op in ("call_module", "call_function", "call_method"):
+            module, of = self.module(node), [a for a in node.args if isinstance(a, fx.Node)]
+            dropout = type(module) is nn.Dropout and (not module.training or module.p == 0)
+            others = [a for a in node.args if not isinstance(a, fx.Node)]
+            zero = node.target in ADD and len(others) == 1 and type(others[0]) in (int, float) and others[0] == 0
+            if len(of) != 1 or node.kwargs or not (type(module) is nn.Identity or dropout or zero):
+                break
+            node = of[0]
+        return node
+
+    def kind(self, node) -> Kind:
+        if node not in self.kinds:
+            self.kinds[node] = self.recognised(node)
+        kind = self.kinds[node]
+        of_torch = kind.name == "norm" and self.kind(kind.of[0]).name != "step"
+        return TORCH if node in self.left or node in self.unread or of_torch else kind
+
+    def recognised(self, node) -> Kind:
+        if node.op in ("placeholder", "get_attr", "output"):
+            return TORCH
+        for match in (self.step, self.norm, self.dropout, self.drop, self.zero, self.scale, self.sum, self.cat):
+            if kind := match(node):
+                return kind
+        return TORCH
+
+    # --- Steps --------------------------------------------------------------------------------------------------------
+
+    def call(self, node, *targets):
+        """The arguments of a node that calls one of these functions or methods without keywords."""
+        node = self.real(node)
+        called = isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+        return node.args if called else None
+
+    def relu(self, node):
+        """What a node is the ReLU of."""
+        node = self.real(node)
+        if self.module(node, nn.ReLU):
+            return self.real(node.args[0])
+        called = isinstance(node, fx.Node) and node.op != "placeholder" and node.target in (F.relu, torch.relu, "relu")
+        return self.real(node.args[0]) if called and len(node.args) == 1 else None
+
+    def convolution(self, node):
+        """A convolution without a bias, and what it convolves."""
+        node = self.real(node)
+        conv = self.module(node, nn.Conv2d)
+        if conv and conv.bias is None and conv.padding_mode == "zeros" and len(node.args) == 1:
+            return conv, node.args[0]
+        return None, None
+
+    def pointwise(self, node, stride=1):
+        conv, x = self.convolution(node)
+        plain = conv and conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+        return (conv, x) if plain and conv.stride == (stride, stride) else (None, None)
+
+    def depthwise(self, node):
+        conv, x = self.convolution(node)
+        square = conv and all(len(set(size)) == 1 for size in (conv.kernel_size, conv.stride, conv.dilation))
+        padded = square and conv.padding == (conv.padding[0],) * 2
+        return (conv, x) if padded and conv.groups == conv.in_channels == conv.out_channels else (None, None)
+
+    def step(self, node):
+        pointwise, y = self.pointwise(node)
+        if pointwise:
+            if (x := self.relu(y)) is not None:
+                return self.known(x, lambda v: Separable(v, None, pointwise.weight))
+            depthwise, y = self.depthwise(y)
+            if depthwise and (x := self.relu(y)) is not None:
+                geometry = (getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation"))
+                weights, geometry = (depthwise.weight, pointwise.weight), tuple(geometry)
+                return self.known(x, lambda v: Separable(v, *weights, *geometry))
+        pool = self.module(node)
+        stride = getattr(pool, "stride", None)
+        stride = stride[0] if isinstance(stride, tuple) and len(set(stride)) == 1 else stride
+        if type(pool) is nn.MaxPool2d:
+            plain = (pool.kernel_size, pool.padding, pool.dilation) in ((3, 1, 1), ((3, 3), (1, 1), (1, 1)))
+            if plain and not (pool.return_indices or pool.ceil_mode):
+                return self.known(self.real(node.args[0]), lambda v: Pool(v, "max", stride))
+        if type(pool) is nn.AvgPool2d:
+            plain = (pool.kernel_size, pool.padding) in ((3, 1), ((3, 3), (1, 1)))
+            if plain and not (pool.count_include_pad or pool.ceil_mode or pool.divisor_override):
+                return self.known(self.real(node.args[0]), lambda v: Pool(v, "avg", stride))
+        return self.reduction(node)
+
+    def reduction(self, node):
+        halves = self.concatenated(node)
+        if not halves or len(halves) != 2:
+            return None
+        (first, x), (second, shifted) = (self.pointwise(half, 2) for half in halves)
+        if not (first and second) or first.out_channels != second.out_channels or (of := self.relu(x)) is None:
+            return None
+        sliced = self.call(shifted, operator.getitem)
+        if not sliced or sliced[1] != SHIFTED:
+            return None
+        padded = self.real(sliced[0])
+        if isinstance(padded, fx.Node) and padded.op == "call_function" and padded.target is F.pad:
+            by_zero = padded.kwargs in ({}, {"mode": "constant", "value": None})
+            padded = self.real(padded.args[0]) if by_zero and padded.args[1:] == ((0, 1, 0, 1),) else None
+        if padded is not self.real(x):
+            return None
+        return self.known(of, lambda v: FactorizedReduce(v, first.weight, second.weight))
+
+    def known(self, x, step):
+        """The kind of a step that reads x, if the kernels know it on this device."""
+        if self.device.type == "cuda" and not known_on_cuda([step(0)], [None, None], [1]):
+            return None
+        return Kind("step", (x,), (step,)) if isinstance(x, fx.Node) else None
+
+    def norm(self, node):
+        norm = self.module(node, nn.BatchNorm2d)
+        x = self.real(node.args[0]) if norm and len(node.args) == 1 else None
+        known = x is not None and norm in self.once and settings_of(norm) == self.settings
+        return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
+
+    # --- Terms --------------------------------------------------------------------------------------------------------
+
+    def dropout(self, node):
+        module = self.module(node, nn.Dropout)
+        dropped = module and module.p < 1 and not module.inplace
+        return Kind("dropout", (self.real(node.args[0]),), (float(module.p),)) if dropped else None
+
+    def drop(self, node):
+        """x * (kept / (1 - rate)).to(x.dtype), where kept is rand_like(y) >= rate and y is x or x[:, :1, :1, :1]."""
+        product = self.call(node, *MUL)
+        cast = self.call(product[1], "to") if product else None
+        quotient = self.call(cast[0], operator.truediv) if cast and len(cast) == 2 else None
+        kept = self.call(quotient[0], operator.ge) if quotient else None
+        rest = self.call(quotient[1], operator.sub) if kept else None
+        if not rest or rest[0] != 1 or rest[1] is not kept[1] or kept[1].op != "get_attr":
+            return None
+        drawn, x, dtype = kept[0], product[0], cast[1]
+        of_x = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args == (x, "dtype")
+        if not of_x or drawn.target is not torch.rand_like or drawn.kwargs not in ({}, {"dtype": torch.float32}):
+            return None
+        like = drawn.args[0]
+        one = (slice(None), slice(None, 1), slice(None, 1), slice(None, 1))
+        if like is x:
+            return Kind("dropout", (self.real(x),), (kept[1],))
+        return Kind("drop_path", (self.real(x),), (kept[1],)) if self.call(like, operator.getitem) == (x, one) else None
+
+    def zero(self, node):
+        if self.call(node, torch.zeros, torch.zeros_like):
+            return Kind("zero")
+        product, filled = self.call(node, *MUL), self.call(node, "fill_")
+        if product and any(type(a) in (int, float) and a == 0 for a in product):
+            return Kind("zero")
+        new = filled and filled[1] == 0 and self.call(filled[0], torch.FloatTensor, torch.empty, "new_empty")
+        return Kind("zero") if new else None
+
+    def weight(self, node):
+        """(a tensor, the indices of one of its numbers) that a node is; None where it is no weight."""
+        index, start = (), node
+        while isinstance(node, fx.Node) and node.target is operator.getitem and type(node.args[1]) is int:
+            node, index = node.args[0], (node.args[1], *index)
+        if index:
+            return node, index
+        if not isinstance(node, fx.Node):
+            return None
+        if node.op == "get_attr":
+            return (node, ()) if attribute(self.root, node.target).dim() == 0 else None
+        computed = node.op in ("call_function", "call_method") and node.target in POINTWISE_FUNCTIONS
+        numbers = (a for a in node.args if not isinstance(a, fx.Node))
+        if computed and node.all_input_nodes and all(type(a) in (int, float) for a in numbers):
+            return (start, ()) if all(map(self.weight, node.all_input_nodes)) else None
+        return None
+
+    def scale(self, node):
+        factors = self.call(node, *MUL)
+        if not factors or len(factors) != 2:
+            return None
+        for weight, x in (factors, factors[::-1]):
+            x = self.real(x)
+            if isinstance(x, fx.Node) and not self.weight(x):
+                if type(weight) in (int, float):
+                    return Kind("scale", (x,), (float(weight),))
+                if found := self.weight(self.real(weight)):
+                    return Kind("scale", (x,), (found,))
+        return None
+
+    def sum(self, node):
+        terms = self.call(node, *ADD)
+        summed = self.call(node, "sum")
+        if summed and summed[1:] in ((0,), ()) and (node.kwargs == {"dim": 0}) == (len(summed) == 1):
+            stacked = self.call(summed[0], torch.stack)
+            alone = stacked and len(stacked) == 1 and self.real(summed[0]).kwargs in ({}, {"dim": 0})
+            terms = tuple(stacked[0]) if alone and isinstance(stacked[0], (list, tuple)) else None
+        elif node.kwargs:
+            return None
+        if not terms or len(terms) < 2:
+            return None
+        terms = tuple(map(self.real, terms))
+        return Kind("add", terms) if all(isinstance(x, fx.Node) and not self.weight(x) for x in terms) else None
+
+    def concatenated(self, node):
+        if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+            return None
+        dim = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+        return node.args[0] if dim == 1 and isinstance(node.args[0], (list, tuple)) else None
+
+    def cat(self, node):
+        parts = tuple(map(self.real, self.concatenated(node) or ()))
+        return Kind("cat", parts) if len(parts) > 1 else None
+
+
+class Part:
+    """A program of `cell` for the value of a node.
+
+    inputs: nodes whose values it takes. weights: of the terms of all sums, each a number and the (tensor, indices) that
+    it is multiplied by. dropout, drop_path: (place of the term, rate: a number or the node of a tensor).
+    """
+
+    def __init__(self, matcher: Matcher, target: fx.Node, members: set, reads: dict):
+        self.matcher, self.target, self.members, self.reads = matcher, target, members, reads
+        self.inputs, self.operations, self.norms, self.numbers = [], [], {}, {}
+        self.weights, self.dropout, self.drop_path, self.nodes = [], [], [], []
+        for node in sorted(members - {target}, key=matcher.order.get):
+            if matcher.kind(node).name not in TERMS or reads[node] > 1:
+                self.value(node)
+        kind = matcher.kind(target)
+        if kind.name == "cat":
+            self.outputs = []
+            for x in kind.of:
+                v = self.value(x)
+                self.outputs.append(v if self.is_plain_sum(v) and v not in self.outputs else self.sum([self.term(v)]))
+        else:
+            v = self.value(target)
+            self.outputs = [v if v not in self.norms else self.sum([self.term(v)])]
+        self.finish()
+
+    # A value is a number: -1, -2, ... are the inputs, 0, 1, ... the operations compute. Only a separable convolution
+    # and a sum read a value with a norm, and only one of them; the same holds for the value of a step.
+
+    def value(self, node):
+        if node not in self.numbers:
+            if node not in self.members:
+                self.inputs.append(node)
+            self.numbers[node] = self.add(node) if node in self.members else -len(self.inputs)
+        return self.numbers[node]
+
+    def whole(self, node):
+        """The value of a node as everything may read it: of an input or a sum, without a norm."""
+        v = self.value(node)
+        if v in self.norms or (v >= 0 and not self.is_plain_sum(v)):
+            v = self.numbers[node] = self.sum([self.term(v)])
+        return v
+
+    def is_plain_sum(self, v):
+        return v >= 0 and isinstance(self.operations[v], Sum) and v not in self.norms
+
+    def add(self, node):
+        kind = self.matcher.kind(node)
+        if kind.name == "step":
+            step = kind.more[0](0)
+            v = self.value(kind.of[0]) if isinstance(step, Separable) else self.whole(kind.of[0])
+            v = self.operation(step._replace(source=v), node)
+        elif kind.name == "norm":
+            (x,) = kind.of
+            v = self.value(x)
+            self.norms[v] = kind.more[0]
+        else:
+            return self.sum(self.terms(node))
+        return self.sum([self.term(v)]) if self.reads[node] > 1 else v
+
+    def operation(self, operation, node=None):
+        self.operations.append(operation)
+        self.nodes.append(node)
+        return len(self.operations) - 1
+
+    def term(self, v, number=1.0, factors=(), dropout=None, drop_path=None):
+        return v, number, factors, dropout, drop_path
+
+    def sum(self, terms):
+        for _, number, factors, dropout, drop_path in terms:
+            place = len(self.weights)
+            self.weights.append((number, factors))
+            if dropout is not None:
+                self.dropout.append((place, dropout))
+            if drop_path is not None:
+                self.drop_path.append((place, drop_path))
+        return self.operation(Sum([v for v, *_ in terms]))
+
+    def terms(self, node, number=1.0, factors=(), drop_path=None, top=True):
+        kind = self.matcher.kind(node)
+        if kind.name == "zero" or node not in self.reads:
+            return []
+        absorbed = node in self.members and kind.name in TERMS and (top or self.reads[node] == 1)
+        if not absorbed:
+            return [self.term(self.value(node), number, factors, None, drop_path)]
+        if kind.name == "dropout":
+            return [self.term(self.whole(kind.of[0]), number, factors, kind.more[0], drop_path)]
+        if kind.name == "drop_path" and drop_path is not None:
+            return [self.term(self.sum(self.terms(node)), number, factors, None, drop_path)]
+        if kind.name == "drop_path":
+            (drop_path,) = kind.more
+        elif kind.name == "scale" and isinstance(kind.more[0], float):
+            number *= kind.more[0]
+        elif kind.name == "scale":
+            factors = (*factors, *kind.more)
+        return [term for x in kind.of for term in self.terms(x, number, factors, drop_path, top=False)]
+
+    def finish(self):
+        """Numbers as `cell` has them: first the inputs, then what the operations compute."""
+        inputs = len(self.inputs)
+
+        def number(v):
+            return -1 - v if v < 0 else v + inputs
+
+        self.operations = [
+            Sum([number(v) for v in op.terms]) if isinstance(op, Sum) else op._replace(source=number(op.source))
+            for op in self.operations
+        ]
+        self.modules, norms = list(self.norms.values()), [None] * (inputs + len(self.operations))
+        for v, norm in self.norms.items():
+            norms[number(v)] = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        self.norms, self.outputs = norms, [number(v) for v in self.outputs]
+        self.roots = list(dict.fromkeys(node for _, factors in self.weights for node, _ in factors))
+        del self.matcher, self.reads, self.numbers
+
+    def of_other_channels(self):
+        """The nodes of steps that compute another number of channels than most, which `cell` does not take."""
+        channels = {}
+        for op, node in zip(self.operations, self.nodes):
+            if isinstance(op, Separable):
+                channels[node] = len(op.pointwise)
+            elif isinstance(op, FactorizedReduce):
+                channels[node] = len(op.first) + len(op.second)
+        common = max(channels.values(), key=[*channels.values()].count, default=0)
+        return {node for node, number in channels.items() if number != common}
+
+    def pays(self):
+        """Whether there is something to fuse: a step, or a sum of several terms with weights or norms."""
+        sums = [len(op.terms) for op in self.operations if isinstance(op, Sum)]
+        weighed = self.modules or any(factors for _, factors in self.weights)
+        return 0 not in sums and (len(sums) < len(self.operations) or bool(weighed and max(sums) > 1))
+
+
+def parts_of(graph: fx.Graph, root: nn.Module, device: torch.device):
+    """Nodes that torch computes and parts, in an order in which they can be computed, and the matcher."""
+    matcher = Matcher(graph, root, device)
+    while True:
+        reads, wanted = _reads(matcher)
+        norms = {node: matcher.kind(node).of[0] for node in reads if matcher.kind(node).name == "norm"}
+        if shared := {norm for norm, x in norms.items() if x in wanted or reads[x] > 1}:
+            matcher.left |= shared  # the kernels have a norm of what nothing else reads
+            continue
+        _until_nothing_is_computed_twice(matcher, reads, wanted)
+        instructions = [node for node in sorted(wanted, key=matcher.order.get) if node.op != "placeholder"]
+        for i, node in enumerate(instructions):
+            if matcher.kind(node).name in FUSED:
+                instructions[i] = Part(matcher, node, _members(matcher, node, wanted, reads), reads)
+        parts = [i for i in instructions if isinstance(i, Part)]
+        left = {node for part in parts for node in (part.of_other_channels() if part.pays() else part.members)}
+        if not left:
+            return instructions, matcher
+        matcher.left |= left
+
+
+def _reads(matcher):
+    """How often each node is read, and those that have to be there as tensors: torch or a concatenation reads them."""
+    reads, wanted, seen = {}, set(), set()
+    todo = [(matcher.real(node), True) for node in matcher.output.all_input_nodes]
+    todo += [(node, True) for node in matcher.unread]
+    while todo:
+        node, as_tensor = todo.pop()
+        reads[node] = reads.get(node, 0) + 1
+        if as_tensor:
+            wanted.add(node)
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = matcher.kind(node)
+        if kind.name in FUSED:
+            terms = [x for x in kind.of if not _no_term(matcher, node, x)]
+            todo += [(x, matcher.kind(x).name in ("cat", "torch", "zero")) for x in terms]
+            todo += [(weight, True) for weight in _tensors(kind)]
+        else:
+            todo += [(matcher.real(x), True) for x in node.all_input_nodes]
+    return reads, wanted
+
+
+def _no_term(matcher, node, x):
+    """Whether x adds nothing to the sum that node is a part of."""
+    while matcher.kind(x).name == "scale":
+        (x,) = matcher.kind(x).of
+    return matcher.kind(x).name == "zero" and matcher.kind(node).name == "add"
+
+
+def _tensors(kind):
+    """The nodes of weights and rates."""
+    for more in kind.more:
+        if isinstance(more, fx.Node):
+            yield more
+        elif isinstance(more, tuple):
+            yield more[0]
+
+
+def _members(matcher, target, wanted, reads):
+    """The nodes that a part for target computes."""
+    members, todo = set(), [target]
+    while todo:
+        node = todo.pop()
+        there = node is not target and (node in wanted or node not in reads)
+        if node in members or there or matcher.kind(node).name not in FUSED:
+            continue
+        members.add(node)
+        todo += matcher.kind(node).of
+    return members
+
+
+def _until_nothing_is_computed_twice(matcher, reads, wanted):
+    """Adds to wanted each value that two parts would compute."""
+    more = wanted
+    while more:
+        seen = {}
+        for target in (node for node in wanted if matcher.kind(node).name in FUSED):
+            for node in _members(matcher, target, wanted, reads):
+                seen[node] = seen.get(node, 0) + 1
+        more = {node for node, parts in seen.items() if parts > 1 and reads[node] > 1 and node not in wanted}
+        wanted |= more

@@ -1,0 +1,426 @@
+"""Fused modules: a traced module computes by its plan as long as it is what was traced, and plainly where it is not."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+
+from .match import Part, parts_of
+from .ops import cell, dropout_key, dropout_masks, run_cell
+from .program import Dropout, Sum, cell_program, known_on_cuda
+from .runtime import fused, on_cuda, supports
+from .trace import Constant, Tracer, Untraceable, attribute, element
+
+PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
+VAIN = 20  # traces without a plan being used twice, after which a module stays plain
+JOINS = {operator.add, torch.add, torch.cat, torch.concat, torch.stack, "sum", "add"}
+UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+CONTAINERS = {list, tuple, set, dict, OrderedDict}
+
+
+class Fused(nn.Module):
+    """What `fuse` makes of a module's class; its own computation is `plain`."""
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or is_looked_into(self):
+            return self.plain(*args, **kwargs)
+        values = arguments(self, args, kwargs)
+        plan = values and state(self).plan(self, values)
+        return plan.run(values) if plan else self.plain(*args, **kwargs)
+
+    def plain(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _restored, (plain_class(self),), self.__dict__
+
+
+def _restored(kind):
+    module = kind.__new__(kind)
+    module.__class__ = fused_class(kind)
+    return module
+
+
+_classes: dict[type, type] = {}
+
+
+def fused_class(kind):
+    if kind not in _classes:
+        forward = functools.wraps(kind.forward)(lambda self, *args, **kwargs: Fused.forward(self, *args, **kwargs))
+        members = {"__module__": kind.__module__, "forward": forward}
+        _classes[kind] = type(f"Fused{kind.__name__}", (Fused, kind), members)
+    return _classes[kind]
+
+
+def plain_class(module):
+    return type(module).__mro__[2] if isinstance(module, Fused) else type(module)
+
+
+def state(module) -> State:
+    return module.__dict__.setdefault("_fused", State())
+
+
+def is_looked_into(module):
+    """Whether somebody follows what a module computes: a tracer, a transform, a counter, hooks on all modules."""
+    hooks = torch.nn.modules.module
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return (
+        any(not getattr(mode, "of_fused_operators", False) for mode in modes)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+        or bool(hooks._global_backward_pre_hooks)
+        or getattr(module, "_is_replica", False)
+    )
+
+
+def arguments(module, args, kwargs):
+    """{name: value} of a call, or None if tensors are anything but arguments of their own."""
+    names = signature(plain_class(module))
+    if names is None or len(args) > len(names) or not names.keys() >= kwargs.keys():
+        return None
+    values = names | dict(zip(names, args)) | kwargs
+    kinds = torch.Tensor, nn.Parameter, bool, int, float, str, type(None)
+    if not all(type(v) in kinds for v in values.values()):
+        return None
+    return values if any(isinstance(v, torch.Tensor) for v in values.values()) else None
+
+
+@functools.cache
+def signature(kind):
+    """{name: default} of the arguments of a class's forward, but for self; None if they are not all positional."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        return None
+    return {p.name: p.default for p in parameters}
+
+
+class State:
+    """The plans of one module, the last used first, and why there is none."""
+
+    def __init__(self, leaf=()):
+        self.leaf, self.plans, self.vain = leaf, [], 0
+
+    def __reduce__(self):
+        return State, (self.leaf,)
+
+    def plan(self, module, values):
+        """The plan for a call, None if it is to be computed plainly."""
+        device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
+        if self.vain > VAIN or not fused(device):
+            return None
+        constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
+        shapes = {name: v.shape for name, v in values.items() if name not in constants}
+        plan = self.plan_of(module, {name: constants.get(name) for name in values}, device, shapes)
+        if self.plans[0].new:
+            self.plans[0].convert_within(module, device, self.leaf)
+        return plan
+
+    def plan_of(self, module, values, device, shapes=None):
+        """values: a Constant, or None for a tensor, by name. shapes: of the tensors, if they are known."""
+        key = device.type, on_cuda(), values
+        for i, plan in enumerate(self.plans):
+            if plan.key == key and plan.fits(shapes) and plan.holds():
+                self.vain = 0
+                if i:
+                    self.plans = [plan, *self.plans[:i], *self.plans[i + 1 :]]
+                return plan if plan.instructions else None
+        plan = Plan(module, key, values, device, self.leaf, shapes)
+        self.plans, self.vain = [plan, *self.plans[: PLANS - 1]], self.vain + 1
+        return plan if plan.instructions else None
+
+
+class Plan:
+    """How a module is computed, and of what: instructions are nodes of its graph that torch computes, and parts."""
+
+    def __init__(self, module, key, values, device, leaf, shapes=None):
+        self.key, self.instructions, self.parts, self.reason, self.graph = key, [], [], "", None
+        self.refused, self.new = {}, True
+        self.modules = list(module.modules())
+        self.versions = []
+        self.hold()
+        tracer = Tracer(device, leaf, shapes)
+        self.lengths, self.longest = tracer.lengths, {}
+        try:
+            self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
+            if not self.holds():
+                raise Untraceable("its code changes what it holds")
+            self.instructions, matcher = parts_of(self.graph, module, device)
+        except Untraceable as error:
+            self.reason = str(error)
+            return
+        self.parts = [i for i in self.instructions if isinstance(i, Part)]
+        self.own = {node for node in tracer.own if node.target in JOINS}
+        if not self.parts:
+            self.instructions, self.reason = [], "nothing in it is what the kernels compute"
+            return
+        for node in self.graph.nodes:
+            name, index = element(node)
+            if node.users and index:
+                place = name, len(index) - 1
+                self.longest[place] = max(self.longest.get(place, 0), 1 + index[-1])
+        self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.versions = [(tensor, tensor._version) for tensor in tracer.inspected]
+        self.refused = tracer.refused
+        self.settings, self.real = matcher.settings, matcher.real
+        self.attributes = {n: attribute(module, n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        self.called = {n: module.get_submodule(n.target) for n in self.graph.nodes if n.op == "call_module"}
+        self.output = matcher.output.args[0]
+        self.runs = {part: Run(part, self.settings, device) for part in self.parts}
+
+    def fits(self, shapes):
+        """Whether tensors have as many rows and entries as the code went over."""
+        if shapes is None:
+            return not self.lengths
+        same = all(shapes[name][d : d + 1] == (n,) for (name, d), n in self.lengths.items())
+        return same and all(shapes[name][d : d + 1] >= (n,) for (name, d), n in self.longest.items())
+
+    def convert_within(self, module, device, leaf):
+        """Fuses what can be within modules that the plan calls, or, without a plan, within all of the module."""
+        self.new = False
+        for inner in self.refused if self.instructions else module.children():
+            convert(units(inner, device, leaf)[0], device)
+        self.hold()
+
+    def hold(self):
+        """Notes all that the modules hold: a plan depends on it, but for the values of tensors."""
+        self.dicts, self.full, self.empty, self.tensors = [m.__dict__ for m in self.modules], [], [], []
+        todo = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
+        for value in todo:
+            if type(value) in CONTAINERS:
+                (self.full if value else self.empty).append(value)
+                todo += _items(value)  # while the loop goes on
+        self.held = self.holdings()
+
+    def holdings(self):
+        classes, values = [m.__class__ for m in self.modules], []
+        for d in self.dicts:
+            values += d.values()
+        for container in self.full:
+            values += _items(container)
+        return classes, values
+
+    def holds(self):
+        """Whether the modules are what they were, and numbers in tensors that the code branched on too."""
+        now = self.holdings()
+        same = len(now[1]) == len(self.held[1]) and not any(self.empty) and now[0] == self.held[0]
+        same = same and all(map(operator.is_, now[1], self.held[1]))
+        return same and all(tensor._version == version for tensor, version in self.versions)
+
+    def run(self, values):
+        env = {node: values[node.target] for node in self.placeholders}
+        for i in self.instructions:
+            if isinstance(i, Part):
+                y = self.runs[i].compute(env)
+                env[i.target] = self.by_torch(i.target, env) if y is None else y
+            else:
+                env[i] = self.compute(i, env)
+        return fx.node.map_arg(self.output, lambda node: env[self.real(node)])
+
+    def compute(self, node, env):
+        def value(node):
+            return env[node] if node in env else env[self.real(node)]
+
+        if node.op == "get_attr":
+            return self.attributes[node]
+        args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            return self.called[node](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def by_torch(self, target, env):
+        """The value of a part whose tensors are not what the kernels take."""
+        needed, todo = set(), [target]
+        while todo:
+            node = todo.pop()
+            if node not in env and node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        env = dict(env)
+        for node in self.graph.nodes:
+            if node in needed:
+                env[node] = self.compute(node, env)
+        return env[target]
+
+
+def _items(container):
+    return container.values() if isinstance(container, dict) else container
+
+
+def units(module, device, leaf):
+    """({module to fuse: its state}, {module: why it cannot be}).
+
+    The modules are the outermost ones whose own code joins feature maps, or, where there is none, the innermost ones of
+    which something can be fused.
+    """
+    if isinstance(module, Fused):
+        return {}, {}
+    own = not type(module).__module__.startswith("torch.") and not isinstance(module, leaf)
+    refused, failed = {}, ""
+    if own:
+        tracer = Tracer(device, (nn.Module,))
+        try:
+            graph = tracer.follow(module, "forward", placeholders(module))
+            if any(node.target in JOINS for node in graph.nodes):
+                state = State(leaf)
+                plan = state.plan_of(module, placeholders(module), device)
+                if plan and any(plan.own & part.members for part in plan.parts):
+                    return {module: state}, {}
+                refused[module] = state.plans[0].reason
+        except Untraceable as error:
+            failed = str(error)
+            if any(node.target in JOINS for node in tracer.graph.nodes):
+                refused[module] = failed
+    found = {}
+    for child in module.children():
+        inner, why = units(child, device, leaf)
+        found |= inner
+        refused |= why
+    if found:
+        # With the numbers that a call gives for arguments it may be followed.
+        later = failed and list(placeholders(module).values()).count(None) > 1
+        return ({module: State(leaf)} if later else {}) | found, refused
+    if own or isinstance(module, nn.Sequential):
+        state = State(leaf)
+        if state.plan_of(module, placeholders(module), device):
+            return {module: state}, {}
+    return {}, refused
+
+
+def placeholders(module):
+    """Arguments as a call would give them that names no more than it has to."""
+    defaults = (signature(plain_class(module)) or {}).items()
+    return {name: None if default is inspect.Parameter.empty else Constant(default) for name, default in defaults}
+
+
+def convert(modules: dict[nn.Module, State], device):
+    for module, state in modules.items():
+        module.__class__ = fused_class(type(module))
+        module.__dict__["_fused"] = state
+    for module, state in modules.items():
+        for plan in state.plans:
+            plan.convert_within(module, device, state.leaf)
+
+
+class Run:
+    """How a part is run: a program for `cell`, one for each way in which its inputs are the same tensors."""
+
+    def __init__(self, part, settings, device):
+        self.part, self.settings, self.programs, self.places, self.warned = part, settings, {}, {}, False
+        self.counts = [norm.num_batches_tracked for norm in part.modules]
+        self.on_cuda = known_on_cuda(part.operations, part.norms, part.outputs)
+        numbers = [1.0, *dict.fromkeys(number for number, _ in part.weights if number != 1)]
+        self.columns = [([] if n == 1 else [numbers.index(n)], factors) for n, factors in part.weights]
+        self.numbers = torch.tensor(numbers, device=device)
+        self.dropped = torch.tensor([place for place, _ in part.drop_path], dtype=torch.long, device=device)
+        rates = {rate for _, rate in part.dropout + part.drop_path if isinstance(rate, float)}
+        self.constant_rates = {rate: torch.tensor(rate, device=device) for rate in rates}
+
+    def compute(self, env):
+        """The value of the part; None if its tensors are not what the kernels take."""
+        inputs = [env[node] for node in self.part.inputs]
+        x = inputs[0]
+        alike = all(t.dim() == 4 and t.dtype == x.dtype and t.device == x.device for t in inputs)
+        weights = self.probabilities(env, x) if alike and supports("mixed", x) else None
+        if weights is None:
+            return None
+        same = tuple(next(j for j, other in enumerate(inputs) if other is t) for t in inputs)
+        if same not in self.programs:
+            self.programs[same] = self.program(same)
+        program = self.programs[same]
+        inputs = [t for i, t in enumerate(inputs) if same[i] == i]
+        rest = program.outputs, weights, program.norms, *self.settings, self.dropout(env, x)
+        try:
+            if supports("cell", x) and (x.is_cpu or self.on_cuda):
+                y = run_cell(inputs, *program.numbers, *rest)
+            else:
+                y = cell(inputs, program.operations, *rest)
+        except RuntimeError as error:  # shapes that torch would broadcast, or an error that torch has too
+            if not self.warned:
+                self.warned = True
+                warnings.warn(f"torch computes what is no cell for the kernels: {error}", RuntimeWarning, stacklevel=3)
+            return None
+        if self.settings[0] and self.counts:
+            torch._foreach_add_(self.counts, 1)
+        return y
+
+    def program(self, same):
+        """The part's program where inputs are the same tensors."""
+        part, distinct = self.part, sorted(set(same))
+        number = [distinct.index(j) for j in same]
+        number += range(len(distinct), len(distinct) + len(part.operations))
+        operations = [
+            Sum([number[v] for v in op.terms]) if isinstance(op, Sum) else op._replace(source=number[op.source])
+            for op in part.operations
+        ]
+        norms = [part.norms[j] for j in distinct] + part.norms[len(same) :]
+        outputs = [number[v] for v in part.outputs]
+        return SimpleNamespace(operations=operations, numbers=cell_program(operations), norms=norms, outputs=outputs)
+
+    def probabilities(self, env, x):
+        """The weights of the terms, [K] or [K,N], put together by few operations; None if one is no number."""
+        roots = [env[node] for node in self.part.roots]
+        shapes = tuple(root.shape for root in roots if isinstance(root, torch.Tensor) and root.device == x.device)
+        if len(shapes) != len(roots):
+            return None
+        if shapes not in self.places:
+            self.places[shapes] = self.columns_of(shapes)
+        places = self.places[shapes]
+        if places is None:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        table = torch.cat([*(root.flatten() for root in roots), self.numbers.to(dtype)])
+        p = table.index_select(0, places[0])
+        for column in places[1:]:
+            p = p * table.index_select(0, column)
+        if not self.part.drop_path:
+            return p
+        places, rates = self.rates(env, self.part.drop_path)
+        masks = dropout_masks(dropout_key(x.device), rates, places, (len(x), 1, 1, 1)).flatten(1).to(p.dtype)
+        of_images = masks.new_ones(len(p), len(x)).index_copy(0, self.dropped, masks)
+        return p[:, None] * of_images
+
+    def columns_of(self, shapes):
+        """Where the factors of each term lie in the table, column by column."""
+        starts = [0]
+        for shape in shapes:
+            starts.append(starts[-1] + shape.numel())
+        rows = []
+        for numbers, factors in self.columns:
+            row = [starts[-1] + n for n in numbers]
+            for node, index in factors:
+                root = self.part.roots.index(node)
+                shape = shapes[root]
+                if len(shape) != len(index) or not all(-size <= i < size for i, size in zip(index, shape)):
+                    return None
+                place = 0
+                for i, size in zip(index, shape):
+                    place = place * size + i % size
+                row.append(starts[root] + place)
+            rows.append(row)
+        columns = max([1, *map(len, rows)])
+        padded = [row + [starts[-1]] * (columns - len(row)) for row in rows]
+        table = torch.tensor(padded, dtype=torch.long, device=self.numbers.device).view(-1, columns)
+        return list(table.t().contiguous())
+
+    def rates(self, env, drops):
+        places, rates = zip(*drops)
+        tensors = [env[r].float().view(()) if isinstance(r, fx.Node) else self.constant_rates[r] for r in rates]
+        return list(places), torch.stack(tensors)
+
+    def dropout(self, env, x):
+        if not self.part.dropout:
+            return None
+        places, rates = self.rates(env, self.part.dropout)
+        return Dropout(dropout_key(x.device), rates, places)
