@@ -321,7 +321,7 @@ def _surroundings(toolkit, scratch):
     finally:
         cpp_extension.CUDA_HOME = home
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 # What may have gone when somebody tries again, or does not show in the key: such failures are not kept.

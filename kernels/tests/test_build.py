@@ -166,6 +166,14 @@ def test_a_compiler_may_be_named_with_arguments(tmp_path, cache, monkeypatch):
     assert os.environ["CXX"] == f"env {cxx}"
 
 
+def test_the_environment_is_put_back_where_it_names_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    before = os.environ.copy()
+    with build._surroundings(None, tmp_path):
+        pass
+    assert os.environ.copy() == before
+
+
 def test_a_failure_is_kept_until_it_is_deleted_or_a_compiler_changes(device, tmp_path, cache):
     home = toolkit(tmp_path / "toolkit", "mixed.cu(7): error: made to fail")
     before = os.environ.copy(), cpp_extension.CUDA_HOME
