@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import html
 import itertools
 import json
@@ -15,6 +16,7 @@ import warnings
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.devices import fused
 from harness.files import reason, short
 from harness.report.charts import colour_of
 from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, parse_genotype
@@ -60,11 +62,12 @@ def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int =
     """Return parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head.
 
     Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers. The
-    network must not be fused yet."""
-    was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
+    network may be fused."""
+    network, (h, w) = copy.deepcopy(network), (size, size) if isinstance(size, int) else size
+    if fused is not None:
+        fused.unfuse(network)  # inside fused operations nothing would be counted
     with FlopCounterMode(display=False) as counter:
         network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
-    network.train(was_training)
     parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary_head"))
     return parameters, (counter.get_total_flops() // 2)
 
