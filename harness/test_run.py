@@ -1,6 +1,7 @@
 """Tests of searches and evaluations as runs: their files, and resuming, bit for bit, wherever they ended."""
 
 import collections
+import copy
 import dataclasses
 import hashlib
 import json
@@ -164,6 +165,8 @@ def test_the_network_of_an_evaluation_is_plain_and_can_be_saved_and_traced(image
     result = evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
     assert {type(module).__module__.partition(".")[0] for module in result.network.modules()} <= {"pdarts", "torch"}
     assert count(result.network, (10, 12)) == (result.parameters, result.multiply_adds)
+    fused = kernels.fuse(copy.deepcopy(result.network))
+    assert count(fused, (10, 12)) == (result.parameters, result.multiply_adds)
     torch.save(result.network, tmp_path / "network.pt")
     x = torch.randn(2, 3, 10, 12)
     y = result.network(x)
