@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .modules import Fused, convert, placeholders, plain_class, state, units
+from .modules import Fused, convert, placeholders, plain_class, restore, state, units
 from .runtime import fused
 
 
@@ -61,10 +61,7 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
 
 def unfuse(network: nn.Module) -> nn.Module:
     """`network`, changed in place: what `fuse` made of its modules is undone."""
-    for module in network.modules():
-        if isinstance(module, Fused):
-            module.__class__ = plain_class(module)
-            module.__dict__.pop("_fused", None)
+    restore(network)
     return network
 
 

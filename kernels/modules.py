@@ -17,7 +17,7 @@ from .match import Part, parts_of
 from .ops import cell, dropout_key, dropout_masks, run_cell
 from .program import Dropout, Sum, cell_program, known_on_cuda
 from .runtime import fused, on_cuda, supports
-from .trace import Constant, Tracer, Untraceable, attribute, element
+from .trace import ChangesInPlace, Constant, Tracer, Untraceable, attribute, element
 
 PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
 VAIN = 20  # traces without a plan being used twice, after which a module stays plain
@@ -144,7 +144,7 @@ class Plan:
 
     def __init__(self, module, key, values, device, leaf, shapes=None):
         self.key, self.instructions, self.parts, self.reason, self.graph = key, [], [], "", None
-        self.refused, self.new = {}, True
+        self.refused, self.new, self.in_place = {}, True, False
         self.modules = list(module.modules())
         self.versions = []
         self.hold()
@@ -156,7 +156,7 @@ class Plan:
                 raise Untraceable("its code changes what it holds")
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
-            self.reason = str(error)
+            self.reason, self.in_place = str(error), isinstance(error, ChangesInPlace)
             return
         self.parts = [i for i in self.instructions if isinstance(i, Part)]
         self.own = {node for node in tracer.own if node.target in JOINS}
@@ -187,8 +187,12 @@ class Plan:
     def convert_within(self, module, device, leaf):
         """Fuses what can be within modules that the plan calls, or, without a plan, within all of the module."""
         self.new = False
-        for inner in self.refused if self.instructions else module.children():
-            convert(units(inner, device, leaf)[0], device)
+        if self.in_place:
+            for inner in module.children():
+                restore(inner)
+        else:
+            for inner in self.refused if self.instructions else module.children():
+                convert(units(inner, device, leaf)[0], device)
         self.hold()
 
     def hold(self):
@@ -278,6 +282,9 @@ def units(module, device, leaf):
                 if plan and any(plan.own & part.members for part in plan.parts):
                     return {module: state}, {}
                 refused[module] = state.plans[0].reason
+        except ChangesInPlace as error:
+            later = list(placeholders(module).values()).count(None) > 1
+            return {module: State(leaf)} if later else {}, {module: str(error)}
         except Untraceable as error:
             failed = str(error)
             if any(node.target in JOINS for node in tracer.graph.nodes):
@@ -311,6 +318,14 @@ def convert(modules: dict[nn.Module, State], device):
     for module, state in modules.items():
         for plan in state.plans:
             plan.convert_within(module, device, state.leaf)
+
+
+def restore(module):
+    """Undoes `convert` of a module and of all within."""
+    for inner in module.modules():
+        if isinstance(inner, Fused):
+            inner.__class__ = plain_class(inner)
+            inner.__dict__.pop("_fused", None)
 
 
 class Run:

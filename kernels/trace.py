@@ -21,12 +21,19 @@ LONGEST = 4096  # rows or entries of a tensor that a loop goes over
 FACTORIES = "empty", "full", "ones", "rand", "zeros", "FloatTensor"  # they refuse the sizes of a traced tensor
 FRESH = {operator.add, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat}
 FRESH |= {getattr(torch, name) for name in FACTORIES}
+NEW = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear}  # their results are new tensors
+WRITES = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__set__"}
+READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"}
 
 _lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
 
 
 class Untraceable(Exception):
     """The computation cannot be followed; the message says why."""
+
+
+class ChangesInPlace(Untraceable):
+    """What is changed in place may be what a fused module has saved for backward: nothing within is fused."""
 
 
 class _Proxy(fx.Proxy):
@@ -41,8 +48,9 @@ def _in_place(name):
     function = getattr(operator, name)
 
     def change(self, other):
-        self.tracer.changes(self.node, function.__name__)
-        return function(self, other)
+        result = function(self, other)
+        self.tracer.changes(result.node, self.node)
+        return result
 
     return change
 
@@ -63,6 +71,7 @@ class Tracer(fx.Tracer):
     def __init__(self, device, leaf=(), shapes=None):
         super().__init__()
         self.device, self.leaf, self.shapes, self.lengths = device, leaf, shapes or {}, {}
+        self.changed, self.modes = [], modes()
         self.refused, self.inspected, self.own, self.thread = {}, [], set(), threading.get_ident()
 
     def follow(self, module, function: str, arguments: dict):
@@ -75,20 +84,29 @@ class Tracer(fx.Tracer):
                 setattr(torch, name, self.traced_factory(factory))
             state, held = random_state(), [(m.__dict__, dict(m.__dict__)) for m in module.modules()]
             try:
-                graph = self.trace(module)
+                with _NumbersOfTensors():
+                    graph = self.trace(module)
+                for node in self.changed:
+                    if not node.users or len(node.args[0].users) > 1:
+                        raise ChangesInPlace(f"{node.target} changes a tensor in place that is read elsewhere")
                 if not all(same(*dicts) for dicts in held):
                     raise Untraceable("the code changes what its module holds")
                 if random_state() != state:
                     raise Untraceable("the code draws random numbers that are not traced")
                 return graph
             except Exception as error:  # whatever the code of a user raises on seeing a proxy
-                raise Untraceable(reason(error)) from error
+                kind = ChangesInPlace if self.changed or isinstance(error, ChangesInPlace) else Untraceable
+                raise kind(reason(error)) from error
             finally:
                 restore(*state)
                 for now, before in held:
                     if not same(now, before):
                         now.clear()
                         now.update(before)
+
+    @property
+    def notes(self):
+        return self.inspected, self.changed
 
     def traced_factory(self, factory):
         def create(*sizes, **options):
@@ -116,13 +134,16 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
 
         def attempt(*args, **kwargs):
-            last, inspected = next(reversed(self.graph.nodes), None), len(self.inspected)
+            last, known = next(reversed(self.graph.nodes), None), [(notes, len(notes)) for notes in self.notes]
             try:
                 return forward(*args, **kwargs)
+            except ChangesInPlace:
+                raise
             except Exception as error:
                 while (node := next(reversed(self.graph.nodes), None)) is not last:
                     self.graph.erase_node(node)
-                del self.inspected[inspected:]
+                for notes, length in known:
+                    del notes[length:]
                 self.refused[module] = reason(error)
                 return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
@@ -132,6 +153,8 @@ class Tracer(fx.Tracer):
         return value if threading.get_ident() != self.thread else super().getattr(name, value, cache)
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        if modes() != self.modes:
+            raise Untraceable("the code switches gradients or autocast on or off")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if not self.module_stack:
             self.own.add(node)
@@ -139,16 +162,17 @@ class Tracer(fx.Tracer):
         changes = changes or kwargs.get("inplace", False)
         changes = changes or (kind == "call_module" and getattr(self.root.get_submodule(target), "inplace", False))
         if changes:
-            self.changes(node.args[0], target)
+            self.changes(node, node.args[0])
         return node
 
-    def changes(self, node, name):
-        """Refuses a change in place of a tensor that others may read."""
-        fresh = node.op == "call_module" and not isinstance(self.root.get_submodule(node.target), nn.Identity)
-        fresh = fresh or (node.op == "call_function" and node.target in FRESH)
-        fresh = fresh or (node.op == "call_method" and node.target.endswith("_"))
-        if not fresh or len(node.users) > 1:
-            raise Untraceable(f"{name} changes a tensor in place that others may read")
+    def changes(self, node, x):
+        """Notes a change in place, and refuses it where others may hold the tensor."""
+        module = self.root.get_submodule(x.target) if x.op == "call_module" else None
+        fresh = type(module) in NEW and not has_hooks(module)
+        fresh = fresh or (x.op == "call_function" and x.target in FRESH)
+        if not fresh:
+            raise ChangesInPlace(f"{node.target} changes a tensor in place that others may read")
+        self.changed.append(node)
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -174,7 +198,8 @@ class Tracer(fx.Tracer):
         value = self.value(proxy.node)
         if isinstance(value, torch.Tensor):
             self.inspected += self.tensors(proxy.node)
-        return bool(value)
+        with torch._C.DisableTorchFunction():
+            return bool(value)
 
     def value(self, node):
         if node.op == "get_attr":
@@ -219,6 +244,25 @@ class Constant:
 
     def __eq__(self, other):
         return isinstance(other, Constant) and type(other.value) is type(self.value) and other.value == self.value
+
+
+class _NumbersOfTensors(torch.overrides.TorchFunctionMode):
+    """Refuses that Python reads a number from a tensor: the trace would keep it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in READS:
+            raise Untraceable("the code takes a number from a tensor")
+        if name in WRITES or (name.endswith("_") and not name.endswith("__")):
+            if isinstance(args[0], torch.Tensor):
+                raise Untraceable(f"{name} changes a tensor that the module holds")
+        return function(*args, **(kwargs or {}))
+
+
+def modes():
+    """What the code may switch in a with statement, which a graph does not show."""
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def same(now, before):

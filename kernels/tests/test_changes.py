@@ -538,9 +538,11 @@ def test_what_can_be_followed_with_some_numbers_only_is_fused_with_them():
     plain = DropPath().double()
     mine, x = kernels.fuse(copy.deepcopy(plain)), torch.randn(2, 4, 6, 6).double()
     for probability in (0.0, 0.5, 0.0):
-        assert torch.allclose(mine(x, probability), plain(x, probability), rtol=1e-10, atol=1e-12)
+        results = [module(x, probability) for module in (mine, plain)]
+        assert torch.allclose(*results, rtol=1e-10, atol=1e-12)
+        results[0].sum().backward()
         assert bool(mine._fused.plans[0].instructions) == (probability == 0)
-    assert isinstance(mine.ops[3].op, kernels.modules.Fused)  # where the whole cannot be
+    assert not isinstance(mine.ops[3].op, kernels.modules.Fused)  # whose results are changed in place
 
 
 class Random(Mixed):
@@ -558,7 +560,39 @@ class Counting(Mixed):
         return self.ops[3](x) * self.calls + weights[0] * x
 
 
-@pytest.mark.parametrize("kind", [Random, Counting])
+class WithoutGradients(Mixed):
+    def forward(self, x, weights):
+        with torch.no_grad():
+            y = self.ops[3](x)
+        return y + self.ops[4](x) * weights[0]
+
+
+class InPlace(Mixed):
+    def forward(self, x, weights):
+        y = self.ops[3](x)
+        y.mul_(2)
+        return y + self.ops[4](x) * weights[0]
+
+
+class OfAList(Mixed):
+    def forward(self, x, weights):
+        states = [self.ops[3](x)]
+        y = states[0]
+        y += self.ops[4](x)
+        return states[0] + weights[0] * x
+
+
+class NumberOfATensor(Mixed):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.ones(())
+
+    def forward(self, x, weights):
+        self.gain += 0.5
+        return self.ops[3](x) * float(self.gain) + weights[0] * x
+
+
+@pytest.mark.parametrize("kind", [Random, Counting, WithoutGradients, InPlace, OfAList, NumberOfATensor])
 def test_code_that_depends_on_what_is_not_traced_is_left_alone(kind):
     torch.manual_seed(0)
     plain = kind().double()
@@ -567,8 +601,12 @@ def test_code_that_depends_on_what_is_not_traced_is_left_alone(kind):
         results = []
         for module in (plain, mine):
             torch.manual_seed(seed)
-            results.append(module(*inputs))
-        assert torch.allclose(*results, rtol=1e-10, atol=1e-12)
+            y = module(*inputs)
+            gradients = torch.autograd.grad(y.square().mean(), list(module.parameters()), allow_unused=True)
+            results.append([y, *gradients])
+        for right, one in zip(*results, strict=True):
+            assert (right is None) == (one is None)
+            assert one is None or torch.allclose(one, right, rtol=1e-9, atol=1e-12)
 
 
 # --- What users do with a fused module --------------------------------------------------------------------------------
@@ -633,6 +671,14 @@ def compiled(cell, inputs):
     return torch.compile(cell, fullgraph=True, backend="eager")(*inputs)
 
 
+def followed_by_fx(cell, inputs):
+    class Tracer(torch.fx.Tracer):
+        def iter(self, proxy):
+            return iter([proxy[i] for i in range(2)]) if proxy.node.name == "weights" else (proxy[i] for i in range(4))
+
+    return [node.target for node in Tracer().trace(cell).nodes]
+
+
 def seen_by_hooks(cell, inputs):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
@@ -644,13 +690,31 @@ def seen_by_hooks(cell, inputs):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("look", [counted, exported, gradient, mapped, traced, compiled, seen_by_hooks])
+@pytest.mark.parametrize(
+    "look", [counted, exported, followed_by_fx, gradient, mapped, traced, compiled, seen_by_hooks]
+)
 def test_counters_exporters_and_transforms_see_a_fused_module_as_the_plain_one(look):
     cell, inputs = an_example()
     mine = kernels.fuse(copy.deepcopy(cell))
     mine(*inputs), cell(*inputs)
     results = look(mine, inputs), look(cell, inputs)
     assert torch.allclose(*results, rtol=1e-9) if isinstance(results[0], torch.Tensor) else results[0] == results[1]
+
+
+def test_distributed_data_parallel_sees_the_same_gradients(tmp_path):
+    cell, inputs = an_example()
+    mine, results = kernels.fuse(copy.deepcopy(cell)), []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for module in (mine, cell):
+            parallel = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+            for _ in range(2):
+                parallel(*inputs).square().mean().backward()
+            results.append([p.grad for p in module.parameters()] + list(module.buffers()))
+    finally:
+        torch.distributed.destroy_process_group()
+    for one, right in zip(*results, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-10, atol=1e-12)
 
 
 def test_a_report_says_what_is_left_and_why():

@@ -355,13 +355,18 @@ def test_random_networks_compute_what_plain_torch_does(seed):
         cells = [
             [(rng.choice(names), rng.randint(0, 1 + i // 2)) for i in range(2 * rng.randint(1, 3))] for _ in range(2)
         ]
-        concats = [rng.sample(range(2 + len(c) // 2), rng.randint(1, 2 + len(c) // 2)) for c in cells]
+        concats = [rng.sample(range(2, 2 + len(c) // 2), rng.randint(1, len(c) // 2)) for c in cells]
         genotype = pdarts.Genotype(cells[0], concats[0], cells[1], concats[1])
         network = pdarts.Network(genotype, channels, 5, rng.randint(3, 4), auxiliary=False)
         network.set_drop_path(rng.choice([0.0, 0.3]))
     network = network.double()
     converted, x = fused(network), torch.randn(rng.randint(2, 4), 3, *size, dtype=torch.float64)
-    draw_alike(network, converted)
+    if all_whole(converted):
+        draw_alike(network, converted)
+    else:  # torch draws some masks
+        for module in (*network.modules(), *converted.modules()):
+            if hasattr(module, "rate"):
+                module.rate.zero_()
     results = []
     for one in (converted, network):
         torch.manual_seed(1)
