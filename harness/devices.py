@@ -92,10 +92,7 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
             fused.use_on_cuda(mode)
         if mode is not None:
             fused.use("on" if named else mode)
-        used = fused.fused(device)
-        if used:
-            fused.supports("mixed", torch.empty(0, device=device))  # refuses wrong variables of the environment now
-        return used
+        return fused.fused(device)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise InputError(f"the kernels cannot be used: {error}") from None
 

@@ -298,7 +298,8 @@ def units(module, device, leaf):
         # With the numbers that a call gives for arguments it may be followed.
         later = failed and list(placeholders(module).values()).count(None) > 1
         return ({module: State(leaf)} if later else {}) | found, refused
-    if own or isinstance(module, nn.Sequential):
+    already = any(isinstance(inner, Fused) for inner in module.modules())
+    if not already and (own or isinstance(module, nn.Sequential)):
         state = State(leaf)
         if state.plan_of(module, placeholders(module), device):
             return {module: state}, {}

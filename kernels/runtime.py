@@ -72,6 +72,8 @@ def fused(device: str | torch.device = "cpu") -> bool:
         raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
     if _mode == "off":
         return False
+    if kind == "cuda":
+        on_cuda()  # refuses a wrong PDARTS_CUDA_OPERATIONS now
     if kind in _served:
         return True
     if _mode == "on":

@@ -187,12 +187,19 @@ def test_evaluation_and_rate_0_draw_nothing(rate, training):
     assert torch.equal(network(x), y)
 
 
+def parts_of(cell):
+    """The parts of a fused cell, as they run."""
+    plan = cell._fused.plans[0]
+    return [plan.runs[part] for part in plan.parts], plan
+
+
 def test_each_module_keeps_its_own_rate():
-    network = fused_cell(0.0)
+    network = fused_cell(0.3)
     network.cells[0].edges[1].ops[1].rate.fill_(0.25)
-    device = torch.device("cpu")
-    assert network.cells[0].dropout(device).rates.tolist() == [0, 0.25, 0, 0, 0]
-    assert network.cells[2].dropout(device) is None
+    network.train()(torch.randn(2, 3, 8, 8))
+    (run,), plan = parts_of(network.cells[0])
+    rates = {place: float(plan.attributes[rate]) for place, rate in run.part.dropout}
+    assert sorted(rates.values()) == pytest.approx([0.25] + [0.3] * (len(rates) - 1))
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
@@ -200,12 +207,14 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     genotype = pdarts.Genotype([("sep_conv_3x3", 0), ("skip_connect", 1)], [2], [("max_pool_3x3", 0)] * 2, [2])
     torch.manual_seed(0)
     network = kernels.fuse(pdarts.Network(genotype, 2, 3, 3).double())
-    cell, x = network.cells[0].eval(), torch.randn(2, 6, 8, 8, dtype=torch.float64)
     network.set_drop_path(0.3)
+    cell, x = network.cells[0], torch.randn(2, 6, 8, 8, dtype=torch.float64)
     weights = []
     for training in (False, True):
-        cell.drop_paths.train(training)
-        weights.append(cell.weights(x.repeat(2000, 1, 1, 1)))
+        cell.train(training)(x, x)
+        (run,), plan = parts_of(cell)
+        env = {node: plan.attributes[node] for node in plan.attributes}
+        weights.append(run.probabilities(env, x.repeat(2000, 1, 1, 1)))
     assert torch.equal(weights[0], torch.ones(2, dtype=torch.float64))
     dropped_images, identity = weights[1]
     assert torch.equal(identity, torch.ones_like(identity))  # identities are never dropped
