@@ -396,7 +396,7 @@ class Run:
         if places is None:
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
-        table = torch.cat([*(root.flatten() for root in roots), self.numbers.to(dtype)])
+        table = torch.cat([*(root.flatten() for root in roots), self.numbers.to(dtype)]).to(dtype)
         p = table.index_select(0, places[0])
         for column in places[1:]:
             p = p * table.index_select(0, column)
