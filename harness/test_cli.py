@@ -131,7 +131,10 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+SLOW = {"demo": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EVALUATIONS])
 def test_the_test_command_of_a_report_gives_the_error_that_was_printed(here, monkeypatch, capsys, name):
     (here / "cell.json").write_text(json.dumps(CELL._asdict()))
     given = EVALUATIONS[name].split()

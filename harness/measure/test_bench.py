@@ -35,6 +35,7 @@ def dropout_of(network):
     return {round(float(m.rate), 6) for m in network.modules() if isinstance(m, pdarts.SkipDropout)}
 
 
+@pytest.mark.slow
 def test_steps_are_checked_without_dropout_and_timed_with_it(rows, monkeypatch, few_cells, few_weights, peak):
     checked, timed = [], []
     ways, run = pdarts.loss_and_logits, OurStep.run

@@ -95,6 +95,7 @@ def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
         list(gpu_checks.correctness(arguments, cpu))
 
 
+@pytest.mark.slow
 def test_the_other_parts_run_on_the_cpu(few_cells, few_weights, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(gpu_speed, "copy_bandwidth", lambda _: 1e9)  # that of the machine, a second, is in part 1
