@@ -134,13 +134,13 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
 
         def attempt(*args, **kwargs):
-            last, known = next(reversed(self.graph.nodes), None), [(notes, len(notes)) for notes in self.notes]
+            last, known = next(iter(reversed(self.graph.nodes)), None), [(notes, len(notes)) for notes in self.notes]
             try:
                 return forward(*args, **kwargs)
             except ChangesInPlace:
                 raise
             except Exception as error:
-                while (node := next(reversed(self.graph.nodes), None)) is not last:
+                while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
                     self.graph.erase_node(node)
                 for notes, length in known:
                     del notes[length:]
