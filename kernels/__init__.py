@@ -12,7 +12,8 @@
 The folder works alone, copied into any project. README.md is its manual.
 """
 
-from .fuse import Report, fuse, report, unfuse
+from .fuse import Report, fuse, report
+from .modules import unfuse
 from .ops import cell, dropout_key, dropout_masks, mixed_norm_sum, mixed_sum, pool, separable
 from .program import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum
 from .reference import (

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .modules import Fused, convert, placeholders, plain_class, restore, state, units
+from .modules import Fused, convert, placeholders, plain_class, unfuse, units
 from .runtime import fused
 
 
@@ -59,12 +59,6 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
     return network
 
 
-def unfuse(network: nn.Module) -> nn.Module:
-    """`network`, changed in place: what `fuse` made of its modules is undone."""
-    restore(network)
-    return network
-
-
 def report(network: nn.Module) -> Report:
     """A row for each module that is fused, or that joins feature maps and cannot be."""
     device = _device(network)
@@ -72,11 +66,9 @@ def report(network: nn.Module) -> Report:
     rows, inner = Report(), set()
     for module in network.modules():
         if isinstance(module, Fused) and module not in inner:
-            plans = state(module).plans
-            plan = plans[0] if plans else None
-            if plan is None:
-                state(module).plan_of(module, placeholders(module), device)
-                plan = state(module).plans[0]
+            if not module._fused.plans:
+                module._fused.plan_of(module, placeholders(module), device)
+            plan = module._fused.plans[0]
             if plan.instructions:
                 inner.update(set(module.modules()) - {m for called in plan.refused for m in called.modules()})
             rows.append(Row(names[module], plain_class(module).__name__, *_outcome(plan)))
@@ -89,10 +81,10 @@ def report(network: nn.Module) -> Report:
 def _outcome(plan):
     if not plan.instructions:
         return "no", plan.reason
-    weights, todo = set(), [root for part in plan.parts for root in part.roots]
-    while todo:
-        weights.add(node := todo.pop())
-        todo += node.all_input_nodes
+    weights, waiting = set(), [root for part in plan.parts for root in part.roots]
+    while waiting:
+        weights.add(node := waiting.pop())
+        waiting += node.all_input_nodes
     left = [i for i in plan.instructions if isinstance(i, fx.Node) and i.op != "get_attr" and i not in weights]
     if not left and len(plan.parts) == 1:
         return "whole", ""

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .program import FactorizedReduce, Norm, Pool, Separable, Sum, known_on_cuda
-from .trace import attribute, has_hooks
+from .trace import attribute, has_hooks, is_torchs
 
 SHIFTED = (slice(None), slice(None), slice(1, None), slice(1, None))
 ADD = operator.add, torch.add, "add"
@@ -72,7 +72,7 @@ class Matcher:
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
         module = self.modules[node.target]
-        changed = "forward" in module.__dict__ or has_hooks(module)
+        changed = "forward" in module.__dict__ or has_hooks(module) or not is_torchs(type(module).forward)
         return module if not changed and (kind is nn.Module or type(module) is kind) else None
 
     def real(self, node):
@@ -436,10 +436,10 @@ def parts_of(graph: fx.Graph, root: nn.Module, device: torch.device):
 def _reads(matcher):
     """How often each node is read, and those that have to be there as tensors: torch or a concatenation reads them."""
     reads, wanted, seen = {}, set(), set()
-    todo = [(matcher.real(node), True) for node in matcher.output.all_input_nodes]
-    todo += [(node, True) for node in matcher.unread]
-    while todo:
-        node, as_tensor = todo.pop()
+    waiting = [(matcher.real(node), True) for node in matcher.output.all_input_nodes]
+    waiting += [(node, True) for node in matcher.unread]
+    while waiting:
+        node, as_tensor = waiting.pop()
         reads[node] = reads.get(node, 0) + 1
         if as_tensor:
             wanted.add(node)
@@ -449,10 +449,10 @@ def _reads(matcher):
         kind = matcher.kind(node)
         if kind.name in FUSED:
             terms = [x for x in kind.of if not _no_term(matcher, node, x)]
-            todo += [(x, matcher.kind(x).name in ("cat", "torch", "zero")) for x in terms]
-            todo += [(weight, True) for weight in _tensors(kind)]
+            waiting += [(x, matcher.kind(x).name in ("cat", "torch", "zero")) for x in terms]
+            waiting += [(weight, True) for weight in _tensors(kind)]
         else:
-            todo += [(matcher.real(x), True) for x in node.all_input_nodes]
+            waiting += [(matcher.real(x), True) for x in node.all_input_nodes]
     return reads, wanted
 
 
@@ -474,14 +474,14 @@ def _tensors(kind):
 
 def _members(matcher, target, wanted, reads):
     """The nodes that a part for target computes."""
-    members, todo = set(), [target]
-    while todo:
-        node = todo.pop()
+    members, waiting = set(), [target]
+    while waiting:
+        node = waiting.pop()
         there = node is not target and (node in wanted or node not in reads)
         if node in members or there or matcher.kind(node).name not in FUSED:
             continue
         members.add(node)
-        todo += matcher.kind(node).of
+        waiting += matcher.kind(node).of
     return members
 
 

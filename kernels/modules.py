@@ -17,7 +17,7 @@ from .match import Part, parts_of
 from .ops import cell, dropout_key, dropout_masks, run_cell
 from .program import Dropout, Sum, cell_program, known_on_cuda
 from .runtime import fused, on_cuda, supports
-from .trace import ChangesInPlace, Constant, Tracer, Untraceable, attribute, element
+from .trace import ChangesInPlace, Constant, Tracer, Untraceable, attribute, element, is_torchs
 
 PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
 VAIN = 20  # traces without a plan being used twice, after which a module stays plain
@@ -33,7 +33,7 @@ class Fused(nn.Module):
         if torch.compiler.is_compiling() or is_looked_into(self):
             return self.plain(*args, **kwargs)
         values = arguments(self, args, kwargs)
-        plan = values and state(self).plan(self, values)
+        plan = values and self._fused.plan(self, values)
         return plan.run(values) if plan else self.plain(*args, **kwargs)
 
     def plain(self, *args, **kwargs):
@@ -62,10 +62,6 @@ def fused_class(kind):
 
 def plain_class(module):
     return type(module).__mro__[2] if isinstance(module, Fused) else type(module)
-
-
-def state(module) -> State:
-    return module.__dict__.setdefault("_fused", State())
 
 
 def is_looked_into(module):
@@ -189,7 +185,7 @@ class Plan:
         self.new = False
         if self.in_place:
             for inner in module.children():
-                restore(inner)
+                unfuse(inner)
         else:
             for inner in self.refused if self.instructions else module.children():
                 convert(units(inner, device, leaf)[0], device)
@@ -197,12 +193,14 @@ class Plan:
 
     def hold(self):
         """Notes all that the modules hold: a plan depends on it, but for the values of tensors."""
-        self.dicts, self.full, self.empty, self.tensors = [m.__dict__ for m in self.modules], [], [], []
-        todo = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
-        for value in todo:
+        self.dicts, self.full, self.empty = [m.__dict__ for m in self.modules], [], []
+        kinds = {kind for m in self.modules for kind in plain_class(m).__mro__} - {nn.Module, object}
+        self.dicts += [vars(kind) for kind in sorted(kinds, key=id)]  # methods, which may be exchanged too
+        waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
+        for value in waiting:
             if type(value) in CONTAINERS:
                 (self.full if value else self.empty).append(value)
-                todo += _items(value)  # while the loop goes on
+                waiting += _items(value)  # while the loop goes on
         self.held = self.holdings()
 
     def holdings(self):
@@ -245,12 +243,12 @@ class Plan:
 
     def by_torch(self, target, env):
         """The value of a part whose tensors are not what the kernels take."""
-        needed, todo = set(), [target]
-        while todo:
-            node = todo.pop()
+        needed, waiting = set(), [target]
+        while waiting:
+            node = waiting.pop()
             if node not in env and node not in needed:
                 needed.add(node)
-                todo += node.all_input_nodes
+                waiting += node.all_input_nodes
         env = dict(env)
         for node in self.graph.nodes:
             if node in needed:
@@ -270,7 +268,7 @@ def units(module, device, leaf):
     """
     if isinstance(module, Fused):
         return {}, {}
-    own = not type(module).__module__.startswith("torch.") and not isinstance(module, leaf)
+    own = not is_torchs(type(module)) and not isinstance(module, leaf)
     refused, failed = {}, ""
     if own:
         tracer = Tracer(device, (nn.Module,))
@@ -321,12 +319,13 @@ def convert(modules: dict[nn.Module, State], device):
             plan.convert_within(module, device, state.leaf)
 
 
-def restore(module):
-    """Undoes `convert` of a module and of all within."""
-    for inner in module.modules():
-        if isinstance(inner, Fused):
-            inner.__class__ = plain_class(inner)
-            inner.__dict__.pop("_fused", None)
+def unfuse(network: nn.Module) -> nn.Module:
+    """`network`, changed in place: what `fuse` made of its modules is undone."""
+    for module in network.modules():
+        if isinstance(module, Fused):
+            module.__class__ = plain_class(module)
+            del module._fused
+    return network
 
 
 class Run:

@@ -98,7 +98,7 @@ class Tracer(fx.Tracer):
                 kind = ChangesInPlace if self.changed or isinstance(error, ChangesInPlace) else Untraceable
                 raise kind(reason(error)) from error
             finally:
-                restore(*state)
+                restore_random_state(*state)
                 for now, before in held:
                     if not same(now, before):
                         now.clear()
@@ -127,7 +127,7 @@ class Tracer(fx.Tracer):
         if isinstance(module, self.leaf) or "forward" in module.__dict__ or has_hooks(module):
             return True
         containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
-        return type(module).__module__.startswith("torch.") and not isinstance(module, containers)
+        return is_torchs(type(module)) and not isinstance(module, containers)
 
     def call_module(self, module, forward, args, kwargs):
         if threading.get_ident() != self.thread:
@@ -155,6 +155,8 @@ class Tracer(fx.Tracer):
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         if modes() != self.modes:
             raise Untraceable("the code switches gradients or autocast on or off")
+        if kind == "call_method" and target in ("register_hook", "retain_grad"):
+            raise Untraceable(f"the code calls {target} of a feature map")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if not self.module_stack:
             self.own.add(node)
@@ -205,7 +207,7 @@ class Tracer(fx.Tracer):
         if node.op == "get_attr":
             return attribute(self.root, node.target)
         if node.op not in ("call_function", "call_method"):
-            raise Untraceable("a branch depends on a feature map")
+            raise Untraceable("a branch depends on an argument")
         args = fx.node.map_arg(node.args, self.value)
         kwargs = fx.node.map_arg(node.kwargs, self.value)
         if node.op == "call_method":
@@ -224,12 +226,12 @@ def reason(error):
 
 
 def random_state():
-    """Of all generators that Python code decides by."""
+    """That of all generators by which Python code decides, in a form that can be compared."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), numpy and pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
-def restore(of_python, of_numpy, of_torch):
+def restore_random_state(of_python, of_numpy, of_torch):
     random.setstate(of_python)
     if of_numpy:
         sys.modules["numpy"].random.set_state(pickle.loads(of_numpy))
@@ -283,6 +285,10 @@ def attribute(module, path):
     for parent in parents:
         module = module._modules[parent]
     return next(d[name] for d in (module._parameters, module._buffers, module.__dict__) if name in d)
+
+
+def is_torchs(function_or_class):
+    return function_or_class.__module__.startswith("torch.")
 
 
 def has_hooks(module):
