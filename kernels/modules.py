@@ -21,6 +21,7 @@ from .trace import ChangesInPlace, Constant, Tracer, Untraceable, attribute, ele
 
 PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
 VAIN = 20  # traces without a plan being used twice, after which a module stays plain
+# Calls that join feature maps: a module that makes one itself, and not only within others, is taken for a cell.
 JOINS = {operator.add, torch.add, torch.cat, torch.concat, torch.stack, "sum", "add"}
 UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 CONTAINERS = {list, tuple, set, dict, OrderedDict}
@@ -81,7 +82,7 @@ def is_looked_into(module):
 
 def arguments(module, args, kwargs):
     """{name: value} of a call, or None if tensors are anything but arguments of their own."""
-    names = signature(plain_class(module))
+    names = signature(plain_class(module).forward)
     if names is None or len(args) > len(names) or not names.keys() >= kwargs.keys():
         return None
     values = names | dict(zip(names, args)) | kwargs
@@ -92,9 +93,9 @@ def arguments(module, args, kwargs):
 
 
 @functools.cache
-def signature(kind):
-    """{name: default} of the arguments of a class's forward, but for self; None if they are not all positional."""
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+def signature(forward):
+    """{name: default} of the arguments of a method, but for self; None if they are not all positional."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
         return None
     return {p.name: p.default for p in parameters}
@@ -306,7 +307,7 @@ def units(module, device, leaf):
 
 def placeholders(module):
     """Arguments as a call would give them that names no more than it has to."""
-    defaults = (signature(plain_class(module)) or {}).items()
+    defaults = (signature(plain_class(module).forward) or {}).items()
     return {name: None if default is inspect.Parameter.empty else Constant(default) for name, default in defaults}
 
 
