@@ -49,7 +49,10 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
         if strict:
             raise RuntimeError(f"the kernels do not support {device}; expected a device on which they run")
         return network
-    convert(units(network, device, leaf)[0], device)
+    found = units(network, device, leaf)[0]
+    within = {inner for module in found for inner in module.modules()}
+    in_place = any(getattr(module, "inplace", False) is True for module in network.modules() if module not in within)
+    convert(found, device, copies=in_place)
     rows = report(network)
     if strict and (not rows or any(row.fused != "whole" for row in rows)):
         unfuse(network)
