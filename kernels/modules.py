@@ -298,6 +298,8 @@ def units(module, device, leaf):
                 if plan and any(plan.own & part.members for part in plan.parts):
                     return {module: state}, {}
                 refused[module] = state.plans[0].reason
+                if state.plans[0].in_place:
+                    raise ChangesInPlace(refused[module])
         except ChangesInPlace as error:
             later = list(placeholders(module).values()).count(None) > 1
             return {module: State(leaf)} if later else {}, {module: str(error)}

@@ -46,6 +46,8 @@ class ChangesInPlace(Untraceable):
 
 
 class _Proxy(fx.Proxy):
+    __class__ = property(lambda self: torch.Tensor)  # for isinstance in the code that is followed
+
     def __getattr__(self, name):
         if name in ("is_cuda", "is_cpu", "device"):  # all feature maps and parameters are on one device
             device = self.tracer.device
@@ -86,7 +88,7 @@ class Tracer(fx.Tracer):
     def __init__(self, device, leaf=(), shapes=None):
         super().__init__()
         self.device, self.leaf, self.shapes, self.lengths = device, leaf, shapes or {}, {}
-        self.changed, self.modes = [], modes()
+        self.changed, self.modes, self.graph = [], modes(), fx.Graph()
         self.refused, self.inspected, self.own, self.thread = {}, [], set(), threading.get_ident()
 
     def follow(self, module, function: str, arguments: dict):
@@ -195,6 +197,7 @@ class Tracer(fx.Tracer):
         module = self.root.get_submodule(x.target) if x.op == "call_module" else None
         fresh = type(module) in FRESH_MODULES and not is_changed(module)
         fresh = fresh or (x.op == "call_function" and x.target in FRESH)
+        fresh = fresh or (x.op == "call_module" and nn.Module in self.leaf)  # a first look: results may be copies
         if not fresh:
             raise ChangesInPlace(f"{node.target} changes a tensor in place that others may read")
         self.changed.append(node)
@@ -203,6 +206,8 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a):
+        if type(a) is _Proxy:
+            return a.node
         known = isinstance(a, torch.Tensor) and (a in self.tensor_attrs or any(a is b for b in self.root.buffers()))
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and not known:
             raise Untraceable("the code makes a tensor from nothing that is traced")
