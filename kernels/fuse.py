@@ -1,4 +1,4 @@
-"""Fusion as a converter: `fuse(network)` makes a network compute by the fused operations what they can compute.
+"""`fuse(network)` makes a network use the fused operations wherever it can.
 
 What a module computes is traced (trace.py) and matched (match.py); names and source text do not matter. Modules stay
 where they are, and so do parameters, buffers and state_dict keys: only the class of a module that joins feature maps,

@@ -1,8 +1,15 @@
-"""What the kernels can compute of a traced graph: its nodes become programs of `cell`, and torch computes the rest.
+"""Finds the parts of a traced graph that the kernels compute; torch computes the rest.
 
-A node of the graph is a feature map that is (a `Kind` each) a step of a cell, a batch norm of one, a term that is
-weighed or dropped, a sum, or a concatenation; or it is torch's. A part is a program for a concatenation or a value that
-others read, from values that are there: inputs of the graph, what torch computes, and other parts.
+kind    what a node is: a step of a cell, a batch norm of one, a term that is weighed or dropped, a sum, a
+        concatenation, a zero, or torch's
+real    the node that computes a node's value, past identities
+reads   how often each node is read
+wanted  the nodes whose values have to be there as tensors, since torch, a concatenation or several parts read them
+left    nodes that torch computes although they have a kind
+unread  calls whose results nobody reads, but which may change something
+part    a program of `cell` for a wanted node, from values that are there: inputs, what torch computes, other parts
+members the nodes that a part computes
+term    a value in a sum, with its weight (a number times elements of tensors) and its dropout
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ POINTWISE_FUNCTIONS = {torch.sigmoid, torch.tanh, torch.exp, operator.neg, *ADD,
 
 
 class Kind(NamedTuple):
-    """name: of what a node is. of: the nodes it is computed from. more: modules, numbers, the nodes of weights."""
+    """name: what a node is. of: its inputs. more: its module or step, its number, the nodes of its weight or rate."""
 
     name: str
     of: tuple = ()
@@ -39,7 +46,7 @@ FUSED = {"step", "norm", "cat"} | TERMS
 
 
 def settings_of(norm):
-    """Of a batch norm that can be fused; None of others: without running statistics, with their mean, in 16 bits."""
+    """Those of a batch norm; None if it cannot be fused: no running statistics, their cumulative mean, 16 bits."""
     tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
     wide = tracked and norm.running_mean.dtype in (torch.float32, torch.float64)
     return (norm.training, norm.momentum, norm.eps) if wide else None
@@ -253,7 +260,7 @@ class Matcher:
         return Kind("zero") if new else None
 
     def weight(self, node):
-        """(a tensor, the indices of one of its numbers) that a node is; None where it is no weight."""
+        """The tensor, and the indices of the number of it, that a node is; None where it is no weight."""
         index, start = (), node
         while isinstance(node, fx.Node) and node.target is operator.getitem and type(node.args[1]) is int:
             node, index = node.args[0], (node.args[1], *index)

@@ -19,7 +19,7 @@ from .runtime import fused, on_cuda, supports
 from .trace import ChangesInPlace, Constant, Holdings, Tracer, Untraceable, attribute, element, is_changed, is_torchs
 
 PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
-VAIN = 20  # traces without a plan being used twice, after which a module stays plain
+MAX_UNUSED_PLANS = 20  # traces without a plan being used twice, after which a module stays plain
 # Calls that join feature maps: a module that makes one itself, and not only within others, is taken for a cell.
 JOINS = {operator.add, torch.add, torch.cat, torch.concat, torch.stack, "sum", "add"}
 
@@ -74,7 +74,7 @@ def is_looked_into(module):
 
 
 def arguments(module, args, kwargs):
-    """{name: value} of a call, or None if tensors are anything but arguments of their own."""
+    """The arguments of a call by name, or None if one is neither a tensor nor a plain value."""
     names = signature(plain_class(module).forward)
     if names is None or len(args) > len(names) or not names.keys() >= kwargs.keys():
         return None
@@ -109,7 +109,7 @@ class State:
     def plan(self, module, values):
         """The plan for a call, None if it is to be computed plainly."""
         device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
-        if self.vain > VAIN or not fused(device):
+        if self.vain > MAX_UNUSED_PLANS or not fused(device):
             return None
         constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
         shapes = {name: v.shape for name, v in values.items() if name not in constants}
@@ -247,7 +247,7 @@ class Plan:
         return y
 
     def by_torch(self, target, env):
-        """The value of a part whose tensors are not what the kernels take."""
+        """A part's value by torch, where the kernels do not take its tensors."""
         needed, waiting = set(), [target]
         while waiting:
             node = waiting.pop()
@@ -325,7 +325,7 @@ def units(module, device, leaf):
 
 
 def placeholders(module):
-    """Arguments as a call would give them that names no more than it has to."""
+    """The arguments of a call that relies on all defaults."""
     defaults = (signature(plain_class(module).forward) or {}).items()
     return {name: None if default is inspect.Parameter.empty else Constant(default) for name, default in defaults}
 

@@ -1,8 +1,4 @@
-"""A module's computation as a graph: torch.fx, as far as code of DARTS networks needs it, and no further.
-
-What cannot be followed (a branch on a value, a loop over a shape) becomes a node of its own: the innermost module that
-holds it, which the graph calls.
-"""
+"""Traces a module with torch.fx; code that cannot be traced becomes a call of the innermost module that holds it."""
 
 from __future__ import annotations
 
