@@ -252,7 +252,7 @@ def test_a_step_that_looks_at_a_number_is_refused_and_changes_nothing_twice():
 
 def test_a_capture_that_fails_at_its_end_leaves_nothing_behind(monkeypatch):
     """As after another thread has broken it: torch.cuda.graph does not put the stream back then, nor end its pool."""
-    stream, usual, ended = mock.Mock(), mock.Mock(), []
+    stream, usual, ended, modes = mock.Mock(), mock.Mock(), [], []
     present = [usual]
 
     @contextlib.contextmanager
@@ -264,8 +264,8 @@ def test_a_capture_that_fails_at_its_end_leaves_nothing_behind(monkeypatch):
             present[0] = before
 
     @contextlib.contextmanager
-    def graph(graph, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"  # what other threads do then does not break it
+    def graph(graph, pool, stream, capture_error_mode="global"):
+        modes.append(capture_error_mode)
         present[0] = stream
         yield
         raise RuntimeError("operation failed due to a previous error during capture")
@@ -282,6 +282,7 @@ def test_a_capture_that_fails_at_its_end_leaves_nothing_behind(monkeypatch):
             (result,) = step(torch.tensor(i))
         assert result.value == 2 * i and result.on is stream and present == [usual]
         assert step.refused == (i == 3) and ended == [(1, "pool")] * (i == 3)
+    assert modes == ["thread_local"]  # in which other threads may pin memory
 
 
 def test_results_are_the_callers_own_and_inputs_stay_as_they_are():
