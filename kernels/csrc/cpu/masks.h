@@ -17,6 +17,8 @@ INLINE Wide multiply_lower(Wide x, uint32_t by) {
   return (Wide)_mm512_mul_epu32((__m512i)x, (__m512i)factor);
 #elif defined(__AVX2__)
   return (Wide)_mm256_mul_epu32((__m256i)x, (__m256i)factor);
+#elif defined(__aarch64__)
+  return (Wide)vmull_u32(vmovn_u64((uint64x2_t)x), vmovn_u64((uint64x2_t)factor));
 #else
   return (x & uint64_t(0xffffffff)) * factor;
 #endif
