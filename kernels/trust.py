@@ -24,13 +24,6 @@ from .program import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum
 from .runtime import CUDA_OPERATIONS, supports
 
 SECONDS = 120  # until a process is taken for one that hangs; one takes about 10
-ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}  # relative errors
-LAYOUTS = {
-    "NCHW": torch.clone,
-    "channels-last": lambda t: t.clone(memory_format=torch.channels_last),
-    "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-}
-
 # The folder is imported as it lies here, whatever package it belongs to.
 PROCESS = """if True:
     import importlib.util, sys
@@ -51,8 +44,10 @@ PROCESS = """if True:
 def verdict(device: torch.device) -> tuple[frozenset[str], str]:
     """The operations that must not run on a device, and why; they are checked unless that was done before."""
     libraries = (pathlib.Path(path) for path in torch.ops.loaded_libraries)
-    library = next(path for path in libraries if path.name.startswith(build.fits()))
+    library = next((path for path in libraries if path.name.startswith(build.fits())), None)
     about = _about(device)
+    if library is None:
+        return CUDA_OPERATIONS, "the library does not come from the cache; PDARTS_TRUST=1 trusts it unchecked"
     file = library.with_suffix(f".{build.hash_of(about)}.json")
 
     def kept():
@@ -74,11 +69,11 @@ def verdict(device: torch.device) -> tuple[frozenset[str], str]:
         except OSError:  # nothing can be kept there
             failures = make()
     except RuntimeError as error:
-        return CUDA_OPERATIONS, f"no check is possible on {about[0]}: {error}; PDARTS_TRUST=1 does without"
+        return CUDA_OPERATIONS, f"no check is possible on {about[0]}: {error}; PDARTS_TRUST=1 skips the check"
     if not failures:
         return frozenset(), ""
     why = f"wrong on {about[0]}: {'; '.join(map(str, failures.values()))}; please report this with {file}; "
-    return frozenset(failures), why + "delete it to check again; PDARTS_TRUST=1 does without"
+    return frozenset(failures), why + "delete it to check again; PDARTS_TRUST=1 skips the check"
 
 
 def _about(device):
@@ -104,18 +99,27 @@ def _failures(device, library, name):
     settings["PDARTS_CUDA_OPERATIONS"] = " ".join(CUDA_OPERATIONS)
     while rest:
         command = [sys.executable, "-c", PROCESS, str(build.FOLDER), str(library), str(device), *rest]
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
             run = subprocess.run(command, **streams, env=os.environ | settings, timeout=SECONDS)
-            output, why = run.stdout, _ending(run)
+            output, why = run.stdout, f"status {run.returncode}"
+            if run.returncode < 0:
+                why = signal.Signals(-run.returncode).name
         except subprocess.TimeoutExpired as error:
             output, why = error.stdout or b"", f"no end within {SECONDS} seconds"
         except OSError as error:
             raise RuntimeError(f"Python does not start: {error}") from error
-        *_, case = ["", *(line for line in _lines(output) if line.partition(":")[0] in (*rest, "done"))]
+        case, said = "", []
+        for line in output.decode(errors="replace").splitlines():
+            if line.partition(":")[0] in (*rest, "done"):
+                case, said = line, []
+            else:
+                said.append(line)
         if case == "done":
             break
-        if not case or "out of memory" in why:
+        if why.startswith("status"):  # of Python, which says more in its last line, or the first one of a long message
+            why = [why, *said[-1:], *(line for line in said if re.match(r"[\w.]*Error\b", line))][-1]
+        if not case or "out of memory" in why or why in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM"):
             raise RuntimeError(why)
         operation = case.partition(":")[0]
         failures[operation] = f"{case}: {why}"
@@ -123,28 +127,17 @@ def _failures(device, library, name):
     return failures
 
 
-def _lines(output):
-    return output.decode(errors="replace").splitlines()
-
-
-def _ending(run):
-    """How a process ended; RuntimeError if somebody else ended it."""
-    if run.returncode >= 0:
-        said = _lines(run.stderr)
-        errors = [line for line in said if re.match(r"[\w.]*Error\b", line)]
-        return [f"status {run.returncode}", *said[-1:], *errors][-1]
-    ended = signal.Signals(-run.returncode).name
-    if ended in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM"):
-        raise RuntimeError(f"the process got {ended}")
-    return ended
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Checks
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 SIZES = (2, 4, 5, 7), (3, 16, 8, 8)
+ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}  # relative errors
+LAYOUTS = {
+    "NCHW": torch.clone,
+    "channels-last": lambda t: t.clone(memory_format=torch.channels_last),
+    "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
 
 
 def check(device: str, operations: list[str]):
