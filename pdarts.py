@@ -1366,7 +1366,7 @@ def load_state_dict(training: Search | Evaluation, state: dict[str, Any]) -> Non
         if "network" in state:
             training.begin_stage()
             load_optimizer(training.architect.optimizer, state["alpha_optimizer"])
-    if "network" in state:
+    if training.network is not None:
         training.network.load_state_dict(state["network"])
         load_optimizer(training.weight_optimizer, state["weight_optimizer"])
     training.epoch = state["epoch"]

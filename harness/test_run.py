@@ -537,5 +537,10 @@ def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
         with pytest.raises(InputError, match="kernels is 'pool'; expected auto, on or off, or, on CUDA, operations"):
             pick_kernels("pool", torch.device("cpu"))
         assert (kernels.use("off"), kernels.use_on_cuda("mixed")) == ("off", "mixed")
+        monkeypatch.setattr(kernels.runtime, "_cuda_operations", None)  # as in a new process
+        monkeypatch.setenv("PDARTS_CUDA_OPERATIONS", "mixt")
+        with pytest.raises(InputError, match="the kernels cannot be used: the operations on CUDA are .'mixt'.; expe"):
+            pick_kernels("auto", torch.device("cpu"))
+        monkeypatch.delenv("PDARTS_CUDA_OPERATIONS")
     finally:
         kernels.use(mode), kernels.use_on_cuda(before)
