@@ -345,7 +345,8 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
         if not found:
             names = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
             raise InputError(
-                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}{OTHERS}")
+                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}"
+                f"{OTHERS}")
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)
