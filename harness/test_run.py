@@ -153,6 +153,9 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
     assert result.test_error == 1 - log[-1]["test_accuracy"]
     assert (result.parameters, result.multiply_adds) == count(pdarts.Network(CELL, 8, 5, 3), (10, 12))
+    weights = torch.load(tmp_path / "run/weights.pt", weights_only=True)
+    assert weights.about == {name: config[name] for name in ("classes", "shape", "mean", "std")}
+    result.network.load_state_dict(weights)
     for other in ("off", "on"):
         tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
         assert tested.test_error == pytest.approx(result.test_error)
