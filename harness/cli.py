@@ -1,4 +1,4 @@
-"""The command line: search, evaluate, draw, predict."""
+"""The command line: search, evaluate, draw, predict, cell."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from harness.evaluate import evaluate
 from harness.files import short, write_whole
 from harness.predict import predict
 from harness.progress import duration, reading
+from harness.report import forms
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
 from harness.report.report import data_options
 from harness.run import Stopped
@@ -37,7 +38,10 @@ HELP = {  # more than pdarts.py says of its settings
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
 DATA_OPTIONS = ("skip_damaged", "follow_links", "cache")  # how a folder of images is loaded, besides the settings
-GENOTYPE = f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file"
+GENOTYPE = (
+    f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file, or a cell "
+    "of NNI, nasbench301 or AutoDL"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,6 +245,10 @@ def _draw(args, _):
         print(path)
 
 
+def _cell(args, _):
+    print(forms.write(read_genotype(args.genotype), getattr(args, "as")))
+
+
 def _predict(args, _):
     for line in predict(args.folder, args.images, args.device):
         print(line, flush=True)
@@ -267,6 +275,10 @@ def _parser():
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )
     command.set_defaults(run=_draw)
+    command = commands.add_parser("cell", help="print a cell in the form of another project", allow_abbrev=False)
+    command.add_argument("genotype", help=GENOTYPE)
+    command.add_argument("--as", choices=forms.WRITTEN, default="python", help="(default: python)")
+    command.set_defaults(run=_cell)
     command = commands.add_parser("predict", help="name the classes of images", allow_abbrev=False)
     command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
     command.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, and folders of them")
@@ -326,7 +338,7 @@ def command(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
             parser.error("expected a value, got --")
-        if args.command in ("draw", "predict"):
+        if args.command in ("draw", "cell", "predict"):
             args.run(args, None)
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`
