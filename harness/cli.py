@@ -1,4 +1,4 @@
-"""The command line: search, evaluate, draw, predict, cell."""
+"""The command line: search, evaluate, draw, predict, export, cell."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from harness.data.images import Images, load
 from harness.devices import keep_freed_memory
 from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
+from harness.export import FORMS, export
 from harness.files import short, write_whole
 from harness.predict import predict
 from harness.progress import duration, reading
@@ -254,6 +255,10 @@ def _predict(args, _):
         print(line, flush=True)
 
 
+def _export(args, _):
+    print(export(args.folder, args.to, args.data))
+
+
 def _parser():
     parser = _Parser(prog="pdarts.py", description="Progressive Differentiable Architecture Search", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
@@ -284,6 +289,15 @@ def _parser():
     command.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, and folders of them")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.set_defaults(run=_predict)
+    command = commands.add_parser("export", help="write the trained network for other programs", allow_abbrev=False)
+    command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
+    command.add_argument(
+        "--to", type=_path, required=True, metavar="FILE", help=f"a new file that ends in {', '.join(FORMS)}"
+    )
+    command.add_argument(
+        "--data", type=_path, metavar="PATH", help="with the test images, which check it (default: the run's)"
+    )
+    command.set_defaults(run=_export)
     return parser
 
 
@@ -338,7 +352,7 @@ def command(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
             parser.error("expected a value, got --")
-        if args.command in ("draw", "cell", "predict"):
+        if args.command in ("draw", "cell", "predict", "export"):
             args.run(args, None)
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`
