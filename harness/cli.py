@@ -226,7 +226,7 @@ def _evaluate(args, folder):
     _say(f"genotype:      {genotype}")
     result = evaluate(genotype, settings, images, folder, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
-    _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
+    _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M, of convolutions and the classifier")
     top5 = f" (top-1), {result.test_error_top5:.2%} (top-5)" if images.num_classes > 10 else ""
     _say(f"test error:    {result.test_error:.2%}{top5}")
     if not args.weights:

@@ -60,7 +60,8 @@ def depth_of(pairs) -> int:
 def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
     """Return parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head.
 
-    Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers."""
+    A multiply-add is one multiplication and one addition in a convolution or the classifier; batch norms, ReLUs, pools
+    and sums count as nothing. docs/COUNTING.md compares this with other tools and with published numbers."""
     was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter:
         network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
