@@ -37,11 +37,11 @@ FUSED = {"step", "norm", "add", "scale", "dropout", "drop_path", "cat"}
 TERMS = {"add", "scale", "dropout", "drop_path"}
 
 
-def settings_of(norm):
-    """Of a batch norm that can be fused; None of others: without running statistics, with their mean, in 16 bits."""
+def settings_of(norm, device):
+    """Of a batch norm that can be fused; else None: without running statistics, with their mean, in 16 bits on a CPU."""
     tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
-    wide = tracked and norm.running_mean.dtype in (torch.float32, torch.float64)
-    return (norm.training, norm.momentum, norm.eps) if wide else None
+    known = tracked and (device.type == "cuda" or norm.running_mean.dtype in (torch.float32, torch.float64))
+    return (norm.training, norm.momentum, norm.eps) if known else None
 
 
 class Matcher:
@@ -53,7 +53,7 @@ class Matcher:
         self.output = next(node for node in reversed(graph.nodes) if node.op == "output")
         norms = [self.module(node, nn.BatchNorm2d) for node in graph.nodes]
         self.once = {norm for norm in norms if norm and norms.count(norm) == 1}  # the others move statistics in turn
-        self.settings = next((s for norm in norms if norm and (s := settings_of(norm))), (False, 0.1, 1e-5))
+        self.settings = next((s for norm in norms if norm and (s := settings_of(norm, device))), (False, 0.1, 1e-5))
         self.kinds, self.left = {}, set()  # left: to torch, though they have a kind
         self.unread = self.dead(graph)
 
@@ -187,7 +187,7 @@ class Matcher:
     def norm(self, node):
         norm = self.module(node, nn.BatchNorm2d)
         x = self.real(node.args[0]) if norm and len(node.args) == 1 else None
-        known = x is not None and norm in self.once and settings_of(norm) == self.settings
+        known = x is not None and norm in self.once and settings_of(norm, self.device) == self.settings
         return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
 
     # --- Terms --------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ __device__ __forceinline__ void load_tiles(
 #pragma unroll
         for (int l = 0; l < V; l++) {
           bool inside = V == 1 || (at + l >= 0 && at + l < t.width);
-          if (inside) to[(k + u) * size + in_row<S>(at + l, t.pitch)] = f(k + u, static_cast<A>(pack[u].v[l]));
+          if (inside) to[(k + u) * size + in_row<S>(at + l, t.pitch)] = f(k + u, element<A>(pack[u], l));
         }
       }
     }
