@@ -38,7 +38,7 @@ TERMS = {"add", "scale", "dropout", "drop_path"}
 
 
 def settings_of(norm, device):
-    """Of a batch norm that can be fused; else None: without running statistics, with their mean, in 16 bits on a CPU."""
+    """Of a batch norm that can be fused; else None: without running statistics, with their mean, in 16 bits on CPUs."""
     tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
     known = tracked and (device.type == "cuda" or norm.running_mean.dtype in (torch.float32, torch.float64))
     return (norm.training, norm.momentum, norm.eps) if known else None

@@ -255,7 +255,7 @@ KNOWN = {
     "pdarts::cell_backward": cell_backward,
     "pdarts::mixed": mixed,
     "pdarts::mixed_backward": mixed_backward,
-    "pdarts::update_running": lambda call, size: (4 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
+    "pdarts::update_running": lambda call, size: (2 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
     "aten::convolution_backward": convolution_backward,
     "aten::native_batch_norm": batch_norm,
     "aten::native_batch_norm_backward": batch_norm_backward,

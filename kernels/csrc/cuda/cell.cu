@@ -17,6 +17,7 @@ namespace {
 constexpr int kResults = 64;  // of a thread, in registers
 constexpr int kChannels = 4;  // whose tiles are in shared memory together
 constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
+constexpr int kAhead = 4;     // loads of a thread that are in flight while it computes
 
 // Taps of the largest kernel, and what keeps 16 bytes aligned.
 template <int... K>
@@ -24,6 +25,8 @@ constexpr int taps_of(std::integer_sequence<int, K...>) {
   return static_cast<int>(quotient_up(std::max({K * K...}), 4) * 4);
 }
 constexpr int kTaps = taps_of(PdartsKernels());
+constexpr int kTapThreads = kThreads / kChannels;
+static_assert(kTaps <= kTapThreads);
 
 // Blocks that a multiprocessor has room for, as registers go; T: the type of feature maps. All else is in A, the type
 // that they are added up in.
@@ -88,6 +91,14 @@ __device__ __forceinline__ void load_packs(const T* from, T (&to)[N]) {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
+// What a block knows before it loads: where tiles lie, and the norms of the channels that it loads and of the next.
+template <class T>
+struct alignas(16) LoadPlan {
+  Region region;
+  const T* x;  // first channel of the first image
+  Norm<Accumulated<T>> norms[2][kChannels];
+};
+
 // moments [2][out] of a block: of each of O channels the mean of what the threads have, R rows of a column each, and
 // the sum of the squared distances from it. shared: (kWarps + 1) * O elements.
 template <int R, int O, class T>
@@ -138,43 +149,50 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
   Place at(t, R);
   int first = at.c * O;
   if (first >= d.out) return;
+  int n = static_cast<int>(at.group) * t.images;
+  unsigned plane = all.H * all.W;
+  __shared__ LoadPlan<T> plan;
+  auto gather_norms = [&](int c0) {
+    if (static_cast<int>(threadIdx.x) < min(together, d.C - c0)) {
+      plan.norms[c0 / kChannels % 2][threadIdx.x] = norm_of<A>(d.norm, c0 + threadIdx.x);
+    }
+  };
+  gather_norms(0);
+  if (threadIdx.x == 0) {
+    plan.region = region_of<T>(
+        vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding, all.N - n,
+        static_cast<int64_t>(d.C) * plane, together);
+    plan.x = static_cast<const T*>(d.x) + static_cast<int64_t>(n) * d.C * plane;
+  }
   clear(tiles, together * t.images * t.image);
-  int n = static_cast<int>(at.group) * t.images, size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
+  int size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
   bool works = at.image < t.images && n + at.image < all.N && at.column < all.OW;
   int rows = works ? max(0, min(R, all.OH - at.row)) : 0;
   A sum[R][O] = {};
   for (int c0 = 0; c0 < d.C; c0 += together) {
     int channels = min(together, d.C - c0);
     if (c0) __syncthreads();
-    // One by one where registers would not do for more.
-    constexpr int some = S == 1 ? kChannels : 1;
-    int64_t plane = static_cast<int64_t>(all.H) * all.W;
-#pragma unroll 1
-    for (int i = 0; i < channels; i += some) {
-      Region region =
-          region_of<T>(vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding);
-      load_tiles<S, T>(
-          vectors, tiles + i * t.images * t.image, t, region, min(some, channels - i), all.N - n, d.C * plane,
-          [&](int k) { return static_cast<const T*>(d.x) + (static_cast<int64_t>(n) * d.C + c0 + i + k) * plane; },
-          [&](int k, A x) { return norm_of<A>(d.norm, c0 + i + k).rectified(x); });
-    }
+    load_tiles<S, T>(
+        vectors, tiles, t, plan.region, channels,
+        [&](int k) { return plan.x + static_cast<uint64_t>(static_cast<unsigned>(c0 + k)) * plane; },
+        [&](int k) { return [norm = plan.norms[c0 / kChannels % 2][k]](A x) { return norm.rectified(x); }; });
 #pragma unroll 1
     for (int i = threadIdx.x; i < channels * O; i += kThreads) {
       int o = first + i % O;
       pointwise[i] = o < d.out ? static_cast<const A*>(d.pointwise)[o * d.C + c0 + i / O] : A(0);
     }
-    int taps = d.kernel * d.kernel;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < channels * taps; i += kThreads) {
-      weight[i / taps * kTaps + i % taps] = d.weight ? static_cast<const A*>(d.weight)[c0 * taps + i] : A(1);
+    int taps = d.kernel * d.kernel, channel = threadIdx.x / kTapThreads, tap = threadIdx.x % kTapThreads;
+    if (channel < channels && tap < taps) {
+      weight[channel * kTaps + tap] = d.weight ? static_cast<const A*>(d.weight)[(c0 + channel) * taps + tap] : A(1);
     }
+    gather_norms(c0 + together);
     __syncthreads();
     if (!rows) continue;
     for (int i = 0; i < channels; i++) {
       const A* from = tiles + i * t.images * t.image + at.offset(t, R, S);
       A z[R] = {};
       with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
-        constexpr bool fits = K.value <= (S == 1 ? 7 : 5);  // into registers; else each is loaded where it is used
+        constexpr bool fits = K.value <= 5;  // into registers; else each is loaded where it is used
         std::conditional_t<fits, A[quotient_up(K.value * K.value, V) * V], const volatile A*> w;
         if constexpr (fits) {
           load_packs(weight + i * kTaps, w);
@@ -347,6 +365,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
   using A = Accumulated<T>;
   constexpr int P = kResults / I, some = 16;
+  static_assert(some % kAhead == 0);
   alignas(16) __shared__ A pointwise[some * I];
   __shared__ Coefficients<A> coefficients[some];
   const PdartsConvolution& d = all.at[blockIdx.y];
@@ -358,6 +377,17 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   bool works = n < all.N;
   int count = vectors ? -1 : static_cast<int>(min(size - pixel, static_cast<int64_t>(P)));
   A sum[I][P] = {}, p = works ? of_image<A>(d.incoming, n) : A(0);
+  Pack<T, P> g[kAhead], y[kAhead] = {};  // of the next results, in flight while these are computed
+  int left = works ? d.out : 0;
+  int64_t from = n * d.channels * size + pixel;
+  auto fetch = [&](int u) {
+    if (left-- <= 0) return;
+    g[u] = load<P, T>(d.incoming.g, from, count);
+    if (d.incoming.b) y[u] = load<P, T>(d.incoming.y, from, count);
+    from += size;
+  };
+#pragma unroll
+  for (int u = 0; u < kAhead; u++) fetch(u);
   for (int o0 = 0; o0 < d.out; o0 += some) {
     int outs = min(some, d.out - o0);
     if (o0) __syncthreads();
@@ -368,26 +398,22 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, o0 + threadIdx.x);
     __syncthreads();
     if (!works) continue;
-    int64_t next = (n * d.channels + o0) * size + pixel;
-    Pack<T, P> next_g = load<P, T>(d.incoming.g, next, count), next_y = {};
-    if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
 #pragma unroll 1
-    for (int j = 0; j < outs; j++) {
-      Pack<T, P> g = next_g, y = next_y;
-      if (j + 1 < outs) {  // in flight while this one is computed
-        next += size;
-        next_g = load<P, T>(d.incoming.g, next, count);
-        if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
-      }
-      Coefficients<A> of = coefficients[j];
-      A of_y[P];
+    for (int j = 0; j < outs; j += kAhead) {
 #pragma unroll
-      for (int q = 0; q < P; q++) of_y[q] = of.gradient(p, element<A>(g, q), element<A>(y, q));
+      for (int u = 0; u < kAhead; u++) {
+        if (j + u >= outs) break;
+        Coefficients<A> of = coefficients[j + u];
+        A of_y[P];
 #pragma unroll
-      for (int i = 0; i < I; i++) {
-        A w = pointwise[j * I + i];
+        for (int q = 0; q < P; q++) of_y[q] = of.gradient(p, element<A>(g[u], q), element<A>(y[u], q));
+        fetch(u);
 #pragma unroll
-        for (int q = 0; q < P; q++) sum[i][q] += w * of_y[q];
+        for (int i = 0; i < I; i++) {
+          A w = pointwise[(j + u) * I + i];
+#pragma unroll
+          for (int q = 0; q < P; q++) sum[i][q] += w * of_y[q];
+        }
       }
     }
   }
@@ -530,7 +556,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
   bool works = at.image < t.images && n + at.image < all.N && at.column * S < all.W && at.row * S < all.H;
   A sum[R][S][S] = {};
   int64_t size = static_cast<int64_t>(all.OH) * all.OW;
-  Region region = region_of<T>(vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before);
+  Region region = region_of<T>(
+      vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before, all.N - n, any.C * size, kMaps);
   for (int k0 = target.first; k0 < target.last; k0 += kMaps) {
     int maps = min(kMaps, target.last - k0);
     if (k0 > target.first) __syncthreads();
@@ -540,9 +567,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
       if (tap < taps) weight[i] = d.weight ? static_cast<const A*>(d.weight)[at.c * taps + tap] : A(1);
     }
     load_tiles<1, T>(
-        vectors, tile, t, region, maps, all.N - n, any.C * size,
+        vectors, tile, t, region, maps,
         [&](int i) { return static_cast<const T*>(all.at[k0 + i].grad_z) + (n * any.C + at.c) * size; },
-        [](int, A v) { return v; });
+        [](int) { return [](A v) { return v; }; });
     __syncthreads();
     if (!works) continue;
     for (int i = 0; i < maps; i++) {
@@ -645,13 +672,16 @@ __global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_const
       const PdartsTerm& d = all.at[k];
       Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
       A p = d.p ? static_cast<const A*>(d.p)[d.per_image ? n : 0] : A(1);
-      Pack<A, V> mask;
-      if (d.rate) mask = mask_of<V, A>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+      A values[V];
 #pragma unroll
-      for (int v = 0; v < V; v++) {
-        A value = element<A>(x, v);
-        sum[v] += p * (d.rate ? value * mask.v[v] : value);
+      for (int v = 0; v < V; v++) values[v] = element<A>(x, v);
+      if (d.rate) {
+        Pack<A, V> mask = mask_of<V, A>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+#pragma unroll
+        for (int v = 0; v < V; v++) values[v] *= mask.v[v];
       }
+#pragma unroll
+      for (int v = 0; v < V; v++) sum[v] += p * values[v];
     }
     Pack<T, V> pack;
 #pragma unroll
@@ -742,13 +772,18 @@ int quotient(int a, int b) { return static_cast<int>(quotient_up(a, b)); }
 int channels_of(const PdartsConvolution& d) { return d.C; }
 int results_of(const PdartsConvolution& d) { return d.out; }
 
-// f(how many of some channels a thread takes): more are fewer times the rest of the work, but some may be left idle.
-template <class F>
+// f(how many of some channels a thread takes): more are fewer times the rest of the work, but some may be left idle. In
+// float64, which is there for checks, 16, so that less is compiled.
+template <class T, class F>
 void with_channels(int channels, F f) {
   auto cost = [&](int n) { return quotient(channels, n) * (n + 24); };
   int best = 16;
   for (int n : {32, 64}) best = cost(n) < cost(best) ? n : best;
-  best == 16 ? f(Int<16>()) : best == 32 ? f(Int<32>()) : f(Int<64>());
+  if constexpr (sizeof(T) == 8) {
+    f(Int<16>());
+  } else {
+    best == 16 ? f(Int<16>()) : best == 32 ? f(Int<32>()) : f(Int<64>());
+  }
 }
 
 int reach(const PdartsConvolution& d) { return (d.kernel - 1) * d.dilation; }
@@ -766,12 +801,12 @@ void with_convolutions(const PdartsConvolutions& all, F f) {
   int out = most(all, results_of), together = std::min(kChannels, most(all, channels_of));
   with_type(all.type, [&](auto type) {
     using A = Accumulated<decltype(type)>;
-    with_channels(out, [&](auto O) {
+    with_channels<A>(out, [&](auto O) {
       int around = most(all, reach) + 1 - all.stride;
       int extra = together * (O.value + kTaps) * static_cast<int>(sizeof(A));
       Tiles t = one_group(tiles_of(
           all.N, quotient(out, O.value), all.OH, all.OW, kResults / O.value, all.stride, around, together * sizeof(A),
-          kShared - extra));
+          kShared - extra - static_cast<int>(sizeof(LoadPlan<decltype(type)>))));
       int elements = together * t.images * t.image, least = (kWarps + 1) * O.value;
       elements = quotient(std::max(elements, least), 4) * 4;
       int bytes = elements * static_cast<int>(sizeof(A)) + extra;
@@ -939,7 +974,7 @@ void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) 
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   int C = most(all, channels_of);
   with_type(all.type, [&](auto type) {
-    with_channels(C, [&](auto channels) {
+    with_channels<decltype(type)>(C, [&](auto channels) {
       using T = decltype(type);
       constexpr int I = channels.value, P = kResults / I;
       int64_t threads = all.N * quotient_up(int64_t(all.OH) * all.OW, P);
