@@ -663,7 +663,8 @@ CellInputs widened(CellInputs in) {
   std::vector<Tensor> given, wide;
   for (auto* part : {&in.weights, &in.gammas, &in.betas}) {
     for (Tensor& t : *part) {
-      if (!t.defined() || !narrow(t) || t.scalar_type() != in.inputs[0].scalar_type()) continue;
+      bool like_maps = t.defined() && !in.inputs.empty() && t.scalar_type() == in.inputs[0].scalar_type();
+      if (!like_maps || !narrow(t)) continue;
       given.push_back(t), t = at::empty(t.sizes(), t.options().dtype(at::kFloat)), wide.push_back(t);
     }
   }
