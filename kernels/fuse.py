@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .modules import Fused, convert, placeholders, plain_class, unfuse, units
+from .modules import STATE, Fused, convert, placeholders, plain_class, unfuse, units
 from .runtime import fused
 
 
@@ -69,9 +69,10 @@ def report(network: nn.Module) -> Report:
     rows, inner = Report(), set()
     for module in network.modules():
         if isinstance(module, Fused) and module not in inner:
-            if not module._fused.plans:
-                module._fused.plan_of(module, placeholders(module), device)
-            plan = module._fused.plans[0]
+            state = getattr(module, STATE)
+            if not state.plans:
+                state.plan_of(module, placeholders(module), device)
+            plan = state.plans[0]
             if plan.instructions:
                 inner.update(set(module.modules()) - {m for called in plan.refused for m in called.modules()})
             rows.append(Row(names[module], plain_class(module).__name__, *_outcome(plan)))

@@ -59,8 +59,11 @@ class Matcher:
         self.root, self.device, self.modules = root, device, dict(root.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.output = next(node for node in reversed(graph.nodes) if node.op == "output")
-        calls = collections.Counter(self.modules[node.target] for node in graph.nodes if node.op == "call_module")
+        called = [self.modules[node.target] for node in graph.nodes if node.op == "call_module"]
+        calls = collections.Counter(inner for module in called for inner in module.modules())
         self.calls = calls  # of norms that are called again the statistics move in turn
+        self.tensors = {id(attribute(root, node.target)) for node in graph.nodes if node.op == "get_attr"}
+        self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), None)
         settings = collections.Counter(settings_of(m, device) for m in calls if type(m) is nn.BatchNorm2d)
         del settings[None]
         self.settings = settings.most_common(1)[0][0] if settings else (False, 0.1, 1e-5)
@@ -81,13 +84,14 @@ class Matcher:
                 alive.update(node.all_input_nodes)
         for node in products:
             above = ancestors(node) - alive
-            if any(other.op in ("call_module", "get_attr") for other in above):
+            if any(other.op in ("call_module", "get_attr", "placeholder") for other in above):
                 alive |= above
             else:
                 self.zeros.add(node)
         unread = set()
         for node in reversed(graph.nodes):
             effect = node.op == "call_module" and not (self.module(node, nn.ReLU) or self.module(node, nn.Identity))
+            effect = effect or node.target in (F.batch_norm, torch.batch_norm)
             if node not in alive and (effect or node in unread):
                 unread.update((node, *node.all_input_nodes))
         return unread - alive
@@ -101,7 +105,8 @@ class Matcher:
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = self.modules[node.target]
-        changed = is_changed(module) or not is_torchs(type(module).forward)
+        methods = type(module).forward, getattr(type(module), "_conv_forward", type(module).forward)
+        changed = is_changed(module) or not all(map(is_torchs, methods))
         return module if not changed and (kind is nn.Module or type(module) is kind) else None
 
     def real(self, node):
@@ -150,7 +155,9 @@ class Matcher:
         """A convolution without a bias, and what it convolves."""
         node = self.real(node)
         conv = self.module(node, nn.Conv2d)
-        if conv and conv.bias is None and conv.padding_mode == "zeros":
+        settings = conv and (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        pairs = conv and all(isinstance(setting, tuple) and len(setting) == 2 for setting in settings)
+        if pairs and conv.bias is None and conv.padding_mode == "zeros":
             return conv, node.args[0]
         return None, None
 
@@ -217,6 +224,7 @@ class Matcher:
         norm = self.module(node, nn.BatchNorm2d)
         x = self.real(node.args[0]) if norm else None
         known = x is not None and self.calls[norm] == 1 and settings_of(norm, self.device) == self.settings
+        known = known and self.tensors.isdisjoint(map(id, norm.buffers()))  # nobody reads its statistics
         return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
 
     # --- Terms --------------------------------------------------------------------------------------------------------
@@ -252,12 +260,18 @@ class Matcher:
         return Kind("drop_path", (self.real(x),), (kept[1],)) if self.call(like, operator.getitem) == (x, one) else None
 
     def zero(self, node):
-        if node in self.zeros or self.call(node, torch.zeros, torch.zeros_like, keywords=None):
+        if node in self.zeros:
             return Kind("zero")
         filled = self.call(node, "fill_")
-        makers = torch.FloatTensor, torch.empty, "new_empty"
-        new = filled and filled[1:] == (0,) and self.call(filled[0], *makers, keywords=None)
-        return Kind("zero") if new else None
+        new = self.real(filled[0]) if filled and filled[1:] == (0,) else node
+        makers = (torch.zeros, torch.zeros_like) if new is node else (torch.FloatTensor, torch.empty, "new_empty")
+        if self.call(new, *makers, keywords=None) is None:
+            return None
+        standard = None if new.target in (torch.zeros_like, "new_empty") else torch.get_default_dtype()
+        dtype = torch.float32 if new.target is torch.FloatTensor else new.kwargs.get("dtype", standard)
+        of_x = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args[1] == "dtype"
+        wider = self.dtype and dtype and not of_x and torch.promote_types(dtype, self.dtype) != self.dtype
+        return None if wider else Kind("zero")
 
     def weight(self, node):
         """The tensor, and the indices of the number of it, that a node is; None where it is no weight."""

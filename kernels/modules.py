@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import operator
@@ -16,10 +17,23 @@ from .match import Part, ancestors, parts_of
 from .ops import cell, dropout_key, dropout_masks, run_cell
 from .program import Dropout, Sum, cell_program, known_on_cuda
 from .runtime import fused, on_cuda, supports
-from .trace import ChangesInPlace, Constant, Holdings, Tracer, Untraceable, attribute, element, is_changed, is_torchs
+from .trace import (
+    STATE,
+    ChangesInPlace,
+    Constant,
+    Holdings,
+    Tracer,
+    Untraceable,
+    attribute,
+    element,
+    is_changed,
+    is_torchs,
+    lock,
+    modes,
+)
 
-PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
-MAX_UNUSED_PLANS = 20  # traces without a plan being used twice, after which a module stays plain
+PLANS = 16  # that a module keeps: in training and evaluation, of other arguments
+TRACES = 20  # of a module; with more, and fewer than 10 calls for each, it stays plain
 # Calls that join feature maps: a module that makes one itself, and not only within others, is taken for a cell.
 JOINS = {operator.add, torch.add, torch.cat, torch.concat, torch.stack, "sum", "add"}
 
@@ -28,17 +42,24 @@ class Fused(nn.Module):
     """What `fuse` makes of a module's class; its own computation is `_plain_forward`."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or is_looked_into(self):
+        state = self.__dict__.get(STATE)  # not there in what the code of the class makes of its own class
+        if state is None or torch.compiler.is_compiling() or is_looked_into(self):
             return self._plain_forward(*args, **kwargs)
         values = arguments(self, args, kwargs)
-        plan = values and self._fused.plan(self, values)
-        return plan.run(values, self._fused.copies) if plan else self._plain_forward(*args, **kwargs)
+        plan = values and state.plan(self, values)
+        return plan.run(values, state.copies) if plan else self._plain_forward(*args, **kwargs)
 
     def _plain_forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        return _restored, (plain_class(self),), *super().__reduce_ex__(protocol)[2:3]
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:
+            return reduced
+        return _restored, (plain_class(self),), *reduced[2:]
+
+    def __init_subclass__(cls, **arguments):
+        """What the class does for its subclasses is not done for ours."""
 
 
 def _restored(kind):
@@ -49,9 +70,10 @@ def _restored(kind):
 
 @functools.cache
 def fused_class(kind):
-    # The signature is that of the module's own forward.
+    # Names and the signature are those of the class itself.
     forward = functools.wraps(kind.forward)(lambda self, *args, **kwargs: Fused.forward(self, *args, **kwargs))
-    return type(f"Fused{kind.__name__}", (Fused, kind), {"__module__": kind.__module__, "forward": forward})
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (Fused, kind), names | {"forward": forward})
 
 
 def plain_class(module):
@@ -62,8 +84,10 @@ def is_looked_into(module):
     """Whether somebody follows what a module computes: a tracer, a transform, a counter, hooks on all modules."""
     hooks = torch.nn.modules.module
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    functions = torch.overrides._get_current_function_mode_stack()
     return (
         any(not getattr(mode, "of_fused_operators", False) for mode in modes)
+        or any(type(mode).__name__ != "DeviceContext" for mode in functions)
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -101,7 +125,7 @@ class State:
     """
 
     def __init__(self, leaf=(), copies=False):
-        self.leaf, self.copies, self.plans, self.vain = leaf, copies, [], 0
+        self.leaf, self.copies, self.plans, self.traces, self.hits = leaf, copies, [], 0, 0
 
     def __reduce__(self):
         return State, (self.leaf, self.copies)
@@ -109,27 +133,38 @@ class State:
     def plan(self, module, values):
         """The plan for a call, None if it is to be computed plainly."""
         device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
-        if self.vain > MAX_UNUSED_PLANS or not fused(device):
+        if self.traces > TRACES + self.hits // 10 or not fused(device):
             return None
         constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
         shapes = {name: v.shape for name, v in values.items() if name not in constants}
-        plan = self.plan_of(module, {name: constants.get(name) for name in values}, device, shapes)
-        if self.plans[0].new:
-            self.plans[0].convert_within(module, device, self)
-        return plan
+        values = {name: constants.get(name) for name in values}
+        plan = self.known_plan(module, values, device, shapes)
+        if not plan or plan.new:
+            with lock:
+                plan = self.plan_of(module, values, device, shapes)
+                if self.plans[0].new:
+                    self.plans[0].convert_within(module, device, self)
+                return plan
+        return plan if plan.instructions else None
 
     def plan_of(self, module, values, device, shapes=None):
         """values: a Constant, or None for a tensor, by name. shapes: of the tensors, if they are known."""
-        key = device, on_cuda(), values
-        for i, plan in enumerate(self.plans):
-            if plan.key == key and plan.fits(shapes) and plan.holds():
-                self.vain = 0
-                if i:
-                    self.plans = [plan, *self.plans[:i], *self.plans[i + 1 :]]
-                return plan if plan.instructions else None
-        plan = Plan(module, key, values, device, self.leaf, shapes)
-        self.plans, self.vain = [plan, *self.plans[: PLANS - 1]], self.vain + 1
+        plan = self.known_plan(module, values, device, shapes)
+        if plan is None:
+            plan = Plan(module, (device, on_cuda(), modes(), values), values, device, self.leaf, shapes)
+            self.plans, self.traces = [plan, *self.plans[: PLANS - 1]], self.traces + 1
         return plan if plan.instructions else None
+
+    def known_plan(self, module, values, device, shapes):
+        key = device, on_cuda(), modes(), values
+        for plan in self.plans:
+            # A shallow copy of a module has the same state.
+            if plan.key == key and plan.modules[0] is module and plan.fits(shapes) and plan.holds():
+                if plan is not self.plans[0]:
+                    self.plans = [plan, *(other for other in self.plans if other is not plan)]
+                self.hits += 1
+                return plan
+        return None
 
 
 class Plan:
@@ -333,8 +368,8 @@ def placeholders(module):
 def convert(modules: dict[nn.Module, State], device, copies):
     for module, state in modules.items():
         state.copies = copies
+        module.__dict__[STATE] = state
         module.__class__ = fused_class(type(module))
-        module.__dict__["_fused"] = state
     for module, state in modules.items():
         for plan in state.plans:
             plan.convert_within(module, device, state)
@@ -345,7 +380,7 @@ def unfuse(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, Fused):
             module.__class__ = plain_class(module)
-            del module._fused
+            module.__dict__.pop(STATE, None)
     return network
 
 

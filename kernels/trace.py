@@ -6,7 +6,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import dataclasses
 import operator
 import pickle
 import random
@@ -18,6 +17,8 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
+LARGEST_ARRAY = 4096  # bytes of an array that are compared at each call
+MOST_HELD = 100_000  # attributes of objects that modules hold
 LONGEST = 4096  # rows or entries of a tensor that a loop goes over
 FACTORIES = "empty", "full", "ones", "rand", "zeros", "FloatTensor"  # they refuse the sizes of a traced tensor
 # What returns new tensors, which may be changed in place if nothing else reads them: functions, and modules.
@@ -27,14 +28,16 @@ FRESH_MODULES = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linea
 OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"
 WRITES = {f"__i{name.strip('_')}__" for name in OPERATORS} | {"__setitem__", "__set__"}  # the last: tensor.data = ...
 READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose"}
+STATE = "_kernels_state"  # the attribute of fused modules
 UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+UNUSED |= {STATE}
 CONTAINERS = list, tuple, set, dict, collections.deque
 
-_lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
+lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
 
 
-class Untraceable(Exception):
-    """The computation cannot be followed; the message says why."""
+class Untraceable(BaseException):
+    """The computation cannot be followed; the message says why. The code that is followed does not catch it."""
 
 
 class ChangesInPlace(Untraceable):
@@ -50,10 +53,15 @@ class _Proxy(fx.Proxy):
             return device if name == "device" else device.type == name[3:]
         if name in ("grad", "grad_fn"):
             raise Untraceable(f"the code reads {name} of a feature map")
+        if not hasattr(torch.Tensor, name):
+            raise AttributeError(name)
         return super().__getattr__(name)
 
     def __setitem__(self, key, value):
         raise ChangesInPlace("the code writes elements of a tensor")
+
+    def __len__(self):
+        raise Untraceable("the code takes the length of a tensor")
 
 
 def _in_place(name):
@@ -61,7 +69,8 @@ def _in_place(name):
 
     def change(self, other):
         result = function(self, other)
-        self.tracer.changes(result.node, self.node)
+        if not is_size(self.node):
+            self.tracer.changes(result.node, self.node)
         return result
 
     return change
@@ -91,7 +100,7 @@ class Tracer(fx.Tracer):
         """The graph of module.function(**arguments), whose tensors, None here, are placeholders."""
         self.traced_func_name, self.arguments = function, arguments
         factories = {name: getattr(torch, name) for name in FACTORIES}
-        with _lock, contextlib.ExitStack() as stack:
+        with lock, contextlib.ExitStack() as stack:
             for name, factory in factories.items():
                 stack.callback(setattr, torch, name, factory)
                 setattr(torch, name, self.traced_factory(factory))
@@ -110,7 +119,7 @@ class Tracer(fx.Tracer):
                 if random_state() != state:
                     raise Untraceable("the code draws random numbers that are not traced")
                 return graph
-            except Exception as error:  # whatever the code of a user raises on seeing a proxy
+            except (Exception, Untraceable) as error:  # whatever the code of a user raises on seeing a proxy
                 kind = ChangesInPlace if self.changed or isinstance(error, ChangesInPlace) else Untraceable
                 raise kind(reason(error)) from error
             finally:
@@ -150,7 +159,7 @@ class Tracer(fx.Tracer):
                 return forward(*args, **kwargs)
             except ChangesInPlace:
                 raise
-            except Exception as error:
+            except (Exception, Untraceable) as error:
                 while len(self.graph.nodes) > nodes:
                     self.graph.erase_node(next(iter(reversed(self.graph.nodes))))
                 for of_kind, length in zip(notes, known):
@@ -214,10 +223,23 @@ class Tracer(fx.Tracer):
         length = self.shapes[name][len(index)] if len(index) < len(self.shapes.get(name, ())) else None
         if length is not None:
             self.lengths[name, len(index)] = length
+        elif name is None:
+            length = self.length_of_parameters(proxy.node)
         for i in range(LONGEST if length is None else length):
             yield proxy[i]
         if length is None:
             raise Untraceable("a loop has no end that can be seen")
+
+    def length_of_parameters(self, node):
+        """The length of what is computed from parameters only, else None."""
+        noted = len(self.inspected)
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                return len(self.value(node))
+        except Untraceable:
+            return None
+        finally:
+            del self.inspected[noted:]  # the values do not matter
 
     def to_bool(self, proxy):
         """A branch: on what parameters, buffers and numbers say, else refused."""
@@ -273,15 +295,15 @@ class _NumbersOfTensors(torch.overrides.TorchFunctionMode):
         if name in READS:
             raise Untraceable("the code takes a number from a tensor")
         if name in WRITES or is_in_place(name):
-            if isinstance(args[0], torch.Tensor):
-                raise Untraceable(f"{name} changes a tensor that the module holds")
+            if isinstance(args[0], torch.Tensor) and type(args[0]) is not _Proxy:
+                raise ChangesInPlace(f"{name} changes a tensor that the module holds")
         return function(*args, **(kwargs or {}))
 
 
 def modes():
     """What the code may switch in a with statement, which a graph does not show."""
-    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    of_devices = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *of_devices
 
 
 def is_in_place(name):
@@ -297,8 +319,8 @@ def draws_random_numbers(value):
 class Holdings:
     """All that modules hold, of what computations may depend on: to be compared with later, and to be put back.
 
-    That is their attributes, those of their classes, and what containers, namespaces, dataclasses, arrays and modules
-    among them hold. The values of tensors do not count.
+    That is their attributes, those of their classes, and what containers, small arrays, other modules and objects of
+    users' classes among them hold, but for modules that hold the first. The values of tensors do not count.
     """
 
     def __init__(self, modules):
@@ -309,20 +331,31 @@ class Holdings:
         array = getattr(sys.modules.get("numpy"), "ndarray", ())
         waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
         for value in waiting:
-            if holds_others(value):
+            if len(waiting) < MOST_HELD and self.looks_into(value):
                 value = vars(value)
             if isinstance(value, CONTAINERS) and id(value) not in known:
                 known.add(id(value))
                 (self.full if value else self.empty).append(value)
                 waiting += contents(value)  # while the loop goes on
-            elif isinstance(value, array):
+            elif isinstance(value, array) and value.nbytes <= LARGEST_ARRAY:
                 self.arrays.append((value, value.tobytes()))
         self.classes, self.values = self.now()
+
+    def looks_into(self, value):
+        """Whether an attribute's own attributes count."""
+        if isinstance(value, nn.Module):
+            return not self.modules or all(module is not self.modules[0] for module in value.modules())
+        known = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+        package = str(type(value).__module__).partition(".")[0]
+        of_others = package in {"torch", "numpy", *sys.stdlib_module_names}
+        users = not of_others and not isinstance(value, (type, torch.Tensor))
+        return hasattr(value, "__dict__") and (known or users)
 
     def now(self):
         classes, values = [m.__class__ for m in self.modules], []
         for d in self.dicts:
             values += d.values()
+            values += d
         for container in self.full:
             values += contents(container)
         return classes, values
@@ -346,14 +379,8 @@ class Holdings:
             (container.update if isinstance(container, (dict, set)) else container.extend)(before)
 
 
-def holds_others(value):
-    """Whether an attribute's own attributes count: of a namespace, a dataclass, or a module that is no submodule."""
-    kinds = nn.Module, types.SimpleNamespace, argparse.Namespace
-    return isinstance(value, kinds) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__"))
-
-
 def contents(container):
-    return container.values() if isinstance(container, dict) else container
+    return (*container.values(), *container) if isinstance(container, dict) else container
 
 
 def element(node):
@@ -362,6 +389,15 @@ def element(node):
     while node.op == "call_function" and node.target is operator.getitem and type(node.args[1]) is int:
         node, index = node.args[0], (node.args[1], *index)
     return (node.target, index) if node.op == "placeholder" else (None, ())
+
+
+def is_size(node):
+    """Whether a node is a number that is computed from sizes of tensors."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
 
 
 def without_zeros(node):
@@ -385,6 +421,7 @@ def is_torchs(function_or_class):
 
 
 def is_changed(module):
-    """Whether a module is more than its class says: it has hooks, or a forward of its own."""
+    """Whether a module is more than its class says: it has hooks, or methods of its own."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return "forward" in module.__dict__ or any(module.__dict__[name] for name in hooks)
+    hooked = any(module.__dict__[name] for name in hooks)
+    return hooked or any(callable(getattr(type(module), name, None)) for name in module.__dict__)

@@ -133,7 +133,8 @@ def test_fused_cell_in_float32_is_about_as_exact_as_plain_torch(stride):
 def test_fused_cell_in_16_bits_is_as_exact_as_plain_torch(dtype, stride):
     case = Case((4, 36, 16, 16), stride)
     right, plain = case.run(cell_ref), case.run(cell_ref, dtype)
-    for of_parameters in dtype, torch.float32:  # of a network in 16 bits, and under autocast
+    types = [dtype, torch.float32] if case.device == "cuda" else [dtype]  # of a network in 16 bits, and under autocast
+    for of_parameters in types:
         mine = case.run(cell, dtype, of_parameters=of_parameters)
         for a, b, r in zip(mine, plain, right, strict=True):
             errors = [float((t.double() - r).norm() / r.norm()) for t in (a, b)]

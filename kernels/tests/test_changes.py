@@ -406,7 +406,7 @@ def test_a_copy_of_a_fused_module_is_fused_and_of_its_own(copied):
     cell, inputs = an_example()
     mine = kernels.fuse(copy.deepcopy(cell))
     other = copied(mine)
-    assert type(other) is type(mine) and other._fused is not mine._fused
+    assert type(other) is type(mine) and other._kernels_state is not mine._kernels_state
     with torch.no_grad():
         for p in mine.parameters():
             p.zero_()

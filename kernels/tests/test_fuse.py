@@ -64,7 +64,7 @@ def _draw_alike(cell, other):
         """The place of the term of each dropout in the program, by the number of its module."""
         modules = [m for m in other.modules() if isinstance(m, (pdarts.SkipDropout, pdarts.DropPath))]
         drops = {}
-        for plan in other._fused.plans:
+        for plan in other._kernels_state.plans:
             for part in plan.parts:
                 for place, rate in part.dropout + part.drop_path:
                     drops |= {i: place for i, m in enumerate(modules) if m.rate is plan.attributes[rate]}

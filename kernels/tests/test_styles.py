@@ -172,7 +172,7 @@ def test_what_can_be_followed_with_some_numbers_only_is_fused_with_them():
         results = [module(x, probability) for module in (mine, plain)]
         assert torch.allclose(*results, rtol=1e-10, atol=1e-12)
         results[0].sum().backward()
-        assert bool(mine._fused.plans[0].instructions) == (probability == 0)
+        assert bool(mine._kernels_state.plans[0].instructions) == (probability == 0)
     assert not isinstance(mine.ops[3].op, kernels.modules.Fused)  # whose results are changed in place
 
 
@@ -483,14 +483,113 @@ class Uncounted(Mixed):
         return self.ops[4](x) + weights[0] * self.ops[3](x) + self.pool(x)
 
 
+class Caught(Mixed):
+    """Errors that a trace raises are not the code's to catch."""
+
+    def forward(self, x, weights):
+        try:
+            gain = 1 + len(weights) + float(weights[0] > 0)
+        except Exception:
+            gain = 0
+        return self.ops[3](x) * gain + weights[0] * x
+
+
+class Asked(Mixed):
+    def forward(self, x, weights):
+        gain = 2 if hasattr(x, "mask") else getattr(x, "gain", 3)
+        return self.ops[3](x) * gain + weights[0] * x
+
+
+class SharedNorm(Mixed):
+    """It moves in code that can be followed, and in code that cannot."""
+
+    class Odd(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(x) if x.shape[0] > 1 else x
+
+    def __init__(self):
+        super().__init__(separable(), separable())
+        self.odd = self.Odd(self.ops[0].op[3])
+
+    def forward(self, x, weights):
+        return self.odd(x) + self.ops[0](x) + weights[0] * self.ops[1](x)
+
+
+class ReadsStatistics(Mixed):
+    def forward(self, x, weights):
+        before = self.ops[3].op[3].running_mean.mean()
+        return self.ops[3](x) + weights[0] * self.ops[4](x) + before
+
+
+class WiderZeros(Mixed):
+    def forward(self, x, weights):
+        return self.ops[3](x) * weights[0] + torch.zeros(x.shape, dtype=torch.complex128)
+
+
+class PaddedByNumbers(Mixed):
+    def __init__(self):
+        super().__init__()
+        self.ops[4].depthwise.padding = 2
+
+    def forward(self, x, weights):
+        return self.ops[4](x) + weights[0] * self.ops[3](x)
+
+
+class Unregistered(Mixed):
+    """An object of a class of one's own."""
+
+    class Settings:
+        gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.settings = self.Settings()
+
+    def forward(self, x, weights):
+        return self.ops[3](x) * self.settings.gain + weights[0] * x
+
+
+class Keyed(Mixed):
+    def __init__(self):
+        super().__init__()
+        self.names = dict.fromkeys(["a"])
+
+    def forward(self, x, weights):
+        return self.ops[3](x) + weights[0] * (x if "a" in self.names else 2 * x)
+
+
+class FewerWeights(Mixed):
+    def __init__(self):
+        super().__init__()
+        self.shares = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, weights):
+        return sum(p * op(x) for p, op in zip(torch.softmax(self.shares, -1), self.ops)) + weights[0] * x
+
+
+class UnusedStatistics(Mixed):
+    def forward(self, x, weights):
+        norm = self.ops[3].op[3]
+        F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+        return self.ops[4](x) + weights[0] * x
+
+
 BETWEEN = {  # changes between calls, of which the code depends
     Equal: lambda module: module.mask.data.zero_(),
     RequiresGrad: lambda module: module.ops[4].norm.weight.requires_grad_(False),
+    Unregistered: lambda module: setattr(module.settings, "gain", 2.0),
+    Keyed: lambda module: (module.names.pop("a"), module.names.update(b=None)),
     Namespace: lambda module: (setattr(module.args, "gain", 2.0), module.array.fill(3)),
 }
 TRAPS = [Leaky, KeptDimension, AddedTwice, Complementary, Switched, WeightOfItsOwn, ExactNumber, InPlaceInABranch]
 TRAPS += [WritesElements, InPlaceFunction, Power, OutOf, InPlaceAfter, InPlaceOfTheInput, Equal, RequiresGrad]
-TRAPS += [Namespace, Generator, IsTensor, Keeps, Several, Plain, SharedParameter, OwnNorm, Uncounted]
+TRAPS += [Namespace, Generator, IsTensor, Keeps, Several, Plain, SharedParameter, OwnNorm, Uncounted, Caught, Asked]
+TRAPS += [SharedNorm, ReadsStatistics, WiderZeros, PaddedByNumbers, Unregistered, Keyed, FewerWeights]
+TRAPS += [UnusedStatistics]
 
 
 @pytest.mark.filterwarnings("ignore:nothing of the network is fused")
@@ -508,7 +607,7 @@ def test_what_looks_like_something_else_computes_what_it_says(kind):
                 BETWEEN[kind](module)
             x, weights = (t.detach().clone().requires_grad_() for t in inputs)
             tensors, _ = torch.utils._pytree.tree_flatten(module(x * 1, weights))
-            loss = sum(t.square().mean() for t in tensors)
+            loss = sum(t.abs().square().mean() for t in tensors)
             leaves = [x, weights, *(p for p in module.parameters() if p.requires_grad)]
             found += [*tensors, *torch.autograd.grad(loss, leaves, allow_unused=True)]
             found += [buffer.clone() for buffer in module.buffers()]
@@ -551,9 +650,64 @@ def test_a_result_may_be_changed_in_place_by_a_module_that_says_so():
 
     plain = Network().double()
     mine, x, weights = kernels.fuse(copy.deepcopy(plain)), torch.randn(2, 4, 5, 5).double(), torch.rand(2).double()
-    assert mine[0]._fused.plans
+    assert mine[0]._kernels_state.plans
     gradients = [
         torch.autograd.grad(network(x, weights).square().sum(), list(network.parameters())[0])[0]
         for network in (plain, mine)
     ]
     assert torch.allclose(*gradients, rtol=1e-10)
+
+
+def test_modes_are_part_of_what_is_traced():
+    class Modes(Mixed):
+        def forward(self, x, weights):
+            y = self.ops[3](x) + weights[0] * x
+            return y if torch.is_grad_enabled() else 2 * y
+
+    plain, x, weights = Modes().double(), torch.randn(2, 4, 5, 5).double(), torch.rand(2).double()
+    mine = kernels.fuse(copy.deepcopy(plain))
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.allclose(mine(x, weights), plain(x, weights), rtol=1e-10)
+    mine(x, weights).sum().backward()
+
+
+class Copied(Mixed):
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x, weights):
+        return self.gain * self.ops[3](x) + weights[0] * x
+
+    def again(self):
+        return type(self)(3.0).double()
+
+
+class OwnReduce(Copied):
+    def __reduce__(self):
+        return _own_reduce, (self.gain,)
+
+
+def _own_reduce(gain):
+    return OwnReduce(gain).double()
+
+
+def test_copies_of_other_kinds_compute_as_they_say():
+    mine, x, weights = kernels.fuse(Copied().double()), torch.randn(2, 4, 5, 5).double(), torch.rand(2).double()
+    mine(x, weights)
+    other = copy.copy(mine)
+    other.gain = 2.0
+    assert torch.allclose(other(x, weights) - mine(x, weights), mine.ops[3](x), rtol=1e-9)
+    assert mine.again()(x, weights).shape == x.shape  # of our class, but never fused
+    assert copy.deepcopy(kernels.fuse(OwnReduce(5.0).double())).gain == 5.0
+    assert str(mine) == str(Copied())
+
+
+def test_a_module_whose_plans_are_of_no_use_becomes_plain():
+    mine, x, weights = kernels.fuse(Copied().double()), torch.randn(1, 4, 5, 5).double(), torch.rand(2).double()
+    for i in range(30):
+        mine.gain = float(i)
+        mine(x, weights)
+    assert mine._kernels_state.traces == kernels.modules.TRACES + 1
+    assert torch.allclose(mine(x, weights), Copied.forward(mine, x, weights), rtol=1e-10)
