@@ -10,6 +10,9 @@ from .program import KINDS
 def register():
     """Registers them with torch, once the library is loaded."""
 
+    def accumulated(x):
+        return torch.promote_types(x.dtype, torch.float32)
+
     def empty(x):
         channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last
         return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -31,8 +34,7 @@ def register():
     @torch.library.register_fake("pdarts::mixed")
     def _(outputs, probabilities, gammas, betas, statistics, batch, eps):
         x = outputs[0]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return empty(x), x.new_empty(3 if any(batch) else 0, len(outputs), x.shape[1], dtype=dtype)
+        return empty(x), x.new_empty(3 if any(batch) else 0, len(outputs), x.shape[1], dtype=accumulated(x))
 
     @torch.library.register_fake("pdarts::mixed_backward")
     def _(grad, outputs, probabilities, gammas, betas, statistics, batch, needs):
@@ -87,7 +89,7 @@ def register():
         x, (c, *size) = inputs[0], sizes[outputs[0]]
         omitted = outputs if x.device.type == "cpu" or len(outputs) == 1 else ()
         kept = [sizes[v] for v in range(len(inputs), len(sizes)) if v not in (*omitted, *again)] + between
-        of_values = x.new_empty((3, len(sizes), c) if statistics is None else 0)
+        of_values = x.new_empty((3, len(sizes), c) if statistics is None else 0, dtype=accumulated(x))
         values = [cell_map(x, x.shape[0], *of) for of in kept] if keep else []
         return cell_map(x, x.shape[0], c * len(outputs), *size), of_values, values
 

@@ -45,11 +45,11 @@ TERMS = {"add", "scale", "dropout", "drop_path"}
 FUSED = {"step", "norm", "cat"} | TERMS
 
 
-def settings_of(norm):
-    """Those of a batch norm; None if it cannot be fused: no running statistics, their cumulative mean, 16 bits."""
+def settings_of(norm, device):
+    """Those of a batch norm; None if it is not fused: no running statistics, their cumulative mean, 16 bits on CPUs."""
     tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
-    wide = tracked and norm.running_mean.dtype in (torch.float32, torch.float64)
-    return (norm.training, norm.momentum, norm.eps) if wide else None
+    known = tracked and (device.type == "cuda" or norm.running_mean.dtype in (torch.float32, torch.float64))
+    return (norm.training, norm.momentum, norm.eps) if known else None
 
 
 class Matcher:
@@ -64,7 +64,7 @@ class Matcher:
         self.calls = calls  # of norms that are called again the statistics move in turn
         self.tensors = {id(attribute(root, node.target)) for node in graph.nodes if node.op == "get_attr"}
         self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), None)
-        settings = collections.Counter(settings_of(m) for m in calls if type(m) is nn.BatchNorm2d)
+        settings = collections.Counter(settings_of(m, device) for m in calls if type(m) is nn.BatchNorm2d)
         del settings[None]
         self.settings = settings.most_common(1)[0][0] if settings else (False, 0.1, 1e-5)
         self.kinds, self.left = {}, set()  # left: to torch, though they have a kind
@@ -223,7 +223,7 @@ class Matcher:
     def norm(self, node):
         norm = self.module(node, nn.BatchNorm2d)
         x = self.real(node.args[0]) if norm else None
-        known = x is not None and self.calls[norm] == 1 and settings_of(norm) == self.settings
+        known = x is not None and self.calls[norm] == 1 and settings_of(norm, self.device) == self.settings
         known = known and self.tensors.isdisjoint(map(id, norm.buffers()))  # nobody reads its statistics
         return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
 

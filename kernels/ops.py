@@ -34,17 +34,21 @@ def mixed_sum(outputs, probabilities):
 def mixed_norm_sum(outputs, probabilities, norms, training, momentum=0.1, eps=1e-5):
     """sum_k probabilities[k] * bn_k(outputs[k]), bn_k a batch norm; stores nothing normalised.
 
-    outputs, probabilities and result as in `mixed_sum`. norms: K entries, a `Norm` in the type that is accumulated in,
-    or None where the output is not to be normalised (an identity). `training`: normalise by the statistics of the batch
-    and move the running ones by `momentum` towards them (the variance unbiased), as torch's batch_norm does; otherwise
-    normalise by the running ones. Saved for backward: the outputs and 3 numbers per output and channel.
+    outputs, probabilities and result as in `mixed_sum`. norms: K entries, a `Norm` in the type that is accumulated in
+    or in the outputs', or None where the output is not to be normalised (an identity). `training`: normalise by the
+    statistics of the batch and move the running ones by `momentum` towards them (the variance unbiased), as torch's
+    batch_norm does; otherwise normalise by the running ones. Saved for backward: the outputs and 3 numbers per output
+    and channel.
     """
     outputs = _one_dtype(outputs)
     if not supports("mixed", outputs[0]):
         return mixed_norm_sum_ref(outputs, probabilities, norms, training, momentum, eps)
     if len(norms) != len(outputs):
         raise RuntimeError(f"norms has {len(norms)} entries; expected {len(outputs)}, one for each of the outputs")
-    _, _, gammas, betas = _columns(norms)
+    dtype = outputs[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    _, _, *affine = _columns(norms)
+    gammas, betas = ([t.to(wide) if t is not None and t.dtype == dtype else t for t in column] for column in affine)
     statistics, batch = _normalisation(norms, training, eps)
     y, computed = torch.ops.pdarts.mixed(outputs, probabilities, gammas, betas, statistics, batch, eps)
     _move_running(norms, computed, batch, momentum, y)
@@ -67,7 +71,8 @@ def separable(
     if norm is not None:
         x = F.batch_norm(x, *norm, training, momentum, eps)
     step = Separable(0, depthwise, pointwise, stride, padding, dilation)
-    if not supports("separable", x) or any(w is not None and w.dtype != x.dtype for w in (depthwise, pointwise)):
+    types = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    if not supports("separable", x) or any(w is not None and w.dtype not in types for w in (depthwise, pointwise)):
         return _alone(step, x)
     return _step(x, step)
 
@@ -251,9 +256,10 @@ def cell(
     stored. Returns the channels of the values in `outputs` side by side: sums, or one step without a norm.
 
     Fused, and deterministic, on the CPU in float32 and float64, in channels-last memory format, which the result has,
-    and on CUDA where CUDA_OPERATIONS names it, in these types, in NCHW, with kernels of 3, 5 or 7 and strides
+    and on CUDA where CUDA_OPERATIONS names it, in all four types, in NCHW, with kernels of 3, 5 or 7 and strides
     and dilations of 1 or 2: what steps read in common is read once, and gradients are added up where they belong, not
-    written apart. Elsewhere sums are mixed operations, and torch's own operations compute the steps. Saved for
+    written apart. With inputs of 16 bits, weights and norms are in float32 or in their type; all but feature maps is
+    computed in float32. Elsewhere sums are mixed operations, and torch's own operations compute the steps. Saved for
     backward: all values, and on CUDA what pointwise convolutions read; the rest is computed again. Differentiable once.
     """
     norms = list(norms or [None] * (len(inputs) + len(operations)))
@@ -299,6 +305,7 @@ def _normalisation(norms, training, eps):
     means, vars, _, _ = _columns(norms)
     zero, one = (f(next(mean for mean in means if mean is not None)) for f in (torch.zeros_like, torch.ones_like))
     mean, var = (torch.stack([zero if t is None else t for t in running]) for running in (means, vars))
+    mean, var, one = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (mean, var, one))
     invstd = torch.where(torch.tensor(normalised, device=var.device)[:, None], (var + eps).rsqrt(), one)
     return torch.stack([mean, invstd, var]), [False] * len(normalised)
 

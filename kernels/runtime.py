@@ -59,6 +59,8 @@ def on_cuda() -> frozenset[str]:
     global _cuda_operations
     if _cuda_operations is None:
         _cuda_operations = _parsed(os.environ.get("PDARTS_CUDA_OPERATIONS", " ".join(CUDA_OPERATIONS)))
+        if any(torch.cuda.get_device_capability(i) < (7, 0) for i in range(torch.cuda.device_count())):
+            _cuda_operations &= {"mixed"}  # the kernels of cells have more parameters than such a device takes
     return _cuda_operations
 
 
@@ -141,8 +143,12 @@ def supports(operation: str, x) -> bool:
     if kind not in ("cpu", "cuda") or (kind == "cuda" and operation not in on_cuda()):
         return False
     if operation != "mixed":
-        floating = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(kind)
-        if not floating or (kind == "cuda" and not x.numel()):
+        autocast = torch.is_autocast_enabled(kind)
+        if kind == "cuda" and x.dtype in (torch.bfloat16, torch.float16):  # under autocast in the type of convolutions
+            known = not autocast or x.dtype == torch.get_autocast_dtype(kind)
+        else:
+            known = x.dtype in (torch.float32, torch.float64) and not autocast
+        if not known or (kind == "cuda" and not x.numel()):
             return False
     return runs(operation, x.device)
 

@@ -94,12 +94,13 @@ class Case:
         settings = {"training": self.training, "momentum": 0.3, "dropout": dropout}
         return function(inputs, operations, self.outputs, probabilities, norms, **settings)
 
-    def run(self, function, dtype=torch.float64, needed=None):
+    def run(self, function, dtype=torch.float64, needed=None, of_parameters=None):
         """Result, gradients and running statistics."""
-        tensors = [t.detach().to(self.device, dtype) for t in self.tensors]
+        types = [dtype] * len(self.inputs) + [of_parameters or dtype] * (len(self.tensors) - len(self.inputs))
+        tensors = [t.detach().to(self.device, of) for t, of in zip(self.tensors, types)]
         for i in needed if needed is not None else range(len(tensors)):
             tensors[i].requires_grad_()
-        running = [t.to(self.device, dtype, copy=True) for t in self.running]
+        running = [t.to(self.device, of_parameters or dtype, copy=True) for t in self.running]
         y = self.call(function, tensors, running)
         gradient = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
         gradients = torch.autograd.grad(y, [t for t in tensors if t.requires_grad], gradient)
@@ -125,6 +126,19 @@ def test_fused_cell_in_float32_is_about_as_exact_as_plain_torch(stride):
     for a, b, r in zip(mine, plain, right, strict=True):
         errors = [float((t.double() - r).norm() / r.norm()) for t in (a, b)]
         assert errors[0] <= 3 * errors[1] + 1e-6
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_cell_in_16_bits_is_as_exact_as_plain_torch(dtype, stride):
+    case = Case((4, 36, 16, 16), stride)
+    right, plain = case.run(cell_ref), case.run(cell_ref, dtype)
+    types = [dtype, torch.float32] if case.device == "cuda" else [dtype]  # of a network in 16 bits, and under autocast
+    for of_parameters in types:
+        mine = case.run(cell, dtype, of_parameters=of_parameters)
+        for a, b, r in zip(mine, plain, right, strict=True):
+            errors = [float((t.double() - r).norm() / r.norm()) for t in (a, b)]
+            assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
 
 
 def test_fused_cell_gradients_are_numerical_derivatives():

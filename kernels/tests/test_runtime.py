@@ -53,15 +53,25 @@ def supported(x):
 def test_operations_on_cuda_are_those_that_are_named(on_cuda, monkeypatch, operations, expected):
     assert set(supported(Map(torch.float32))) == kernels.CUDA_OPERATIONS  # without a word of the user's
     assert set(kernels.use_on_cuda(operations).split()) == kernels.CUDA_OPERATIONS
-    assert supported(Map(torch.float32)) == supported(Map(torch.float64)) == expected
-    assert (
-        supported(Map(torch.bfloat16))
-        == supported(Map(torch.float32, elements=0))
-        == [n for n in expected if n == "mixed"]
-    )
+    for dtype in torch.float32, torch.float64, torch.bfloat16, torch.float16:
+        assert supported(Map(dtype)) == expected
+    assert supported(Map(torch.float32, elements=0)) == [n for n in expected if n == "mixed"]
     monkeypatch.setattr(runtime, "_cuda_operations", None)
     monkeypatch.setenv("PDARTS_CUDA_OPERATIONS", operations)
     assert supported(Map(torch.float32)) == expected
+
+
+def test_cells_on_cuda_take_the_type_of_autocast(on_cuda, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert "cell" in supported(Map(torch.bfloat16))
+    assert supported(Map(torch.float16)) == supported(Map(torch.float32)) == ["mixed"]
+
+
+def test_where_a_device_is_old_only_the_mixed_operation_is_fused(on_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (6, 1)][i])
+    assert supported(Map(torch.float32)) == ["mixed"]
 
 
 def test_unknown_operations_on_cuda_are_refused(on_cuda, monkeypatch):

@@ -17,6 +17,7 @@ namespace {
 constexpr int kResults = 64;  // of a thread, in registers
 constexpr int kChannels = 4;  // whose tiles are in shared memory together
 constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
+constexpr int kAhead = 4;     // loads of a thread that are in flight while it computes
 
 // Taps of the largest kernel, and what keeps 16 bytes aligned.
 template <int... K>
@@ -24,11 +25,15 @@ constexpr int taps_of(std::integer_sequence<int, K...>) {
   return static_cast<int>(quotient_up(std::max({K * K...}), 4) * 4);
 }
 constexpr int kTaps = taps_of(PdartsKernels());
+constexpr int kTapThreads = kThreads / kChannels;
+static_assert(kTaps <= kTapThreads);
 
-// Blocks that a multiprocessor has room for, as registers go.
+// Blocks that a multiprocessor has room for, as registers go; T: the type of feature maps. All else is in A, the type
+// that they are added up in.
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 
+// f(T()) of the type that sums of a PdartsType are added up in.
 template <class F>
 void with_float(int type, F f) {
   type == kFloat64 ? f(double()) : f(float());
@@ -48,8 +53,8 @@ __device__ __forceinline__ void with_taps(int kernel, int dilation, F f) {
   with_taps(kernel, dilation, f, PdartsKernels());
 }
 
-template <class T>
-__device__ Norm<T> norm_of(const PdartsNorm& norm, int c) {
+template <class A>
+__device__ Norm<A> norm_of(const PdartsNorm& norm, int c) {
   return {norm.mean, norm.invstd, norm.gamma, norm.beta, c};
 }
 
@@ -85,6 +90,14 @@ __device__ __forceinline__ void load_packs(const T* from, T (&to)[N]) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
+
+// What a block knows before it loads: where tiles lie, and the norms of the channels that it loads and of the next.
+template <class T>
+struct alignas(16) LoadPlan {
+  Region region;
+  const T* x;  // first channel of the first image
+  Norm<Accumulated<T>> norms[2][kChannels];
+};
 
 // moments [2][out] of a block: of each of O channels the mean of what the threads have, R rows of a column each, and
 // the sum of the squared distances from it. shared: (kWarps + 1) * O elements.
@@ -126,59 +139,67 @@ __device__ __forceinline__ void write_moments(
 template <int S, int O, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kernel(
     const __grid_constant__ PdartsConvolutions all, const Tiles t, int together, int elements, bool vectors) {
-  constexpr int R = kResults / O, V = 16 / sizeof(T);
+  using A = Accumulated<T>;
+  constexpr int R = kResults / O, V = 16 / sizeof(A);
   const PdartsConvolution& d = all.at[blockIdx.y];
   extern __shared__ __align__(16) double memory[];
-  T* tiles = reinterpret_cast<T*>(memory);
-  T* pointwise = tiles + elements;
-  T* weight = pointwise + together * O;
+  A* tiles = reinterpret_cast<A*>(memory);
+  A* pointwise = tiles + elements;
+  A* weight = pointwise + together * O;
   Place at(t, R);
   int first = at.c * O;
   if (first >= d.out) return;
+  int n = static_cast<int>(at.group) * t.images;
+  unsigned plane = all.H * all.W;
+  __shared__ LoadPlan<T> plan;
+  auto gather_norms = [&](int c0) {
+    if (static_cast<int>(threadIdx.x) < min(together, d.C - c0)) {
+      plan.norms[c0 / kChannels % 2][threadIdx.x] = norm_of<A>(d.norm, c0 + threadIdx.x);
+    }
+  };
+  gather_norms(0);
+  if (threadIdx.x == 0) {
+    plan.region = region_of<T>(
+        vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding, all.N - n,
+        static_cast<int64_t>(d.C) * plane, together);
+    plan.x = static_cast<const T*>(d.x) + static_cast<int64_t>(n) * d.C * plane;
+  }
   clear(tiles, together * t.images * t.image);
-  int n = static_cast<int>(at.group) * t.images, size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
+  int size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
   bool works = at.image < t.images && n + at.image < all.N && at.column < all.OW;
   int rows = works ? max(0, min(R, all.OH - at.row)) : 0;
-  T sum[R][O] = {};
+  A sum[R][O] = {};
   for (int c0 = 0; c0 < d.C; c0 += together) {
     int channels = min(together, d.C - c0);
     if (c0) __syncthreads();
-    // One by one where registers would not do for more.
-    constexpr int some = S == 1 ? kChannels : 1;
-    int64_t plane = static_cast<int64_t>(all.H) * all.W;
-#pragma unroll 1
-    for (int i = 0; i < channels; i += some) {
-      Region region =
-          region_of<T>(vectors, t, all.H, all.W, at.tile_row * S - d.padding, at.tile_column * S - d.padding);
-      load_tiles<S, T>(
-          vectors, tiles + i * t.images * t.image, t, region, min(some, channels - i), all.N - n, d.C * plane,
-          [&](int k) { return static_cast<const T*>(d.x) + (static_cast<int64_t>(n) * d.C + c0 + i + k) * plane; },
-          [&](int k, T x) { return norm_of<T>(d.norm, c0 + i + k).rectified(x); });
-    }
+    load_tiles<S, T>(
+        vectors, tiles, t, plan.region, channels,
+        [&](int k) { return plan.x + static_cast<uint64_t>(static_cast<unsigned>(c0 + k)) * plane; },
+        [&](int k) { return [norm = plan.norms[c0 / kChannels % 2][k]](A x) { return norm.rectified(x); }; });
 #pragma unroll 1
     for (int i = threadIdx.x; i < channels * O; i += kThreads) {
       int o = first + i % O;
-      pointwise[i] = o < d.out ? static_cast<const T*>(d.pointwise)[o * d.C + c0 + i / O] : T(0);
+      pointwise[i] = o < d.out ? static_cast<const A*>(d.pointwise)[o * d.C + c0 + i / O] : A(0);
     }
-    int taps = d.kernel * d.kernel;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < channels * taps; i += kThreads) {
-      weight[i / taps * kTaps + i % taps] = d.weight ? static_cast<const T*>(d.weight)[c0 * taps + i] : T(1);
+    int taps = d.kernel * d.kernel, channel = threadIdx.x / kTapThreads, tap = threadIdx.x % kTapThreads;
+    if (channel < channels && tap < taps) {
+      weight[channel * kTaps + tap] = d.weight ? static_cast<const A*>(d.weight)[(c0 + channel) * taps + tap] : A(1);
     }
+    gather_norms(c0 + together);
     __syncthreads();
     if (!rows) continue;
     for (int i = 0; i < channels; i++) {
-      const T* from = tiles + i * t.images * t.image + at.offset(t, R, S);
-      T z[R] = {};
+      const A* from = tiles + i * t.images * t.image + at.offset(t, R, S);
+      A z[R] = {};
       with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
-        constexpr bool fits = K.value <= (S == 1 ? 7 : 5);  // into registers; else each is loaded where it is used
-        std::conditional_t<fits, T[quotient_up(K.value * K.value, V) * V], const volatile T*> w;
+        constexpr bool fits = K.value <= 5;  // into registers; else each is loaded where it is used
+        std::conditional_t<fits, A[quotient_up(K.value * K.value, V) * V], const volatile A*> w;
         if constexpr (fits) {
           load_packs(weight + i * kTaps, w);
         } else {
           w = weight + i * kTaps;
         }
-        for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, T v) {
+        for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, A v) {
           z[r] += w[row * K.value + column] * v;
         });
       });
@@ -186,12 +207,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
         T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
 #pragma unroll
         for (int r = 0; r < R; r++) {
-          if (r < rows) to[r * all.OW] = z[r];
+          if (r < rows) to[r * all.OW] = static_cast<T>(z[r]);
         }
       }
 #pragma unroll
       for (int o = 0; o < O; o += V) {
-        T p[V];
+        A p[V];
         load_packs(pointwise + i * O + o, p);
 #pragma unroll
         for (int l = 0; l < V; l++) {
@@ -206,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
   for (int o = 0; o < O; o++) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      if (r < rows && first + o < d.out) to[static_cast<int64_t>(o) * size + r * all.OW] = sum[r][o];
+      if (r < rows && first + o < d.out) to[static_cast<int64_t>(o) * size + r * all.OW] = static_cast<T>(sum[r][o]);
     }
   }
   if (!d.moments) return;
@@ -219,12 +240,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
 template <int S, class T>
 __global__ void __launch_bounds__(kThreads)
     cell_pool_kernel(const __grid_constant__ PdartsCellPools all, const Tiles t) {
+  using A = Accumulated<T>;
   const PdartsCellPool& d = all.at[blockIdx.y];
   Place at(t, kRows);
   int64_t n = at.group * t.images + at.image, plane = n * all.C + at.c;
   int stride = S < 3 ? S : all.stride, rows = max(0, min(kRows, all.OH - at.row));
   if (at.image >= t.images || n >= all.N || at.column >= all.OW) rows = 0;
-  T of_rows[kRows] = {};
+  A of_rows[kRows] = {};
   if (rows) {
     const T* from = static_cast<const T*>(d.x) + plane * all.H * all.W;
     auto element = [&](int h, int w) { return from[h * all.W + w]; };
@@ -235,14 +257,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   T* to = static_cast<T*>(d.y) + plane * all.OH * all.OW + static_cast<int64_t>(at.row) * all.OW + at.column;
-  T sum[1] = {};
+  A sum[1] = {};
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    if (r < rows) to[r * all.OW] = of_rows[r], sum[0] += of_rows[r];
+    if (r < rows) to[r * all.OW] = static_cast<T>(of_rows[r]), sum[0] += of_rows[r];
   }
   if (!d.moments) return;
   sum_of_block(sum);
-  T mean = sum[0] / t.count(at.split, kRows, all.OH, all.OW), square[1] = {};
+  A mean = sum[0] / t.count(at.split, kRows, all.OH, all.OW), square[1] = {};
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     if (r < rows) square[0] += (of_rows[r] - mean) * (of_rows[r] - mean);
@@ -292,22 +314,22 @@ __global__ void __launch_bounds__(kThreads) cell_rows_kernel(const __grid_consta
 
 // What PdartsIncoming has of a channel: a * g + b * (y - mean) + c, where a is still to be multiplied by p_n if each
 // image has its own.
-template <class T>
+template <class A>
 struct Coefficients {
-  T a, b, mean, c;
-  __device__ __forceinline__ T gradient(T p, T g, T y) const { return a * p * g + b * (y - mean) + c; }
+  A a, b, mean, c;
+  __device__ __forceinline__ A gradient(A p, A g, A y) const { return a * p * g + b * (y - mean) + c; }
 };
 
-template <class T>
-__device__ Coefficients<T> coefficients_of(const PdartsIncoming& d, int c) {
-  auto of = [c](const void* values, T without) { return values ? static_cast<const T*>(values)[c] : without; };
-  T p = d.p && !d.per_image ? *static_cast<const T*>(d.p) : T(1);
+template <class A>
+__device__ Coefficients<A> coefficients_of(const PdartsIncoming& d, int c) {
+  auto of = [c](const void* values, A without) { return values ? static_cast<const A*>(values)[c] : without; };
+  A p = d.p && !d.per_image ? *static_cast<const A*>(d.p) : A(1);
   return {p * of(d.norm.invstd, 1) * of(d.norm.gamma, 1), of(d.b, 0), of(d.norm.mean, 0), of(d.c, 0)};
 }
 
-template <class T>
-__device__ __forceinline__ T of_image(const PdartsIncoming& d, int64_t n) {
-  return d.per_image ? static_cast<const T*>(d.p)[n] : T(1);
+template <class A>
+__device__ __forceinline__ A of_image(const PdartsIncoming& d, int64_t n) {
+  return d.per_image ? static_cast<const A*>(d.p)[n] : A(1);
 }
 
 // V elements, of which `count` are there; -1: all of them, aligned.
@@ -341,9 +363,11 @@ __device__ __forceinline__ void store(void* to, int64_t i, int count, const Pack
 template <int I, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
+  using A = Accumulated<T>;
   constexpr int P = kResults / I, some = 16;
-  alignas(16) __shared__ T pointwise[some * I];
-  __shared__ Coefficients<T> coefficients[some];
+  static_assert(some % kAhead == 0);
+  alignas(16) __shared__ A pointwise[some * I];
+  __shared__ Coefficients<A> coefficients[some];
   const PdartsConvolution& d = all.at[blockIdx.y];
   int first = blockIdx.z * I;
   if (first >= d.C) return;
@@ -352,36 +376,44 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   int64_t pixel = (id - n * per_image) * P;
   bool works = n < all.N;
   int count = vectors ? -1 : static_cast<int>(min(size - pixel, static_cast<int64_t>(P)));
-  T sum[I][P] = {}, p = works ? of_image<T>(d.incoming, n) : T(0);
+  A sum[I][P] = {}, p = works ? of_image<A>(d.incoming, n) : A(0);
+  Pack<T, P> g[kAhead], y[kAhead] = {};  // of the next results, in flight while these are computed
+  int left = works ? d.out : 0;
+  int64_t from = n * d.channels * size + pixel;
+  auto fetch = [&](int u) {
+    if (left-- <= 0) return;
+    g[u] = load<P, T>(d.incoming.g, from, count);
+    if (d.incoming.b) y[u] = load<P, T>(d.incoming.y, from, count);
+    from += size;
+  };
+#pragma unroll
+  for (int u = 0; u < kAhead; u++) fetch(u);
   for (int o0 = 0; o0 < d.out; o0 += some) {
     int outs = min(some, d.out - o0);
     if (o0) __syncthreads();
     for (int i = threadIdx.x; i < outs * I; i += kThreads) {
       int c = first + i % I;
-      pointwise[i] = c < d.C ? static_cast<const T*>(d.pointwise)[static_cast<int64_t>(o0 + i / I) * d.C + c] : T(0);
+      pointwise[i] = c < d.C ? static_cast<const A*>(d.pointwise)[static_cast<int64_t>(o0 + i / I) * d.C + c] : A(0);
     }
-    if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<T>(d.incoming, o0 + threadIdx.x);
+    if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, o0 + threadIdx.x);
     __syncthreads();
     if (!works) continue;
-    int64_t next = (n * d.channels + o0) * size + pixel;
-    Pack<T, P> next_g = load<P, T>(d.incoming.g, next, count), next_y = {};
-    if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
 #pragma unroll 1
-    for (int j = 0; j < outs; j++) {
-      Pack<T, P> g = next_g, y = next_y;
-      if (j + 1 < outs) {  // in flight while this one is computed
-        next += size;
-        next_g = load<P, T>(d.incoming.g, next, count);
-        if (d.incoming.b) next_y = load<P, T>(d.incoming.y, next, count);
-      }
-      Coefficients<T> of = coefficients[j];
+    for (int j = 0; j < outs; j += kAhead) {
 #pragma unroll
-      for (int q = 0; q < P; q++) g.v[q] = of.gradient(p, g.v[q], y.v[q]);
+      for (int u = 0; u < kAhead; u++) {
+        if (j + u >= outs) break;
+        Coefficients<A> of = coefficients[j + u];
+        A of_y[P];
 #pragma unroll
-      for (int i = 0; i < I; i++) {
-        T w = pointwise[j * I + i];
+        for (int q = 0; q < P; q++) of_y[q] = of.gradient(p, element<A>(g[u], q), element<A>(y[u], q));
+        fetch(u);
 #pragma unroll
-        for (int q = 0; q < P; q++) sum[i][q] += w * g.v[q];
+        for (int i = 0; i < I; i++) {
+          A w = pointwise[(j + u) * I + i];
+#pragma unroll
+          for (int q = 0; q < P; q++) sum[i][q] += w * of_y[q];
+        }
       }
     }
   }
@@ -390,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   for (int i = 0; i < I; i++) {
     Pack<T, P> pack;
 #pragma unroll
-    for (int q = 0; q < P; q++) pack.v[q] = sum[i][q];
+    for (int q = 0; q < P; q++) pack.v[q] = static_cast<T>(sum[i][q]);
     if (first + i < d.C) store<P, T>(d.grad_z, (n * d.C + first + i) * size + pixel, count, pack);
   }
 }
@@ -401,20 +433,21 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 template <int B, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_pointwise_kernel(const __grid_constant__ PdartsConvolutions all, int splits, bool vectors) {
-  constexpr int V = 16 / sizeof(T), Q = 512 / sizeof(T), pitch = Q + V, M = B / 8, N = B / 4;
-  alignas(16) __shared__ T shared[2 * B * pitch];
-  __shared__ Coefficients<T> coefficients[B];
+  using A = Accumulated<T>;
+  constexpr int V = 16 / sizeof(A), Q = 512 / sizeof(A), pitch = Q + V, M = B / 8, N = B / 4;
+  alignas(16) __shared__ A shared[2 * B * pitch];
+  __shared__ Coefficients<A> coefficients[B];
   const PdartsConvolution& d = all.at[blockIdx.y];
   int split = blockIdx.x % splits, across = (d.C + B - 1) / B;
   int c0 = static_cast<int>(blockIdx.x / splits) % across * B, o0 = static_cast<int>(blockIdx.x / splits) / across * B;
   if (o0 >= d.out) return;
   if (threadIdx.x < B && o0 + threadIdx.x < d.out) {
-    coefficients[threadIdx.x] = coefficients_of<T>(d.incoming, o0 + threadIdx.x);
+    coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, o0 + threadIdx.x);
   }
   __syncthreads();
   int size = all.OH * all.OW, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t pixels = all.N * size;
-  T sum[M][N] = {};
+  A sum[M][N] = {};
   for (int64_t start = static_cast<int64_t>(split) * Q; start < pixels; start += static_cast<int64_t>(splits) * Q) {
     int64_t image = start / size;
     int begin = static_cast<int>(start - image * size);
@@ -422,27 +455,31 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       int row = i / (Q / V), q = i % (Q / V) * V;
       bool of_g = row < B;
       int channel = of_g ? o0 + row : c0 + row - B;
-      Pack<T, V> pack = {};
+      Pack<A, V> pack = {};
       if (channel < (of_g ? d.out : d.C)) {
         auto value = [&](int64_t n, int pixel, int count) {
-          Pack<T, V> v;
+          Pack<A, V> result;
+          Pack<T, V> v, y = {};
           if (of_g) {
             int64_t from = (n * d.channels + channel) * size + pixel;
-            Pack<T, V> y = {};
             v = load<V, T>(d.incoming.g, from, count);
             if (d.incoming.b) y = load<V, T>(d.incoming.y, from, count);
-            T p = of_image<T>(d.incoming, n);
+            A p = of_image<A>(d.incoming, n);
 #pragma unroll
-            for (int l = 0; l < V; l++) v.v[l] = coefficients[row].gradient(p, v.v[l], y.v[l]);
+            for (int l = 0; l < V; l++) {
+              result.v[l] = coefficients[row].gradient(p, element<A>(v, l), element<A>(y, l));
+            }
           } else {
             v = load<V, T>(d.z ? d.z : d.x, (n * d.C + channel) * size + pixel, count);
-            if (!d.z) {
-              Norm<T> norm = norm_of<T>(d.norm, channel);
 #pragma unroll
-              for (int l = 0; l < V; l++) v.v[l] = norm.rectified(v.v[l]);
+            for (int l = 0; l < V; l++) result.v[l] = element<A>(v, l);
+            if (!d.z) {
+              Norm<A> norm = norm_of<A>(d.norm, channel);
+#pragma unroll
+              for (int l = 0; l < V; l++) result.v[l] = norm.rectified(result.v[l]);
             }
           }
-          return v;
+          return result;
         };
         if (vectors) {
           int64_t n = image + (begin + q) / size;
@@ -455,20 +492,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
           }
         }
       }
-      *reinterpret_cast<Pack<T, V>*>(shared + row * pitch + q) = pack;
+      *reinterpret_cast<Pack<A, V>*>(shared + row * pitch + q) = pack;
     }
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < Q / V / kWarps; step++) {
       int q = (warp * (Q / V / kWarps) + step) * V;
-      Pack<T, V> g[M], z[N];
+      Pack<A, V> g[M], z[N];
 #pragma unroll
       for (int i = 0; i < M; i++) {
-        g[i] = *reinterpret_cast<const Pack<T, V>*>(shared + (lane % 8 + 8 * i) * pitch + q);
+        g[i] = *reinterpret_cast<const Pack<A, V>*>(shared + (lane % 8 + 8 * i) * pitch + q);
       }
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        z[j] = *reinterpret_cast<const Pack<T, V>*>(shared + (B + lane / 8 + 4 * j) * pitch + q);
+        z[j] = *reinterpret_cast<const Pack<A, V>*>(shared + (B + lane / 8 + 4 * j) * pitch + q);
       }
 #pragma unroll
       for (int l = 0; l < V; l++) {
@@ -486,13 +523,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     for (int i = 0; i < M; i++) {
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        T& to = shared[(lane % 8 + 8 * i) * B + lane / 8 + 4 * j];
+        A& to = shared[(lane % 8 + 8 * i) * B + lane / 8 + 4 * j];
         if (turn == warp) to = turn ? to + sum[i][j] : sum[i][j];
       }
     }
     __syncthreads();
   }
-  T* to = static_cast<T*>(d.of_pointwise) + static_cast<int64_t>(split) * d.out * d.C;
+  A* to = static_cast<A*>(d.of_pointwise) + static_cast<int64_t>(split) * d.out * d.C;
   for (int i = threadIdx.x; i < B * B; i += kThreads) {
     int o = o0 + i / B, c = c0 + i % B;
     if (o < d.out && c < d.C) to[static_cast<int64_t>(o) * d.C + c] = shared[i];
@@ -506,41 +543,43 @@ template <int S, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
     const __grid_constant__ PdartsConvolutions all, const __grid_constant__ PdartsTargets targets, const Tiles t,
     int before, bool vectors) {
+  using A = Accumulated<T>;
   constexpr int R = kRows / S;
   const PdartsTarget& target = targets.at[blockIdx.y];
   const PdartsConvolution& any = all.at[target.first];
   extern __shared__ double memory[];
-  T* tile = reinterpret_cast<T*>(memory);
-  T* weight = tile + kMaps * t.images * t.image;
+  A* tile = reinterpret_cast<A*>(memory);
+  A* weight = tile + kMaps * t.images * t.image;
   Place at(t, R);
   clear(tile, kMaps * t.images * t.image);
   int64_t n = at.group * t.images;
   bool works = at.image < t.images && n + at.image < all.N && at.column * S < all.W && at.row * S < all.H;
-  T sum[R][S][S] = {};
+  A sum[R][S][S] = {};
   int64_t size = static_cast<int64_t>(all.OH) * all.OW;
-  Region region = region_of<T>(vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before);
+  Region region = region_of<T>(
+      vectors, t, all.OH, all.OW, at.tile_row - before, at.tile_column - before, all.N - n, any.C * size, kMaps);
   for (int k0 = target.first; k0 < target.last; k0 += kMaps) {
     int maps = min(kMaps, target.last - k0);
     if (k0 > target.first) __syncthreads();
     for (int i = threadIdx.x; i < maps * kTaps; i += kThreads) {
       const PdartsConvolution& d = all.at[k0 + i / kTaps];
       int taps = d.kernel * d.kernel, tap = i % kTaps;
-      if (tap < taps) weight[i] = d.weight ? static_cast<const T*>(d.weight)[at.c * taps + tap] : T(1);
+      if (tap < taps) weight[i] = d.weight ? static_cast<const A*>(d.weight)[at.c * taps + tap] : A(1);
     }
     load_tiles<1, T>(
-        vectors, tile, t, region, maps, all.N - n, any.C * size,
+        vectors, tile, t, region, maps,
         [&](int i) { return static_cast<const T*>(all.at[k0 + i].grad_z) + (n * any.C + at.c) * size; },
-        [](int, T v) { return v; });
+        [](int) { return [](A v) { return v; }; });
     __syncthreads();
     if (!works) continue;
     for (int i = 0; i < maps; i++) {
       const PdartsConvolution& d = all.at[k0 + i];
-      const T* own = tile + i * t.images * t.image + at.offset(t, R, 1);
+      const A* own = tile + i * t.images * t.image + at.offset(t, R, 1);
       auto add = [&](auto K, auto D, auto E) {
         int offset = before + (d.padding - E.value) / S - kBefore<K.value, S, D.value, E.value>;
         for_gradient_taps<K.value, S, D.value, E.value, R>(
             elements_of<1>(own + offset * (t.pitch + 1), t.pitch),
-            [&](int r, int rho, int sigma, int row, int column, T v) {
+            [&](int r, int rho, int sigma, int row, int column, A v) {
               sum[r][rho][sigma] += weight[i * kTaps + row * K.value + column] * v;
             });
       };
@@ -553,27 +592,27 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
       });
     }
   }
-  Norm<T> norm = norm_of<T>(any.norm, at.c);
+  Norm<A> norm = norm_of<A>(any.norm, at.c);
   int64_t plane = ((n + at.image) * any.C + at.c) * all.H * all.W;
   int64_t first = plane + static_cast<int64_t>(at.row) * S * all.W + at.column * S;
   const T* x = static_cast<const T*>(any.x) + first;
   T* to = static_cast<T*>(target.to) + first;
-  T sums[2] = {};
+  A sums[2] = {};
 #pragma unroll
   for (int r = 0; r < R * S; r++) {
 #pragma unroll
     for (int sigma = 0; sigma < S; sigma++) {
       if (!works || at.row * S + r >= all.H || at.column * S + sigma >= all.W) continue;
       int i = r * all.W + sigma;
-      T value = x[i], g = norm.value(value) <= 0 ? T(0) : sum[r / S][r % S][sigma];
+      A value = static_cast<A>(x[i]), g = norm.value(value) <= 0 ? A(0) : sum[r / S][r % S][sigma];
       sums[0] += g, sums[1] += g * (value - norm.mean);
-      to[i] = target.add ? to[i] + g : g;
+      to[i] = static_cast<T>(target.add ? static_cast<A>(to[i]) + g : g);
     }
   }
   if (!target.sums) return;
   sum_of_block(sums);
   if (threadIdx.x) return;
-  T* partial = static_cast<T*>(target.sums) + static_cast<int64_t>(at.split) * 2 * any.C + at.c;
+  A* partial = static_cast<A*>(target.sums) + static_cast<int64_t>(at.split) * 2 * any.C + at.c;
   partial[0] = sums[0], partial[any.C] = sums[1];
 }
 
@@ -581,14 +620,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_input_kernel(
 template <int S, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_weight_kernel(const __grid_constant__ PdartsConvolutions all, const Tiles t, bool vectors) {
+  using A = Accumulated<T>;
   const PdartsConvolution& d = all.at[blockIdx.y];
   extern __shared__ double memory[];
   Place at(t, kRows);
   if (at.c >= d.C) return;
   with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
     weight_gradients<K.value, S, D.value, T>(
-        reinterpret_cast<T*>(memory), t, at, norm_of<T>(d.norm, at.c), d.x, d.grad_z, d.C, all.H, all.W, all.OH, all.OW,
-        d.padding, vectors, static_cast<T*>(d.of_weight));
+        reinterpret_cast<A*>(memory), t, at, norm_of<A>(d.norm, at.c), d.x, d.grad_z, d.C, all.H, all.W, all.OH, all.OW,
+        d.padding, vectors, static_cast<A*>(d.of_weight));
   });
 }
 
@@ -621,25 +661,32 @@ __global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_consta
 // least.
 template <int V, class T>
 __global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_constant__ PdartsTerms all) {
+  using A = Accumulated<T>;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, size = all.C * all.HW, c = i / all.HW;
   const PdartsTermsTarget& target = all.targets[blockIdx.z];
   if (i >= size) return;
   for (int64_t n = blockIdx.y; n < all.N; n += gridDim.y) {
-    Pack<T, V> sum = {};
+    A sum[V] = {};
 #pragma unroll 4
     for (int k = target.first; k < target.last; k++) {
       const PdartsTerm& d = all.at[k];
       Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
-      T p = d.p ? static_cast<const T*>(d.p)[d.per_image ? n : 0] : T(1);
-      if (d.rate) {
-        Pack<T, V> mask = mask_of<V, T>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+      A p = d.p ? static_cast<const A*>(d.p)[d.per_image ? n : 0] : A(1);
+      A values[V];
 #pragma unroll
-        for (int v = 0; v < V; v++) x.v[v] *= mask.v[v];
+      for (int v = 0; v < V; v++) values[v] = element<A>(x, v);
+      if (d.rate) {
+        Pack<A, V> mask = mask_of<V, A>(all.key, *d.rate, d.term, n, c, i - c * all.HW);
+#pragma unroll
+        for (int v = 0; v < V; v++) values[v] *= mask.v[v];
       }
 #pragma unroll
-      for (int v = 0; v < V; v++) sum.v[v] += p * x.v[v];
+      for (int v = 0; v < V; v++) sum[v] += p * values[v];
     }
-    store<V, T>(target.to, n * size + i, -1, sum);
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; v++) pack.v[v] = static_cast<T>(sum[v]);
+    store<V, T>(target.to, n * size + i, -1, pack);
   }
 }
 
@@ -656,9 +703,10 @@ __global__ void __launch_bounds__(kThreads) cell_mask_kernel(const PdartsMask d)
 template <int S, class T>
 __global__ void __launch_bounds__(kThreads)
     cell_pool_input_kernel(const __grid_constant__ PdartsPoolGradients all, const Tiles t) {
+  using A = Accumulated<T>;
   extern __shared__ double memory[];
   int size = t.images * t.image;
-  T *of_largest = reinterpret_cast<T*>(memory), *of_mean = of_largest + size;
+  A *of_largest = reinterpret_cast<A*>(memory), *of_mean = of_largest + size;
   int8_t* places = reinterpret_cast<int8_t*>(of_mean + size);
   int stride = S < 3 ? S : all.stride, OH = all.OH, OW = all.OW;
   Place at(t, kRows);
@@ -670,21 +718,22 @@ __global__ void __launch_bounds__(kThreads)
     int r = by_width.quotient(i), image = by_height.quotient(r), oh, ow = column + i - r * t.width;
     r -= image * t.height, oh = row + r;
     if (n + image >= all.N || oh >= OH || ow >= OW) continue;
-    T largest = 0, mean = 0;
-    T share = inverse<T>(elements(oh, stride, all.H)) * inverse<T>(elements(ow, stride, all.W));
+    A largest = 0, mean = 0;
+    A share = inverse<A>(elements(oh, stride, all.H)) * inverse<A>(elements(ow, stride, all.W));
     bool any = false;
     int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
     for (int k = 0; k < all.count; k++) {
       const PdartsIncoming& d = all.at[k].incoming;
-      T y = d.b ? static_cast<const T*>(d.y)[window] : T(0);
-      T g = coefficients_of<T>(d, at.c).gradient(of_image<T>(d, n + image), static_cast<const T*>(d.g)[window], y);
-      largest += all.at[k].max ? g : T(0), mean += all.at[k].max ? T(0) : g, any = any || all.at[k].max;
+      A y = d.b ? static_cast<A>(static_cast<const T*>(d.y)[window]) : A(0);
+      A g = static_cast<A>(static_cast<const T*>(d.g)[window]);
+      g = coefficients_of<A>(d, at.c).gradient(of_image<A>(d, n + image), g, y);
+      largest += all.at[k].max ? g : A(0), mean += all.at[k].max ? A(0) : g, any = any || all.at[k].max;
     }
     int to = image * t.image + r * t.pitch + ow - column;
     of_largest[to] = largest, of_mean[to] = mean * share, places[to] = -1;
     if (!any) continue;
     const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
-    places[to] = place_of_largest<T>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
+    places[to] = place_of_largest<A>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
   }
   __syncthreads();
   if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
@@ -692,13 +741,13 @@ __global__ void __launch_bounds__(kThreads)
           static_cast<int64_t>(at.row) * all.W + at.column;
 #pragma unroll 1
   for (int r = 0; r < min(kRows, all.H - at.row); r++) {
-    T sum = 0;
+    A sum = 0;
     for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
       int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
       sum += of_mean[from];
       if (places[from] == place) sum += of_largest[from];
     });
-    to[r * all.W] = all.add ? to[r * all.W] + sum : sum;
+    to[r * all.W] = static_cast<T>(all.add ? static_cast<A>(to[r * all.W]) + sum : sum);
   }
 }
 
@@ -723,13 +772,18 @@ int quotient(int a, int b) { return static_cast<int>(quotient_up(a, b)); }
 int channels_of(const PdartsConvolution& d) { return d.C; }
 int results_of(const PdartsConvolution& d) { return d.out; }
 
-// f(how many of some channels a thread takes): more are fewer times the rest of the work, but some may be left idle.
-template <class F>
+// f(how many of some channels a thread takes): more are fewer times the rest of the work, but some may be left idle. In
+// float64, which is there for checks, 16, so that less is compiled.
+template <class T, class F>
 void with_channels(int channels, F f) {
   auto cost = [&](int n) { return quotient(channels, n) * (n + 24); };
   int best = 16;
   for (int n : {32, 64}) best = cost(n) < cost(best) ? n : best;
-  best == 16 ? f(Int<16>()) : best == 32 ? f(Int<32>()) : f(Int<64>());
+  if constexpr (sizeof(T) == 8) {
+    f(Int<16>());
+  } else {
+    best == 16 ? f(Int<16>()) : best == 32 ? f(Int<32>()) : f(Int<64>());
+  }
 }
 
 int reach(const PdartsConvolution& d) { return (d.kernel - 1) * d.dilation; }
@@ -741,21 +795,21 @@ Tiles one_group(Tiles t) {
 }
 
 // f(T, stride, results, tiles, bytes of shared memory, elements of tiles in it, of how many channels) for the forward
-// pass.
+// pass. In shared memory are sums' types.
 template <class F>
 void with_convolutions(const PdartsConvolutions& all, F f) {
   int out = most(all, results_of), together = std::min(kChannels, most(all, channels_of));
-  with_float(all.type, [&](auto type) {
-    using T = decltype(type);
-    with_channels(out, [&](auto O) {
+  with_type(all.type, [&](auto type) {
+    using A = Accumulated<decltype(type)>;
+    with_channels<A>(out, [&](auto O) {
       int around = most(all, reach) + 1 - all.stride;
-      int extra = together * (O.value + kTaps) * static_cast<int>(sizeof(T));
+      int extra = together * (O.value + kTaps) * static_cast<int>(sizeof(A));
       Tiles t = one_group(tiles_of(
-          all.N, quotient(out, O.value), all.OH, all.OW, kResults / O.value, all.stride, around, together * sizeof(T),
-          kShared - extra));
+          all.N, quotient(out, O.value), all.OH, all.OW, kResults / O.value, all.stride, around, together * sizeof(A),
+          kShared - extra - static_cast<int>(sizeof(LoadPlan<decltype(type)>))));
       int elements = together * t.images * t.image, least = (kWarps + 1) * O.value;
       elements = quotient(std::max(elements, least), 4) * 4;
-      int bytes = elements * static_cast<int>(sizeof(T)) + extra;
+      int bytes = elements * static_cast<int>(sizeof(A)) + extra;
       all.stride == 1 ? f(type, Int<1>(), O, t, bytes, elements, together)
                       : f(type, Int<2>(), O, t, bytes, elements, together);
     });
@@ -767,15 +821,15 @@ Tiles tiles_of(const PdartsCellPools& all) { return one_group(tiles_of(all.N, al
 // f(T, stride, tiles, bytes, elements before) for the gradients of inputs.
 template <class F>
 void with_inputs(const PdartsConvolutions& all, F f) {
-  with_float(all.type, [&](auto type) {
-    using T = decltype(type);
+  with_type(all.type, [&](auto type) {
+    using A = Accumulated<decltype(type)>;
     int before = 0, after = 0, s = all.stride;
     for_each(all, [&](const PdartsConvolution& d) {
       int parity = s == 1 ? 0 : d.padding & 1, whole = (d.padding - parity) / s;
       before = std::max(before, (reach(d) - parity + s - 1) / s - whole);
       after = std::max(after, whole + (parity + s - 1) / s);
     });
-    int element = kMaps * static_cast<int>(sizeof(T)), extra = kTaps * element, sums = kWarps * element;
+    int element = kMaps * static_cast<int>(sizeof(A)), extra = kTaps * element, sums = kWarps * element;
     Tiles t = one_group(tiles_of(
         all.N, all.at[0].C, quotient(all.H, s), quotient(all.W, s), kRows / s, 1, before + after, element,
         kShared - extra - sums));
@@ -787,13 +841,13 @@ void with_inputs(const PdartsConvolutions& all, F f) {
 // f(T, stride, tiles, bytes) for the gradients of depthwise weights.
 template <class F>
 void with_weights(const PdartsConvolutions& all, F f) {
-  with_float(all.type, [&](auto type) {
-    using T = decltype(type);
+  with_type(all.type, [&](auto type) {
+    using A = Accumulated<decltype(type)>;
     int around = most(all, reach) + 1 - all.stride, C = most(all, channels_of), kernel = 0;
     for_each(all, [&](const PdartsConvolution& d) { kernel = std::max(kernel, d.kernel); });
-    Tiles t = tiles_of(all.N, C, all.OH, all.OW, kRows, all.stride, around, sizeof(T));
+    Tiles t = tiles_of(all.N, C, all.OH, all.OW, kRows, all.stride, around, sizeof(A));
     t.step = std::min(t.step, std::max<int64_t>(1, quotient_up(kBlocks, t.C * t.rows * t.columns * all.count)));
-    int bytes = std::max(t.images * t.image, kWarps * kernel * kernel) * static_cast<int>(sizeof(T));
+    int bytes = std::max(t.images * t.image, kWarps * kernel * kernel) * static_cast<int>(sizeof(A));
     all.stride == 1 ? f(type, Int<1>(), t, bytes) : f(type, Int<2>(), t, bytes);
   });
 }
@@ -802,7 +856,7 @@ void with_weights(const PdartsConvolutions& all, F f) {
 template <class F>
 void with_pointwise(const PdartsConvolutions& all, F f) {
   bool small = std::max(most(all, channels_of), most(all, results_of)) <= 16;
-  with_float(all.type, [&](auto type) { small ? f(type, Int<16>()) : f(type, Int<32>()); });
+  with_type(all.type, [&](auto type) { small ? f(type, Int<16>()) : f(type, Int<32>()); });
 }
 
 int pointwise_blocks(const PdartsConvolutions& all, int B) {
@@ -867,7 +921,7 @@ int32_t cell_weight_splits_cuda(const PdartsConvolutions* all) {
 int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all) {
   int64_t splits = 1;
   with_pointwise(*all, [&](auto type, auto B) {
-    int64_t chunks = quotient_up(all->N * all->OH * all->OW, 512 / sizeof(type));
+    int64_t chunks = quotient_up(all->N * all->OH * all->OW, 512 / sizeof(Accumulated<decltype(type)>));
     int64_t blocks = int64_t(pointwise_blocks(*all, B.value)) * all->count;
     splits = std::max<int64_t>(1, std::min(chunks, quotient_up(kBlocks, blocks)));
   });
@@ -890,7 +944,7 @@ void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
 
 void cell_convolution_statistics_cuda(const PdartsConvolutions* all, const PdartsStatistics* to, void* stream) {
   with_convolutions(*all, [&](auto type, auto, auto results, const Tiles& t, int, int, int) {
-    launch_statistics<decltype(type)>(
+    launch_statistics<Accumulated<decltype(type)>>(
         *to, t, kResults / results.value, all->OH, all->OW, static_cast<cudaStream_t>(stream));
   });
 }
@@ -899,7 +953,7 @@ void cell_pools_cuda(const PdartsCellPools* call, void* stream_) {
   const PdartsCellPools& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Tiles t = tiles_of(all);
-  with_float(all.type, [&](auto type) {
+  with_type(all.type, [&](auto type) {
     with_stride(all.stride, [&](auto stride) {
       using T = decltype(type);
       constexpr int S = stride.value;
@@ -919,8 +973,8 @@ void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) 
   const PdartsConvolutions& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   int C = most(all, channels_of);
-  with_float(all.type, [&](auto type) {
-    with_channels(C, [&](auto channels) {
+  with_type(all.type, [&](auto type) {
+    with_channels<decltype(type)>(C, [&](auto channels) {
       using T = decltype(type);
       constexpr int I = channels.value, P = kResults / I;
       int64_t threads = all.N * quotient_up(int64_t(all.OH) * all.OW, P);
@@ -938,7 +992,8 @@ void cell_pointwise_gradients_cuda(const PdartsConvolutions* call, void* stream_
     using T = decltype(type);
     constexpr int B = side.value;
     dim3 grid(splits * pointwise_blocks(all, B), all.count);
-    cell_pointwise_kernel<B, T><<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(T)));
+    cell_pointwise_kernel<B, T>
+        <<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(Accumulated<T>)));
   });
 }
 
@@ -988,7 +1043,7 @@ void cell_sums_cuda(const PdartsSums* sums, void* stream_) {
 
 void cell_terms_cuda(const PdartsTerms* terms, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_float(terms->type, [&](auto type) {
+  with_type(terms->type, [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
     unsigned images = static_cast<unsigned>(std::min<int64_t>(terms->N, 65535));
@@ -1011,10 +1066,10 @@ void dropout_mask_cuda(const PdartsMask* mask, void* stream) {
 void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
   const PdartsPoolGradients& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_float(all.type, [&](auto type) {
+  with_type(all.type, [&](auto type) {
     with_stride(all.stride, [&](auto stride) {
       using T = decltype(type);
-      constexpr int S = stride.value, element = 2 * sizeof(T) + 1;
+      constexpr int S = stride.value, element = 2 * sizeof(Accumulated<T>) + 1;
       Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
       cell_pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
     });

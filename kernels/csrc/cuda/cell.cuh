@@ -1,6 +1,7 @@
 // What a cell (cell.h) consists of on CUDA, on raw pointers and apart from torch: each launch has all operations of one
-// kind and size that do not wait for each other. Tensors are dense, in NCHW, of type kFloat32 or kFloat64, and sums are
-// added up in that type, over blocks in double. Results are the same bits at every call.
+// kind and size that do not wait for each other. Feature maps, z and their gradients are dense, in NCHW, of any type;
+// all else has the type that sums are added up in, over blocks in double: double for kFloat64, else float. Results are
+// the same bits at every call.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +12,13 @@
 
 using PdartsKernels = std::integer_sequence<int, 3, 5, 7>;  // sizes, CUDA_KERNEL_SIZES of program.py
 
-constexpr int kPdartsTogether = 64;  // operations of a launch, at most
+// Operations of a launch, at most. Devices older than sm_70 take 4,096 bytes of parameters: kernels are compiled for
+// them, as parts of one library, but never launched there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+constexpr int kPdartsTogether = 8;
+#else
+constexpr int kPdartsTogether = 64;
+#endif
 
 // gamma_c * (x - mean_c) * invstd_c + beta_c, c: the channel; [C] each, nullptr: 0, 1, 1, 0.
 struct PdartsNorm {

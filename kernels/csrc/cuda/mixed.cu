@@ -25,17 +25,6 @@ __device__ __forceinline__ Pack<T, V> load(const void* p, int64_t i) {
   return *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p) + i);
 }
 
-// Element i in the type that is accumulated in. ptxas would give each bfloat16 of a word a register of its own.
-template <class A, class T, int V>
-__device__ __forceinline__ A element(const Pack<T, V>& pack, int i) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
-    uint32_t word = reinterpret_cast<const uint32_t*>(pack.v)[i / 2];
-    return __uint_as_float(i % 2 ? word & 0xffff0000 : word << 16);
-  } else {
-    return static_cast<A>(pack.v[i]);
-  }
-}
-
 template <int V, class T, class A>
 __device__ __forceinline__ void store(void* p, int64_t i, const A (&values)[V]) {
   Pack<T, V> pack;

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreadBits = 8, kThreads = 1 << kThreadBits;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = 4;           // rows of a thread
 constexpr int kLoads = 2;          // loads that a thread has in flight
@@ -26,6 +26,7 @@ int log2_up(int64_t n, int most) {
 struct Divisor {
   int d;
   uint64_t factor;
+  Divisor() = default;
   __device__ explicit Divisor(int d) : d(d), factor(0xffffffffu / static_cast<unsigned>(d) + uint64_t(1)) {}
   __device__ int quotient(int i) const { return static_cast<int>(static_cast<unsigned>(i) * factor >> 32); }
 };
@@ -107,7 +108,8 @@ struct Place {
 // f of the elements of a channel, before it is rectified and after: gamma * (x - mean) * invstd + beta.
 template <class A>
 struct Norm {
-  A mean = 0, scale = 1, shift = 0;
+  A mean, scale, shift;
+  Norm() = default;
   __device__ Norm(const void* means, const void* invstds, const void* gamma, const void* beta, int c) {
     auto of = [c](const void* values, A without) { return values ? static_cast<const A*>(values)[c] : without; };
     mean = of(means, 0), scale = of(invstds, 1) * of(gamma, 1), shift = of(beta, 0);
@@ -131,47 +133,60 @@ __device__ __forceinline__ void clear(A* tile, int count) {
   __syncthreads();
 }
 
-// What a tile whose first element is at `row` and `column` (which may lie outside) has of maps of H x W, in packs of V.
-// It is found before a loop over maps: there are divisions in it.
+// What tiles whose first element is at `row` and `column` (which may lie outside) have of some maps of H x W, in packs
+// of V, in the images that are left from the first one on, `apart` elements from one to the next. It is found before a
+// loop over maps: there are divisions in it.
 struct Region {
   int row, column, first, left, rows, packs, W;
   Divisor by_packs, by_rows;
+  int items;   // packs of a map in all images
+  int shared;  // 1 << shared threads share a map: no more than it has packs for, so that the others take the next maps
+  int64_t apart;
 
-  __device__ Region(const Tiles& t, int H, int W, int row, int column, int V)
+  Region() = default;
+  __device__ void take_images(const Tiles& t, int64_t left) {
+    items = static_cast<int>(min(static_cast<int64_t>(t.images), left)) * rows * packs;
+  }
+  __device__ Region(const Tiles& t, int H, int W, int row, int column, int V, int64_t images, int64_t apart, int maps)
       : row(row), column(column), first(max(0, row)), left(max(0, column) / V * V),
         rows(max(0, min(H, row + t.height) - first)), packs(max(0, (min(W, column + t.width) - left + V - 1) / V)),
-        W(W), by_packs(max(1, packs)), by_rows(max(1, rows)) {}
+        W(W), by_packs(max(1, packs)), by_rows(max(1, rows)), shared(kThreadBits), apart(apart) {
+    take_images(t, images);
+    while (shared && kThreads >> shared < maps && 2 * items <= 1 << shared) shared--;
+  }
 };
 
-// f(k, element) of maps k = 0 ... count - 1 into as many tiles; what is outside is left as it is. from(k): a map's
-// first element in the first image of the tile; `images` of them are there, `apart` elements from one to the next.
-// Where an element goes is found once for all maps.
+// of(k)(element) of maps k = 0 ... count - 1 into as many tiles; what is outside is left as it is. from(k): a map's
+// first element in the first image of the tile. Where a pack goes is found once for all maps of a thread, and some of
+// their loads are in flight together.
 template <int S, int V, class T, class A, class P, class F>
-__device__ __forceinline__ void load_tiles(
-    A* tiles, const Tiles& t, const Region& region, int count, int64_t images, int64_t apart, P from, F f) {
-  int all = static_cast<int>(min(static_cast<int64_t>(t.images), images)) * region.rows * region.packs;
-  int size = t.images * t.image;
+__device__ __forceinline__ void load_tiles(A* tiles, const Tiles& t, const Region& region, int count, P from, F of) {
+  constexpr int loads = S == 1 ? kLoads : 1;
+  int shift = region.shared, teams = kThreads >> shift, size = t.images * t.image;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < all; i += kThreads) {
+  for (int i = threadIdx.x & ((1 << shift) - 1); i < region.items; i += 1 << shift) {
     int r = region.by_packs.quotient(i), p = i - r * region.packs, image = region.by_rows.quotient(r);
     r += region.first - image * region.rows;
     int at = region.left - region.column + p * V;
-    int64_t source = image * apart + static_cast<int64_t>(r) * region.W + region.left + p * V;
+    int64_t source = image * region.apart + static_cast<int64_t>(r) * region.W + region.left + p * V;
     A* to = tiles + image * t.image + (r - region.row) * t.pitch;
 #pragma unroll 1
-    for (int k = 0; k < count; k += kLoads) {
-      Pack<T, V> pack[kLoads];
+    for (int first = threadIdx.x >> shift; first < count; first += loads * teams) {
+      Pack<T, V> pack[loads];
 #pragma unroll
-      for (int u = 0; u < kLoads; u++) {
-        if (k + u < count) pack[u] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from(k + u)) + source);
+      for (int u = 0; u < loads; u++) {
+        int k = first + u * teams;
+        if (k < count) pack[u] = *reinterpret_cast<const Pack<T, V>*>(from(k) + source);
       }
 #pragma unroll
-      for (int u = 0; u < kLoads; u++) {
-        if (k + u >= count) break;
+      for (int u = 0; u < loads; u++) {
+        int k = first + u * teams;
+        if (k >= count) break;
+        auto f = of(k);
 #pragma unroll
         for (int l = 0; l < V; l++) {
           bool inside = V == 1 || (at + l >= 0 && at + l < t.width);
-          if (inside) to[(k + u) * size + in_row<S>(at + l, t.pitch)] = f(k + u, static_cast<A>(pack[u].v[l]));
+          if (inside) to[k * size + in_row<S>(at + l, t.pitch)] = f(element<A>(pack[u], l));
         }
       }
     }
@@ -179,30 +194,19 @@ __device__ __forceinline__ void load_tiles(
 }
 
 template <class T>
-__device__ __forceinline__ Region region_of(bool vectors, const Tiles& t, int H, int W, int row, int column) {
-  return {t, H, W, row, column, vectors ? kVector<T> : 1};
+__device__ __forceinline__ Region
+region_of(bool vectors, const Tiles& t, int H, int W, int row, int column, int64_t images, int64_t apart, int maps) {
+  return {t, H, W, row, column, vectors ? kVector<T> : 1, images, apart, maps};
 }
 
 template <int S, class T, class A, class P, class F>
 __device__ __forceinline__ void load_tiles(
-    bool vectors, A* tiles, const Tiles& t, const Region& region, int count, int64_t images, int64_t apart, P from,
-    F f) {
+    bool vectors, A* tiles, const Tiles& t, const Region& region, int count, P from, F of) {
   if (vectors) {
-    load_tiles<S, kVector<T>, T>(tiles, t, region, count, images, apart, from, f);
+    load_tiles<S, kVector<T>, T>(tiles, t, region, count, from, of);
   } else {
-    load_tiles<S, 1, T>(tiles, t, region, count, images, apart, from, f);
+    load_tiles<S, 1, T>(tiles, t, region, count, from, of);
   }
-}
-
-// f(element) of a channel [N,C,H,W] in the images from n on into a tile, likewise.
-template <int S, class T, class A, class F>
-__device__ __forceinline__ void load_tile(
-    bool vectors, A* tile, const Tiles& t, const Region& region, const void* x, int64_t n, int64_t C, int c, int H,
-    F f) {
-  int64_t plane = static_cast<int64_t>(H) * region.W;
-  const T* from = static_cast<const T*>(x) + (n * C + c) * plane;
-  load_tiles<S, T>(
-      vectors, tile, t, region, 1, t.N - n, C * plane, [from](int) { return from; }, [&](int, A v) { return f(v); });
 }
 
 // Whether rows of W elements from p on can be loaded so.
@@ -301,7 +305,10 @@ __device__ __forceinline__ void weight_gradients(
     A* tile, const Tiles& t, const Place& at, const Norm<A>& norm, const void* x, const void* g, int64_t C, int H,
     int W, int OH, int OW, int padding, bool vectors, A* partial) {
   A sum[K * K] = {};
-  Region region = region_of<T>(vectors, t, H, W, at.tile_row * S - padding, at.tile_column * S - padding);
+  int64_t plane = static_cast<int64_t>(H) * W;
+  Region region = region_of<T>(
+      vectors, t, H, W, at.tile_row * S - padding, at.tile_column * S - padding, t.N - at.group * t.images, C * plane,
+      1);
   clear(tile, t.images * t.image);
   for (int64_t group = at.group; group < t.groups; group += t.step) {
     int64_t n = group * t.images;
@@ -313,7 +320,10 @@ __device__ __forceinline__ void weight_gradients(
     for (int r = 0; r < kRows; r++) {
       if (works && at.row + r < OH) of_z[r] = static_cast<A>(from[r * OW]);
     }
-    load_tile<S, T>(vectors, tile, t, region, x, n, C, at.c, H, [&](A v) { return norm.rectified(v); });
+    region.take_images(t, t.N - n);
+    load_tiles<S, T>(
+        vectors, tile, t, region, 1, [&](int) { return static_cast<const T*>(x) + (n * C + at.c) * plane; },
+        [&](int) { return [&](A v) { return norm.rectified(v); }; });
     __syncthreads();
     if (works) {
       for_taps<K, S, D>(elements_of<S>(tile + at.offset(t, kRows, S), t.pitch), [&](int r, int i, int j, A v) {

@@ -32,6 +32,17 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
 };
 
+// Element i in the type that is accumulated in. ptxas would give each bfloat16 of a word a register of its own.
+template <class A, class T, int V>
+__device__ __forceinline__ A element(const Pack<T, V>& pack, int i) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
+    uint32_t word = reinterpret_cast<const uint32_t*>(pack.v)[i / 2];
+    return __uint_as_float(i % 2 ? word & 0xffff0000 : word << 16);
+  } else {
+    return static_cast<A>(pack.v[i]);
+  }
+}
+
 __host__ __device__ constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What dropout multiplies V elements of a channel by, from `pixel` on, a multiple of V: they share a counter, which is

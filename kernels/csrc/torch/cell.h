@@ -1,4 +1,5 @@
 // The cell for torch, on the CPU and, together with cell_cuda.h, on CUDA. cell.h says what it computes.
+// On CUDA feature maps have 16 bits, too; all else then is float32.
 //
 // A program is a list of numbers: for each operation its kind and then source, stride, padding and dilation, or, for a
 // sum, the number of its terms and the terms. weights has two tensors for each operation, as in PdartsOperation.
@@ -49,9 +50,9 @@ struct CellDropout {
 };
 
 struct Cell : PdartsCell {
-  std::vector<Tensor> kept;  // what it points to
-  at::TensorOptions options;
-  at::MemoryFormat format;  // of all feature maps
+  std::vector<Tensor> kept;         // what it points to
+  at::TensorOptions options, wide;  // of feature maps, and of all else
+  at::MemoryFormat format;          // of all feature maps
   std::vector<int64_t> outputs;
 
   Cell(
@@ -61,9 +62,9 @@ struct Cell : PdartsCell {
     TORCH_CHECK(!in.inputs.empty(), "inputs has 0 tensors; expected 1 or more");
     const Tensor& first = in.inputs[0];
     TORCH_CHECK(
-        first.scalar_type() == at::kFloat || first.scalar_type() == at::kDouble, "inputs[0] is ", first.scalar_type(),
+        !narrow(first) || format == at::MemoryFormat::Contiguous, "inputs[0] is ", first.scalar_type(),
         "; expected float32 or float64");
-    type = type_of("inputs[0]", first), options = first.options();
+    type = type_of("inputs[0]", first), options = first.options(), wide = options.dtype(accumulated(first));
     for (size_t i = 0; i < in.inputs.size(); i++) {
       const Tensor& t = in.inputs[i];
       TORCH_CHECK(
@@ -112,7 +113,7 @@ struct Cell : PdartsCell {
     check_affine("gammas", in.gammas, C, first), check_affine("betas", in.betas, C, first);
     check_probabilities(in.probabilities, probability, first);
     add_dropout(dropout, probability);
-    kept.push_back(in.probabilities.to(first.scalar_type()).contiguous());
+    kept.push_back(in.probabilities.to(accumulated(first)).contiguous());
     probabilities = kept.back().const_data_ptr(), per_image = in.probabilities.dim() == 2;
   }
 
@@ -200,12 +201,12 @@ struct Cell : PdartsCell {
     int64_t out = from.C, H = from.H, W = from.W;
     auto check_weight = [&](size_t which, std::vector<int64_t> expected) {
       const Tensor& t = in.weights[2 * i + which];
-      bool fits = t.defined() && t.dim() == 4 && t.scalar_type() == options.dtype() && t.device() == options.device();
+      bool fits = t.defined() && t.dim() == 4 && t.scalar_type() == wide.dtype() && t.device() == options.device();
       for (size_t d = 0; fits && d < 4; d++) fits = expected[d] < 0 || t.size(d) == expected[d];
       TORCH_CHECK(
           fits, "weights[", 2 * i + which, "] is ",
-          t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None", "; expected a ", first_type(), " ",
-          at::IntArrayRef(expected), ", -1: any, on ", options.device());
+          t.defined() ? c10::str("a ", t.scalar_type(), " ", t.sizes()) : "None", "; expected a ",
+          accumulated(in.inputs[0]), " ", at::IntArrayRef(expected), ", -1: any, on ", options.device());
       kept.push_back(t.contiguous());
       return kept.back().const_data_ptr();
     };

@@ -11,6 +11,7 @@
 #include "../cuda/cell.cuh"
 #include "cell.h"
 
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/cat.h>
 
 #include <cstdlib>
@@ -64,7 +65,7 @@ struct Streams {
 
 struct CudaCell : Cell {
   c10::OptionalDeviceGuard guard;
-  int64_t size;                 // bytes of an element
+  int64_t size;                 // bytes of what is no element of a feature map
   std::vector<Tensor> tensors;  // of the values
   Tensor of_values;             // the statistics
   std::vector<Tensor> alive;    // what is needed until a level ends; backward not by launches beside
@@ -87,7 +88,10 @@ struct CudaCell : Cell {
       const CellInputs& in, at::IntArrayRef program, at::IntArrayRef outputs, const std::vector<bool>& batch,
       const CellDropout& dropout)
       : Cell(in, program, outputs, batch, dropout, at::MemoryFormat::Contiguous), guard(in.inputs[0].device()),
-        size(in.inputs[0].element_size()), tensors(values.size()) {
+        size(wide.dtype().itemsize()), tensors(values.size()) {
+    int major = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, in.inputs[0].device().index()));
+    TORCH_CHECK(major >= 7, "the device is older than sm_70; expected a newer one: its kernels take fewer parameters");
     for (int64_t v = 0; v < count(); v++) {
       const PdartsValue& x = values[v];
       TORCH_CHECK(
@@ -185,10 +189,11 @@ struct CudaCell : Cell {
   Tensor empty_between(const Part& part) const { return at::empty({N, part.d.C, part.OH, part.OW}, options); }
 
   // Elements of a tensor from i on; nullptr of none.
-  void* from(const Tensor& t, int64_t i) const {
-    return t.defined() ? static_cast<char*>(t.data_ptr()) + i * size : nullptr;
+  void* from(const Tensor& t, int64_t i) const { return t.defined() ? channel(t, i) : nullptr; }
+  const void* from(const void* p, int64_t i) const { return from(p, i, size); }
+  const void* from(const void* p, int64_t i, int64_t bytes) const {
+    return p ? static_cast<const char*>(p) + i * bytes : nullptr;
   }
-  const void* from(const void* p, int64_t i) const { return p ? static_cast<const char*>(p) + i * size : nullptr; }
 
   void* memory(int64_t bytes, std::vector<Tensor>& owner) {
     owner.push_back(at::empty({std::max<int64_t>(bytes, 1)}, options.dtype(at::kByte)));
@@ -258,7 +263,7 @@ struct CudaCell : Cell {
       m.dropped |= uint64_t(of_term != nullptr) << k;
     }
     if (any) {
-      alive.push_back(at::empty({2, m.K, C}, options)), m.statistics = rows.to = alive.back().data_ptr();
+      alive.push_back(at::empty({2, m.K, C}, wide)), m.statistics = rows.to = alive.back().data_ptr();
       cell_rows_cuda(&rows, stream());
     }
     return m;
@@ -562,7 +567,8 @@ struct CudaCell : Cell {
   // Of the channels of a value from `first` on.
   PdartsIncoming incoming_of(int64_t v, int64_t first) const {
     PdartsIncoming in = incoming[v];
-    in.g = from(in.g, first * HW(v)), in.y = from(in.y, first * HW(v));
+    int64_t bytes = options.dtype().itemsize();
+    in.g = from(in.g, first * HW(v), bytes), in.y = from(in.y, first * HW(v), bytes);
     in.b = from(in.b, first), in.c = from(in.c, first), in.norm = norm(v, first);
     return in;
   }
@@ -634,7 +640,7 @@ struct CudaCell : Cell {
         bool batch = values[v].batch;
         if (!batch && !to.gammas[v].defined() && !to.betas[v].defined()) continue;
         target.sums = memory(norms.splits * 2 * C * size, alive);
-        Tensor both = batch ? at::empty({2, C}, options) : Tensor();
+        Tensor both = batch ? at::empty({2, C}, wide) : Tensor();
         lasting.push_back(both), in.b = from(both, 0), in.c = from(both, C);
         norms.at[norms.count++] = {target.sums,         norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0),
                                    from(to.betas[v], 0)};
@@ -652,6 +658,20 @@ struct CudaCell : Cell {
   }
 };
 
+// The inputs, of which those that are no feature maps, but have a type of 16 bits like them, are converted.
+CellInputs widened(CellInputs in) {
+  std::vector<Tensor> given, wide;
+  for (auto* part : {&in.weights, &in.gammas, &in.betas}) {
+    for (Tensor& t : *part) {
+      bool like_maps = t.defined() && !in.inputs.empty() && t.scalar_type() == in.inputs[0].scalar_type();
+      if (!like_maps || !narrow(t)) continue;
+      given.push_back(t), t = at::empty(t.sizes(), t.options().dtype(at::kFloat)), wide.push_back(t);
+    }
+  }
+  if (!wide.empty()) at::_foreach_copy_(wide, given);  // some launches for all of them
+  return in;
+}
+
 // As on the CPU, see cell.h; but of several outputs the values are kept too, of pools that are computed alike
 // one, and after the values what convolutions with a kernel or a stride leave for the pointwise ones.
 Results cell(
@@ -659,13 +679,13 @@ Results cell(
     const Tensor& probabilities, const OptionalTensor& statistics, const OptionalTensor& key,
     const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program, at::IntArrayRef outputs, Flags batch,
     double eps, bool keep) {
-  CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
+  CellInputs in = widened(CellInputs::of(inputs, weights, gammas, betas, probabilities));
   int64_t count = in.gammas.size();
   CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   bool training = std::count(batch.begin(), batch.end(), true);
   TORCH_CHECK(!statistics || !training, "statistics are given for values that are to be normalised by their own");
   if (statistics) check_values("statistics", *statistics, {3, count, c.C}, inputs[0]);
-  c.of_values = statistics ? *statistics : at::zeros({3, count, c.C}, c.options);
+  c.of_values = statistics ? *statistics : at::zeros({3, count, c.C}, c.wide);
   if (!statistics) c.of_values.select(0, 1).fill_(1);
   c.eps = eps;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);
@@ -685,7 +705,7 @@ Results cell(
   for (const CudaCell::Part& part : c.parts) {
     if (part.z.defined()) kept.push_back(part.z);
   }
-  return {y, statistics ? at::empty({0}, c.options) : c.of_values, kept};
+  return {y, statistics ? at::empty({0}, c.wide) : c.of_values, kept};
 }
 
 std::vector<Tensor> cell_backward(
@@ -693,7 +713,7 @@ std::vector<Tensor> cell_backward(
     const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
     const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
     at::IntArrayRef outputs, Flags batch, Flags needs) {
-  CellInputs in = CellInputs::of(inputs, weights, gammas, betas, probabilities);
+  CellInputs in = widened(CellInputs::of(inputs, weights, gammas, betas, probabilities));
   int64_t count = in.gammas.size();
   CudaCell c(in, program, outputs, flags_of("batch", batch, count), {key, rates, dropped.vec()});
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
@@ -727,16 +747,21 @@ std::vector<Tensor> cell_backward(
   }
   TORCH_CHECK(next == computed.size(), "values has ", computed.size(), " tensors; expected ", next);
 
-  std::vector<Tensor> flat = in.flat(), to(flat.size());
+  std::vector<Tensor> flat = CellInputs::of(inputs, weights, gammas, betas, probabilities).flat(), to(flat.size());
   std::vector<bool> needed = flags_of("needs", needs, flat.size());
   for (size_t i = 0; i < flat.size(); i++) {
     TORCH_CHECK(!needed[i] || flat[i].defined(), "needs[", i, "] is true, but that input is None; expected false");
-    if (needed[i]) to[i] = at::empty(flat[i].sizes(), c.options);
+    if (needed[i]) to[i] = at::empty(flat[i].sizes(), i < inputs.size() ? c.options : c.wide);
   }
   CellInputs asked = CellInputs::of(to, inputs.size(), in.weights.size() / 2);
   CudaCell::Gradients gradients{asked.inputs, asked.weights, asked.gammas, asked.betas, asked.probabilities};
   c.backward(g, gradients);
-  if (needed.back()) to.back() = to.back().to(probabilities.scalar_type());
+  std::vector<Tensor> wide, as_given;
+  for (size_t i = 0; i < flat.size(); i++) {
+    if (!needed[i] || to[i].scalar_type() == flat[i].scalar_type()) continue;
+    wide.push_back(to[i]), as_given.push_back(at::empty(flat[i].sizes(), flat[i].options())), to[i] = as_given.back();
+  }
+  if (!wide.empty()) at::_foreach_copy_(as_given, wide);
   return defined(to);
 }
 

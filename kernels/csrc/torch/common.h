@@ -54,6 +54,7 @@ inline int type_of(const char* name, const Tensor& t) {
 }
 
 inline at::ScalarType accumulated(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline bool narrow(const Tensor& t) { return t.scalar_type() != accumulated(t); }
 
 // A dense tensor of the type that is accumulated in where `like` is.
 inline void check_values(const char* name, const Tensor& t, at::IntArrayRef sizes, const Tensor& like) {

@@ -5,8 +5,7 @@
 #include "common.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/_foreach_add.h>
-#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_lerp.h>
 
 namespace pdarts {
 namespace {
@@ -163,7 +162,8 @@ std::vector<Tensor> mixed_backward(
   return grads;
 }
 
-// Moves the running statistics of those in `batch` towards the statistics of the batch, like torch's batch_norm.
+// Moves the running statistics of those in `batch` towards the statistics of the batch, like torch's batch_norm. They
+// may have 16 bits where the feature maps have.
 void update_running(
     at::TensorList running_means, at::TensorList running_vars, const Tensor& statistics, Flags batch, double momentum) {
   TORCH_CHECK(
@@ -173,22 +173,25 @@ void update_running(
   size_t normalised = std::count(flags.begin(), flags.end(), true);
   auto check = [&](const char* name, at::TensorList running) {
     TORCH_CHECK(running.size() == normalised, name, " has ", running.size(), " tensors; expected ", normalised);
-    check_affine(name, running.vec(), statistics.size(2), statistics);
+    std::vector<Tensor> wide;
+    std::copy_if(running.begin(), running.end(), std::back_inserter(wide), [](const Tensor& t) { return !narrow(t); });
+    check_affine(name, wide, statistics.size(2), statistics);
   };
   check("running_means", running_means), check("running_vars", running_vars);
-  if (!statistics.is_cpu()) {
+  if (!statistics.is_cpu() || (normalised && narrow(running_means[0]))) {
     auto move = [&](at::TensorList running, int64_t which) {
       std::vector<Tensor> some, of_batch;
       auto move_some = [&] {
-        at::_foreach_mul_(some, 1 - momentum), at::_foreach_add_(some, of_batch, momentum);
+        if (!some.empty()) at::_foreach_lerp_(some, of_batch, momentum);
         some.clear(), of_batch.clear();
       };
+      Tensor rows = running.empty() ? statistics : statistics.to(running[0].scalar_type());
       for (size_t k = 0, i = 0; k < flags.size(); k++) {
         if (!flags[k]) continue;
         const Tensor& t = running[i++];  // one that is moved twice waits for the others
         auto is_t = [&](const Tensor& other) { return other.data_ptr() == t.data_ptr(); };
         if (std::any_of(some.begin(), some.end(), is_t)) move_some();
-        some.push_back(t), of_batch.push_back(statistics[which][k]);
+        some.push_back(t), of_batch.push_back(rows[which][k]);
       }
       move_some();
     };
