@@ -324,8 +324,9 @@ def test_cells_can_be_traced():
             assert torch.equal(traced.eval()(*inputs), module.eval()(*inputs))
 
 
+@pytest.mark.parametrize("other", [(2, 3, 8, 8), pytest.param((3, 3, 13, 13), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["search", "evaluation"])
-def test_a_network_compiles_to_one_graph_in_training_whatever_its_rate(kind):
+def test_a_network_compiles_to_one_graph_in_training_for_all_rates_batches_and_sizes(kind, other):
     if kind == "search":
         space = pdarts.SearchSpace(("none", "skip_connect"), nodes=1)
         network = pdarts.SearchNetwork(2, 4, 3, (space.primitives,) * 2, (space.primitives,) * 2, space=space)
@@ -333,12 +334,15 @@ def test_a_network_compiles_to_one_graph_in_training_whatever_its_rate(kind):
     else:
         network = Network(ONE_NODE, 2, 4, 3)
         set_rate = network.set_drop_path
-    graphs, images, outputs = [], torch.randn(2, 3, 8, 8), []
-    compiled = torch.compile(network, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    for rate in 0.0, 0.9:
+    graphs, outputs = [], []
+    dynamic = None if other == (2, 3, 8, 8) else True
+    compiled = torch.compile(
+        network, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for rate, size in (0.0, (2, 3, 8, 8)), (0.9, (2, 3, 8, 8)), (0.9, other):
         set_rate(rate)
-        outputs.append(torch.utils._pytree.tree_leaves(compiled(images))[0])
-    assert len(graphs) == 1 and not torch.equal(*outputs)
+        outputs.append(torch.utils._pytree.tree_leaves(compiled(torch.ones(size)))[0])
+    assert len(graphs) == 1 and not torch.equal(*outputs[:2]) and outputs[2].shape == (other[0], 4)
 
 
 def test_cells_use_the_probabilities_of_their_kind():

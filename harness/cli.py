@@ -1,4 +1,4 @@
-"""The command line: search, evaluate, draw, predict."""
+"""The command line: search, evaluate, draw, predict, export, cell."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from harness.data.images import Images, load
 from harness.devices import keep_freed_memory
 from harness.distributed import environment_number, process_group, processes
 from harness.evaluate import evaluate
+from harness.export import FORMS, export
 from harness.files import short, write_whole
 from harness.predict import predict
 from harness.progress import duration, reading
+from harness.report import forms
 from harness.report.cells import MAX_NODES, PUBLISHED, cell_table, draw, read_genotype
 from harness.report.report import data_options
 from harness.run import Stopped
@@ -37,7 +39,10 @@ HELP = {  # more than pdarts.py says of its settings
     "cutout": "side of the square cut out, at most half the image's side (paper, evaluation)",
 }
 DATA_OPTIONS = ("skip_damaged", "follow_links", "cache")  # how a folder of images is loaded, besides the settings
-GENOTYPE = f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file"
+GENOTYPE = (
+    f"{', '.join(PUBLISHED)}, a genotype.json, or \"Genotype(normal=[...], ...)\", as a text or in a file, or a cell "
+    "of NNI, nasbench301 or AutoDL"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,7 +227,7 @@ def _evaluate(args, folder):
     _say(f"genotype:      {genotype}")
     result = evaluate(genotype, settings, images, folder, weights=args.weights, **_ways(args))
     _say(f"parameters:    {result.parameters / 1e6:.3f} M")
-    _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M")
+    _say(f"multiply-adds: {result.multiply_adds / 1e6:.1f} M, of convolutions and the classifier")
     top5 = f" (top-1), {result.test_error_top5:.2%} (top-5)" if images.num_classes > 10 else ""
     _say(f"test error:    {result.test_error:.2%}{top5}")
     if not args.weights:
@@ -242,9 +247,17 @@ def _draw(args, _):
         print(path)
 
 
+def _cell(args, _):
+    print(forms.write(read_genotype(args.genotype), getattr(args, "as")))
+
+
 def _predict(args, _):
     for line in predict(args.folder, args.images, args.device):
         print(line, flush=True)
+
+
+def _export(args, _):
+    print(export(args.folder, args.to, args.data))
 
 
 def _parser():
@@ -268,11 +281,24 @@ def _parser():
         "-o", "--output", metavar="PREFIX", help="PREFIXnormal.svg and PREFIXreduce.svg (default: NAME-)"
     )
     command.set_defaults(run=_draw)
+    command = commands.add_parser("cell", help="print a cell in the form of another project", allow_abbrev=False)
+    command.add_argument("genotype", help=GENOTYPE)
+    command.add_argument("--as", choices=forms.WRITTEN, default="python", help="(default: python)")
+    command.set_defaults(run=_cell)
     command = commands.add_parser("predict", help="name the classes of images", allow_abbrev=False)
     command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
     command.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, and folders of them")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.set_defaults(run=_predict)
+    command = commands.add_parser("export", help="write the trained network for other programs", allow_abbrev=False)
+    command.add_argument("folder", type=_path, metavar="RUN", help="the folder of an evaluation")
+    command.add_argument(
+        "--to", type=_path, required=True, metavar="FILE", help=f"a new file that ends in {', '.join(FORMS)}"
+    )
+    command.add_argument(
+        "--data", type=_path, metavar="PATH", help="with the test images, which check it (default: the run's)"
+    )
+    command.set_defaults(run=_export)
     return parser
 
 
@@ -327,7 +353,7 @@ def command(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if [] in vars(args).values():  # "--seed=--", which Python before 3.13 takes for no value
             parser.error("expected a value, got --")
-        if args.command in ("draw", "predict"):
+        if args.command in ("draw", "cell", "predict", "export"):
             args.run(args, None)
         else:
             if getattr(args, "deterministic", False):  # before the first product of the process, see `deterministic`

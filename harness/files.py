@@ -75,14 +75,18 @@ def check_zip(path, sums=False):
             raise ValueError(f"{damaged} is damaged")
 
 
-def write_whole(path: pathlib.Path, content: bytes):
-    """Write a file with all of its content or not at all; it takes the place of an older one."""
+def write_whole(path: pathlib.Path, content: bytes, check=None):
+    """Write a file with all of its content or not at all; it takes the place of an older one.
+
+    check: a function of the temporary file, which raises an error if the file must not get its name."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of this process alone
     try:
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check:
+            check(temporary)
         os.replace(temporary, path)
     except OSError as error:  # a full disk's names no file
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,4 +1,4 @@
-"""Fusion as a converter: `fuse(network)` makes a network compute by the fused operations what they can compute.
+"""`fuse(network)` makes a network use the fused operations wherever it can.
 
 What a module computes is traced (trace.py) and matched (match.py); names and source text do not matter. Modules stay
 where they are, and so do parameters, buffers and state_dict keys: only the class of a module that joins feature maps,
@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .modules import Fused, convert, placeholders, plain_class, unfuse, units
+from .modules import STATE, Fused, convert, placeholders, plain_class, unfuse, units
 from .runtime import fused
 
 
@@ -49,7 +49,10 @@ def fuse(network: nn.Module, leaf: tuple[type, ...] = (), strict: bool = False) 
         if strict:
             raise RuntimeError(f"the kernels do not support {device}; expected a device on which they run")
         return network
-    convert(units(network, device, leaf)[0], device)
+    found = units(network, device, leaf)[0]
+    within = {inner for module in found for inner in module.modules()}
+    in_place = any(getattr(module, "inplace", False) is True for module in network.modules() if module not in within)
+    convert(found, device, copies=in_place)
     rows = report(network)
     if strict and (not rows or any(row.fused != "whole" for row in rows)):
         unfuse(network)
@@ -66,9 +69,10 @@ def report(network: nn.Module) -> Report:
     rows, inner = Report(), set()
     for module in network.modules():
         if isinstance(module, Fused) and module not in inner:
-            if not module._fused.plans:
-                module._fused.plan_of(module, placeholders(module), device)
-            plan = module._fused.plans[0]
+            state = getattr(module, STATE)
+            if not state.plans:
+                state.plan_of(module, placeholders(module), device)
+            plan = state.plans[0]
             if plan.instructions:
                 inner.update(set(module.modules()) - {m for called in plan.refused for m in called.modules()})
             rows.append(Row(names[module], plain_class(module).__name__, *_outcome(plan)))

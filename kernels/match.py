@@ -1,12 +1,20 @@
-"""What the kernels can compute of a traced graph: its nodes become programs of `cell`, and torch computes the rest.
+"""Finds the parts of a traced graph that the kernels compute; torch computes the rest.
 
-A node of the graph is a feature map that is (a `Kind` each) a step of a cell, a batch norm of one, a term that is
-weighed or dropped, a sum, or a concatenation; or it is torch's. A part is a program for a concatenation or a value that
-others read, from values that are there: inputs of the graph, what torch computes, and other parts.
+kind    what a node is: a step of a cell, a batch norm of one, a term that is weighed or dropped, a sum, a
+        concatenation, a zero, or torch's
+real    the node that computes a node's value, past identities
+reads   how often each node is read
+wanted  the nodes whose values have to be there as tensors, since torch, a concatenation or several parts read them
+left    nodes that torch computes although they have a kind
+unread  calls whose results nobody reads, but which may change something
+part    a program of `cell` for a wanted node, from values that are there: inputs, what torch computes, other parts
+members the nodes that a part computes
+term    a value in a sum, with its weight (a number times elements of tensors) and its dropout
 """
 
 from __future__ import annotations
 
+import collections
 import operator
 from typing import NamedTuple
 
@@ -16,16 +24,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .program import FactorizedReduce, Norm, Pool, Separable, Sum, known_on_cuda
-from .trace import attribute, has_hooks, is_torchs
+from .trace import attribute, is_changed, is_torchs
 
 SHIFTED = (slice(None), slice(None), slice(1, None), slice(1, None))
 ADD = operator.add, torch.add, "add"
 MUL = operator.mul, torch.mul, "mul"
-POINTWISE_FUNCTIONS = {torch.sigmoid, F.sigmoid, torch.tanh, torch.exp, operator.neg, *ADD, *MUL, "sigmoid"}
+POINTWISE_FUNCTIONS = {torch.sigmoid, torch.tanh, torch.exp, operator.neg, *ADD, *MUL, "sigmoid", "tanh", "exp", "neg"}
 
 
 class Kind(NamedTuple):
-    """name: of what a node is. of: the nodes it is computed from. more: modules, numbers, the nodes of weights."""
+    """name: what a node is. of: its inputs. more: its module or step, its number, the nodes of its weight or rate."""
 
     name: str
     of: tuple = ()
@@ -33,12 +41,12 @@ class Kind(NamedTuple):
 
 
 TORCH = Kind("torch")
-FUSED = {"step", "norm", "add", "scale", "dropout", "drop_path", "cat"}
 TERMS = {"add", "scale", "dropout", "drop_path"}
+FUSED = {"step", "norm", "cat"} | TERMS
 
 
 def settings_of(norm):
-    """Of a batch norm that can be fused; None of others: without running statistics, with their mean, in 16 bits."""
+    """Those of a batch norm; None if it cannot be fused: no running statistics, their cumulative mean, 16 bits."""
     tracked = norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
     wide = tracked and norm.running_mean.dtype in (torch.float32, torch.float64)
     return (norm.training, norm.momentum, norm.eps) if wide else None
@@ -51,28 +59,54 @@ class Matcher:
         self.root, self.device, self.modules = root, device, dict(root.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.output = next(node for node in reversed(graph.nodes) if node.op == "output")
-        norms = [self.module(node, nn.BatchNorm2d) for node in graph.nodes]
-        self.once = {norm for norm in norms if norm and norms.count(norm) == 1}  # the others move statistics in turn
-        self.settings = next((s for norm in norms if norm and (s := settings_of(norm))), (False, 0.1, 1e-5))
+        called = [self.modules[node.target] for node in graph.nodes if node.op == "call_module"]
+        calls = collections.Counter(inner for module in called for inner in module.modules())
+        self.calls = calls  # of norms that are called again the statistics move in turn
+        self.tensors = {id(attribute(root, node.target)) for node in graph.nodes if node.op == "get_attr"}
+        self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), None)
+        settings = collections.Counter(settings_of(m) for m in calls if type(m) is nn.BatchNorm2d)
+        del settings[None]
+        self.settings = settings.most_common(1)[0][0] if settings else (False, 0.1, 1e-5)
         self.kinds, self.left = {}, set()  # left: to torch, though they have a kind
+        self.zeros = set()  # products with the number 0 of what is computed anyway
         self.unread = self.dead(graph)
 
     def dead(self, graph):
-        """Calls of modules that the result does not depend on, but that may change something, with all they read."""
-        alive, unread = {self.output}, set()
+        """Calls of modules that the result does not depend on, but that may change something, with all they read.
+
+        A product with the number 0 does not depend on what others compute anyway; else it gives gradients of zeros.
+        """
+        alive, products = {self.output}, []
         for node in reversed(graph.nodes):
-            if node in alive or node in unread:
-                (alive if node in alive else unread).update(node.all_input_nodes)
-            elif node.op == "call_module" and not (self.module(node, nn.ReLU) or self.module(node, nn.Identity)):
+            if node in alive and self.is_product_with_zero(node):
+                products.append(node)
+            elif node in alive:
+                alive.update(node.all_input_nodes)
+        for node in products:
+            above = ancestors(node) - alive
+            if any(other.op in ("call_module", "get_attr", "placeholder") for other in above):
+                alive |= above
+            else:
+                self.zeros.add(node)
+        unread = set()
+        for node in reversed(graph.nodes):
+            effect = node.op == "call_module" and not (self.module(node, nn.ReLU) or self.module(node, nn.Identity))
+            effect = effect or node.target in (F.batch_norm, torch.batch_norm)
+            if node not in alive and (effect or node in unread):
                 unread.update((node, *node.all_input_nodes))
         return unread - alive
 
+    def is_product_with_zero(self, node):
+        product = node.op in ("call_function", "call_method") and node.target in MUL and not node.kwargs
+        return product and any(type(a) in (int, float) and a == 0 for a in node.args)
+
     def module(self, node, kind=nn.Module):
-        """The module that a node calls, if it is of exactly this class, any by default, without hooks and such."""
-        if not isinstance(node, fx.Node) or node.op != "call_module":
+        """The module that a node calls with one argument, if it is of exactly this class and not changed."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = self.modules[node.target]
-        changed = "forward" in module.__dict__ or has_hooks(module) or not is_torchs(type(module).forward)
+        methods = type(module).forward, getattr(type(module), "_conv_forward", type(module).forward)
+        changed = is_changed(module) or not all(map(is_torchs, methods))
         return module if not changed and (kind is nn.Module or type(module) is kind) else None
 
     def real(self, node):
@@ -104,25 +138,26 @@ class Matcher:
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
-    def call(self, node, *targets):
-        """The arguments of a node that calls one of these functions or methods without keywords."""
+    def call(self, node, *targets, keywords=({},)):
+        """The arguments of a node that calls one of these functions or methods, with one of these sets of keywords."""
         node = self.real(node)
         called = isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
-        return node.args if called else None
+        return node.args if called and (keywords is None or node.kwargs in keywords) else None
 
     def relu(self, node):
         """What a node is the ReLU of."""
         node = self.real(node)
-        if self.module(node, nn.ReLU):
-            return self.real(node.args[0])
-        called = isinstance(node, fx.Node) and node.op != "placeholder" and node.target in (F.relu, torch.relu, "relu")
-        return self.real(node.args[0]) if called and len(node.args) == 1 else None
+        known = {"inplace": False}, {"inplace": True}, {}
+        args = node.args if self.module(node, nn.ReLU) else self.call(node, F.relu, torch.relu, "relu", keywords=known)
+        return self.real(args[0]) if args and len(args) == 1 else None
 
     def convolution(self, node):
         """A convolution without a bias, and what it convolves."""
         node = self.real(node)
         conv = self.module(node, nn.Conv2d)
-        if conv and conv.bias is None and conv.padding_mode == "zeros" and len(node.args) == 1:
+        settings = conv and (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        pairs = conv and all(isinstance(setting, tuple) and len(setting) == 2 for setting in settings)
+        if pairs and conv.bias is None and conv.padding_mode == "zeros":
             return conv, node.args[0]
         return None, None
 
@@ -141,23 +176,24 @@ class Matcher:
         pointwise, y = self.pointwise(node)
         if pointwise:
             if (x := self.relu(y)) is not None:
-                return self.known(x, lambda v: Separable(v, None, pointwise.weight))
+                return self.known(x, Separable(0, None, pointwise.weight))
             depthwise, y = self.depthwise(y)
             if depthwise and (x := self.relu(y)) is not None:
                 geometry = (getattr(depthwise, name)[0] for name in ("stride", "padding", "dilation"))
-                weights, geometry = (depthwise.weight, pointwise.weight), tuple(geometry)
-                return self.known(x, lambda v: Separable(v, *weights, *geometry))
+                return self.known(x, Separable(0, depthwise.weight, pointwise.weight, *geometry))
         pool = self.module(node)
         stride = getattr(pool, "stride", None)
         stride = stride[0] if isinstance(stride, tuple) and len(set(stride)) == 1 else stride
+        if not isinstance(stride, int):
+            return self.reduction(node)
         if type(pool) is nn.MaxPool2d:
             plain = (pool.kernel_size, pool.padding, pool.dilation) in ((3, 1, 1), ((3, 3), (1, 1), (1, 1)))
             if plain and not (pool.return_indices or pool.ceil_mode):
-                return self.known(self.real(node.args[0]), lambda v: Pool(v, "max", stride))
+                return self.known(self.real(node.args[0]), Pool(0, "max", stride))
         if type(pool) is nn.AvgPool2d:
             plain = (pool.kernel_size, pool.padding) in ((3, 1), ((3, 3), (1, 1)))
             if plain and not (pool.count_include_pad or pool.ceil_mode or pool.divisor_override):
-                return self.known(self.real(node.args[0]), lambda v: Pool(v, "avg", stride))
+                return self.known(self.real(node.args[0]), Pool(0, "avg", stride))
         return self.reduction(node)
 
     def reduction(self, node):
@@ -176,18 +212,19 @@ class Matcher:
             padded = self.real(padded.args[0]) if by_zero and padded.args[1:] == ((0, 1, 0, 1),) else None
         if padded is not self.real(x):
             return None
-        return self.known(of, lambda v: FactorizedReduce(v, first.weight, second.weight))
+        return self.known(of, FactorizedReduce(0, first.weight, second.weight))
 
     def known(self, x, step):
         """The kind of a step that reads x, if the kernels know it on this device."""
-        if self.device.type == "cuda" and not known_on_cuda([step(0)], [None, None], [1]):
+        if self.device.type == "cuda" and not known_on_cuda([step], [None, None], [1]):
             return None
         return Kind("step", (x,), (step,)) if isinstance(x, fx.Node) else None
 
     def norm(self, node):
         norm = self.module(node, nn.BatchNorm2d)
-        x = self.real(node.args[0]) if norm and len(node.args) == 1 else None
-        known = x is not None and norm in self.once and settings_of(norm) == self.settings
+        x = self.real(node.args[0]) if norm else None
+        known = x is not None and self.calls[norm] == 1 and settings_of(norm) == self.settings
+        known = known and self.tensors.isdisjoint(map(id, norm.buffers()))  # nobody reads its statistics
         return Kind("norm", (x,), (norm,)) if known and self.kind(x).name == "step" else None
 
     # --- Terms --------------------------------------------------------------------------------------------------------
@@ -198,7 +235,10 @@ class Matcher:
         return Kind("dropout", (self.real(node.args[0]),), (float(module.p),)) if dropped else None
 
     def drop(self, node):
-        """x * (kept / (1 - rate)).to(x.dtype), where kept is rand_like(y) >= rate and y is x or x[:, :1, :1, :1]."""
+        """x * (kept / (1 - rate)).to(x.dtype), where kept is rand_like(y) >= rate and y is x or x[:, :1, :1, :1].
+
+        Nothing else may read the mask, since the kernels draw one of their own.
+        """
         product = self.call(node, *MUL)
         cast = self.call(product[1], "to") if product else None
         quotient = self.call(cast[0], operator.truediv) if cast and len(cast) == 2 else None
@@ -207,8 +247,11 @@ class Matcher:
         if not rest or rest[0] != 1 or rest[1] is not kept[1] or kept[1].op != "get_attr":
             return None
         drawn, x, dtype = kept[0], product[0], cast[1]
+        alone = all(len(node.users) == 1 for node in (product[1], cast[0], quotient[0], drawn))
+        one_rate = attribute(self.root, kept[1].target).numel() == 1
         of_x = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args == (x, "dtype")
-        if not of_x or drawn.target is not torch.rand_like or drawn.kwargs not in ({}, {"dtype": torch.float32}):
+        in_float32 = drawn.target is torch.rand_like and drawn.kwargs in ({}, {"dtype": torch.float32})
+        if not (of_x and alone and one_rate and in_float32):
             return None
         like = drawn.args[0]
         one = (slice(None), slice(None, 1), slice(None, 1), slice(None, 1))
@@ -217,16 +260,21 @@ class Matcher:
         return Kind("drop_path", (self.real(x),), (kept[1],)) if self.call(like, operator.getitem) == (x, one) else None
 
     def zero(self, node):
-        if self.call(node, torch.zeros, torch.zeros_like):
+        if node in self.zeros:
             return Kind("zero")
-        product, filled = self.call(node, *MUL), self.call(node, "fill_")
-        if product and any(type(a) in (int, float) and a == 0 for a in product):
-            return Kind("zero")
-        new = filled and filled[1] == 0 and self.call(filled[0], torch.FloatTensor, torch.empty, "new_empty")
-        return Kind("zero") if new else None
+        filled = self.call(node, "fill_")
+        new = self.real(filled[0]) if filled and filled[1:] == (0,) else node
+        makers = (torch.zeros, torch.zeros_like) if new is node else (torch.FloatTensor, torch.empty, "new_empty")
+        if self.call(new, *makers, keywords=None) is None:
+            return None
+        standard = None if new.target in (torch.zeros_like, "new_empty") else torch.get_default_dtype()
+        dtype = torch.float32 if new.target is torch.FloatTensor else new.kwargs.get("dtype", standard)
+        of_x = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args[1] == "dtype"
+        wider = self.dtype and dtype and not of_x and torch.promote_types(dtype, self.dtype) != self.dtype
+        return None if wider else Kind("zero")
 
     def weight(self, node):
-        """(a tensor, the indices of one of its numbers) that a node is; None where it is no weight."""
+        """The tensor, and the indices of the number of it, that a node is; None where it is no weight."""
         index, start = (), node
         while isinstance(node, fx.Node) and node.target is operator.getitem and type(node.args[1]) is int:
             node, index = node.args[0], (node.args[1], *index)
@@ -256,24 +304,21 @@ class Matcher:
         return None
 
     def sum(self, node):
-        terms = self.call(node, *ADD)
-        summed = self.call(node, "sum")
-        if summed and summed[1:] in ((0,), ()) and (node.kwargs == {"dim": 0}) == (len(summed) == 1):
-            stacked = self.call(summed[0], torch.stack)
-            alone = stacked and len(stacked) == 1 and self.real(summed[0]).kwargs in ({}, {"dim": 0})
-            terms = tuple(stacked[0]) if alone and isinstance(stacked[0], (list, tuple)) else None
-        elif node.kwargs:
-            return None
+        terms, by_keyword = self.call(node, *ADD), ({}, {"dim": 0})
+        summed = self.call(node, "sum", keywords=by_keyword)
+        if summed and (summed[1:], node.kwargs) in (((0,), {}), ((), {"dim": 0})):
+            stacked = self.call(summed[0], torch.stack, keywords=by_keyword)
+            listed = stacked and len(stacked) == 1 and isinstance(stacked[0], (list, tuple))
+            terms = tuple(stacked[0]) if listed else None
         if not terms or len(terms) < 2:
             return None
         terms = tuple(map(self.real, terms))
         return Kind("add", terms) if all(isinstance(x, fx.Node) and not self.weight(x) for x in terms) else None
 
     def concatenated(self, node):
-        if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in (torch.cat, torch.concat):
-            return None
-        dim = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
-        return node.args[0] if dim == 1 and isinstance(node.args[0], (list, tuple)) else None
+        joined = self.call(node, torch.cat, torch.concat, keywords=({}, {"dim": 1}))
+        by_channels = joined and (joined[1:], self.real(node).kwargs) in (((1,), {}), ((), {"dim": 1}))
+        return joined[0] if by_channels and isinstance(joined[0], (list, tuple)) else None
 
     def cat(self, node):
         parts = tuple(map(self.real, self.concatenated(node) or ()))
@@ -291,6 +336,7 @@ class Part:
         self.matcher, self.target, self.members, self.reads = matcher, target, members, reads
         self.inputs, self.operations, self.norms, self.numbers = [], [], {}, {}
         self.weights, self.dropout, self.drop_path, self.nodes = [], [], [], []
+        self.unused = []  # the nodes of weights of zeros: they have gradients all the same
         for node in sorted(members - {target}, key=matcher.order.get):
             if matcher.kind(node).name not in TERMS or reads[node] > 1:
                 self.value(node)
@@ -328,7 +374,7 @@ class Part:
     def add(self, node):
         kind = self.matcher.kind(node)
         if kind.name == "step":
-            step = kind.more[0](0)
+            (step,) = kind.more
             v = self.value(kind.of[0]) if isinstance(step, Separable) else self.whole(kind.of[0])
             v = self.operation(step._replace(source=v), node)
         elif kind.name == "norm":
@@ -357,24 +403,26 @@ class Part:
                 self.drop_path.append((place, drop_path))
         return self.operation(Sum([v for v, *_ in terms]))
 
-    def terms(self, node, number=1.0, factors=(), drop_path=None, top=True):
+    def terms(self, node, number=1.0, factors=(), top=True):
+        """What a node adds to a sum; what others read too is a value of its own."""
         kind = self.matcher.kind(node)
-        if kind.name == "zero" or node not in self.reads:
+        if node not in self.reads:
+            self.unused += weights_of_zero(self.matcher, node)
             return []
-        absorbed = node in self.members and kind.name in TERMS and (top or self.reads[node] == 1)
-        if not absorbed:
-            return [self.term(self.value(node), number, factors, None, drop_path)]
+        if not (node in self.members and kind.name in TERMS and (top or self.reads[node] == 1)):
+            return [self.term(self.value(node), number, factors)]
         if kind.name == "dropout":
-            return [self.term(self.whole(kind.of[0]), number, factors, kind.more[0], drop_path)]
-        if kind.name == "drop_path" and drop_path is not None:
-            return [self.term(self.sum(self.terms(node)), number, factors, None, drop_path)]
+            return [self.term(self.whole(kind.of[0]), number, factors, kind.more[0])]
         if kind.name == "drop_path":
-            (drop_path,) = kind.more
-        elif kind.name == "scale" and isinstance(kind.more[0], float):
+            terms = self.terms(kind.of[0], number, factors, top=False)
+            if len(terms) > 1 or any(term[-1] is not None for term in terms):
+                terms = [self.term(self.sum(terms))]
+            return [(*term[:-1], kind.more[0]) for term in terms]
+        if kind.name == "scale" and isinstance(kind.more[0], float):
             number *= kind.more[0]
         elif kind.name == "scale":
             factors = (*factors, *kind.more)
-        return [term for x in kind.of for term in self.terms(x, number, factors, drop_path, top=False)]
+        return [term for x in kind.of for term in self.terms(x, number, factors, top=False)]
 
     def finish(self):
         """Numbers as `cell` has them: first the inputs, then what the operations compute."""
@@ -391,7 +439,8 @@ class Part:
         for v, norm in self.norms.items():
             norms[number(v)] = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias)
         self.norms, self.outputs = norms, [number(v) for v in self.outputs]
-        self.roots = list(dict.fromkeys(node for _, factors in self.weights for node, _ in factors))
+        used = [node for _, factors in self.weights for node, _ in factors]
+        self.roots = list(dict.fromkeys(used + self.unused))
         del self.matcher, self.reads, self.numbers
 
     def of_other_channels(self):
@@ -410,6 +459,16 @@ class Part:
         sums = [len(op.terms) for op in self.operations if isinstance(op, Sum)]
         weighed = self.modules or any(factors for _, factors in self.weights)
         return 0 not in sums and (len(sums) < len(self.operations) or bool(weighed and max(sums) > 1))
+
+
+def ancestors(node):
+    """All nodes that a node is computed from."""
+    found, waiting = set(), list(node.all_input_nodes)
+    while waiting:
+        if (other := waiting.pop()) not in found:
+            found.add(other)
+            waiting += other.all_input_nodes
+    return found
 
 
 def parts_of(graph: fx.Graph, root: nn.Module, device: torch.device):
@@ -451,6 +510,8 @@ def _reads(matcher):
             terms = [x for x in kind.of if not _no_term(matcher, node, x)]
             waiting += [(x, matcher.kind(x).name in ("cat", "torch", "zero")) for x in terms]
             waiting += [(weight, True) for weight in _tensors(kind)]
+            zeros = [x for x in kind.of if x not in terms]
+            waiting += [(weight, True) for x in zeros for weight in weights_of_zero(matcher, x)]
         else:
             waiting += [(matcher.real(x), True) for x in node.all_input_nodes]
     return reads, wanted
@@ -463,9 +524,16 @@ def _no_term(matcher, node, x):
     return matcher.kind(x).name == "zero" and matcher.kind(node).name == "add"
 
 
+def weights_of_zero(matcher, x):
+    """The nodes of the weights of something that adds nothing."""
+    while matcher.kind(x).name == "scale":
+        yield from _tensors(matcher.kind(x))
+        (x,) = matcher.kind(x).of
+
+
 def _tensors(kind):
     """The nodes of weights and rates."""
-    for more in kind.more:
+    for more in kind.more if kind.name in TERMS else ():
         if isinstance(more, fx.Node):
             yield more
         elif isinstance(more, tuple):

@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import operator
 import warnings
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from .match import Part, parts_of
+from .match import Part, ancestors, parts_of
 from .ops import cell, dropout_key, dropout_masks, run_cell
 from .program import Dropout, Sum, cell_program, known_on_cuda
 from .runtime import fused, on_cuda, supports
-from .trace import ChangesInPlace, Constant, Tracer, Untraceable, attribute, element, is_torchs
+from .trace import (
+    STATE,
+    ChangesInPlace,
+    Constant,
+    Holdings,
+    Tracer,
+    Untraceable,
+    attribute,
+    element,
+    is_changed,
+    is_torchs,
+    lock,
+    modes,
+)
 
-PLANS = 4  # that a module keeps: in training and evaluation, of other arguments
-VAIN = 20  # traces without a plan being used twice, after which a module stays plain
+PLANS = 16  # that a module keeps: in training and evaluation, of other arguments
+TRACES = 20  # of a module; with more, and fewer than 10 calls for each, it stays plain
 # Calls that join feature maps: a module that makes one itself, and not only within others, is taken for a cell.
 JOINS = {operator.add, torch.add, torch.cat, torch.concat, torch.stack, "sum", "add"}
-UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
-CONTAINERS = {list, tuple, set, dict, OrderedDict}
 
 
 class Fused(nn.Module):
-    """What `fuse` makes of a module's class; its own computation is `plain`."""
+    """What `fuse` makes of a module's class; its own computation is `_plain_forward`."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or is_looked_into(self):
-            return self.plain(*args, **kwargs)
+        state = self.__dict__.get(STATE)  # not there in what the code of the class makes of its own class
+        if state is None or torch.compiler.is_compiling() or is_looked_into(self):
+            return self._plain_forward(*args, **kwargs)
         values = arguments(self, args, kwargs)
-        plan = values and self._fused.plan(self, values)
-        return plan.run(values) if plan else self.plain(*args, **kwargs)
+        plan = values and state.plan(self, values)
+        return plan.run(values, state.copies) if plan else self._plain_forward(*args, **kwargs)
 
-    def plain(self, *args, **kwargs):
+    def _plain_forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        return _restored, (plain_class(self),), self.__dict__
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:
+            return reduced
+        return _restored, (plain_class(self),), *reduced[2:]
+
+    def __init_subclass__(cls, **arguments):
+        """What the class does for its subclasses is not done for ours."""
 
 
 def _restored(kind):
@@ -50,15 +68,12 @@ def _restored(kind):
     return module
 
 
-_classes: dict[type, type] = {}
-
-
+@functools.cache
 def fused_class(kind):
-    if kind not in _classes:
-        forward = functools.wraps(kind.forward)(lambda self, *args, **kwargs: Fused.forward(self, *args, **kwargs))
-        members = {"__module__": kind.__module__, "forward": forward}
-        _classes[kind] = type(f"Fused{kind.__name__}", (Fused, kind), members)
-    return _classes[kind]
+    # Names and the signature are those of the class itself.
+    forward = functools.wraps(kind.forward)(lambda self, *args, **kwargs: Fused.forward(self, *args, **kwargs))
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (Fused, kind), names | {"forward": forward})
 
 
 def plain_class(module):
@@ -69,8 +84,10 @@ def is_looked_into(module):
     """Whether somebody follows what a module computes: a tracer, a transform, a counter, hooks on all modules."""
     hooks = torch.nn.modules.module
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    functions = torch.overrides._get_current_function_mode_stack()
     return (
         any(not getattr(mode, "of_fused_operators", False) for mode in modes)
+        or any(type(mode).__name__ != "DeviceContext" for mode in functions)
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -81,7 +98,7 @@ def is_looked_into(module):
 
 
 def arguments(module, args, kwargs):
-    """{name: value} of a call, or None if tensors are anything but arguments of their own."""
+    """The arguments of a call by name, or None if one is neither a tensor nor a plain value."""
     names = signature(plain_class(module).forward)
     if names is None or len(args) > len(names) or not names.keys() >= kwargs.keys():
         return None
@@ -102,38 +119,52 @@ def signature(forward):
 
 
 class State:
-    """The plans of one module, the last used first, and why there is none."""
+    """The plans of one module, the last used first.
 
-    def __init__(self, leaf=()):
-        self.leaf, self.plans, self.vain = leaf, [], 0
+    copies: whether results are copies, since others may change them in place; fused operations save their own.
+    """
+
+    def __init__(self, leaf=(), copies=False):
+        self.leaf, self.copies, self.plans, self.traces, self.hits = leaf, copies, [], 0, 0
 
     def __reduce__(self):
-        return State, (self.leaf,)
+        return State, (self.leaf, self.copies)
 
     def plan(self, module, values):
         """The plan for a call, None if it is to be computed plainly."""
         device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
-        if self.vain > VAIN or not fused(device):
+        if self.traces > TRACES + self.hits // 10 or not fused(device):
             return None
         constants = {name: Constant(v) for name, v in values.items() if not isinstance(v, torch.Tensor)}
         shapes = {name: v.shape for name, v in values.items() if name not in constants}
-        plan = self.plan_of(module, {name: constants.get(name) for name in values}, device, shapes)
-        if self.plans[0].new:
-            self.plans[0].convert_within(module, device, self.leaf)
-        return plan
+        values = {name: constants.get(name) for name in values}
+        plan = self.known_plan(module, values, device, shapes)
+        if not plan or plan.new:
+            with lock:
+                plan = self.plan_of(module, values, device, shapes)
+                if self.plans[0].new:
+                    self.plans[0].convert_within(module, device, self)
+                return plan
+        return plan if plan.instructions else None
 
     def plan_of(self, module, values, device, shapes=None):
         """values: a Constant, or None for a tensor, by name. shapes: of the tensors, if they are known."""
-        key = device.type, on_cuda(), values
-        for i, plan in enumerate(self.plans):
-            if plan.key == key and plan.fits(shapes) and plan.holds():
-                self.vain = 0
-                if i:
-                    self.plans = [plan, *self.plans[:i], *self.plans[i + 1 :]]
-                return plan if plan.instructions else None
-        plan = Plan(module, key, values, device, self.leaf, shapes)
-        self.plans, self.vain = [plan, *self.plans[: PLANS - 1]], self.vain + 1
+        plan = self.known_plan(module, values, device, shapes)
+        if plan is None:
+            plan = Plan(module, (device, on_cuda(), modes(), values), values, device, self.leaf, shapes)
+            self.plans, self.traces = [plan, *self.plans[: PLANS - 1]], self.traces + 1
         return plan if plan.instructions else None
+
+    def known_plan(self, module, values, device, shapes):
+        key = device, on_cuda(), modes(), values
+        for plan in self.plans:
+            # A shallow copy of a module has the same state.
+            if plan.key == key and plan.modules[0] is module and plan.fits(shapes) and plan.holds():
+                if plan is not self.plans[0]:
+                    self.plans = [plan, *(other for other in self.plans if other is not plan)]
+                self.hits += 1
+                return plan
+        return None
 
 
 class Plan:
@@ -141,16 +172,13 @@ class Plan:
 
     def __init__(self, module, key, values, device, leaf, shapes=None):
         self.key, self.instructions, self.parts, self.reason, self.graph = key, [], [], "", None
-        self.refused, self.new, self.in_place = {}, True, False
-        self.modules = list(module.modules())
-        self.versions = []
-        self.hold()
+        self.refused, self.new, self.in_place, self.tried = {}, True, False, True
+        self.modules, self.inspected = list(module.modules()), []
+        self.held = Holdings(self.modules)
         tracer = Tracer(device, leaf, shapes)
         self.lengths, self.longest = tracer.lengths, {}
         try:
-            self.graph = tracer.follow(module, "plain" if isinstance(module, Fused) else "forward", values)
-            if not self.holds():
-                raise Untraceable("its code changes what it holds")
+            self.graph = tracer.follow(module, "_plain_forward" if isinstance(module, Fused) else "forward", values)
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
             self.reason, self.in_place = str(error), isinstance(error, ChangesInPlace)
@@ -166,11 +194,16 @@ class Plan:
                 place = name, len(index) - 1
                 self.longest[place] = max(self.longest.get(place, 0), 1 + index[-1])
         self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.versions = [(tensor, tensor._version) for tensor in tracer.inspected]
+        self.inspected = [(t, looks(t), t.detach().clone() if t.is_cpu else None) for t in tracer.inspected]
         self.refused = tracer.refused
         self.settings, self.real = matcher.settings, matcher.real
         self.attributes = {n: attribute(module, n.target) for n in self.graph.nodes if n.op == "get_attr"}
         self.called = {n: module.get_submodule(n.target) for n in self.graph.nodes if n.op == "call_module"}
+        # Code that cannot be seen: it may change its arguments in place.
+        self.opaque = {n for n, m in self.called.items() if is_changed(m) or m._modules or not is_torchs(type(m))}
+        self.tried, self.needed = not self.opaque, ancestors(matcher.output) | matcher.unread
+        self.computed = {part.target for part in self.parts}
+        self.copied = {node for node in tracer.changed if self.real(node.args[0]) in self.computed}
         self.output = matcher.output.args[0]
         self.runs = {part: Run(part, self.settings, device) for part in self.parts}
 
@@ -181,7 +214,7 @@ class Plan:
         same = all(shapes[name][d : d + 1] == (n,) for (name, d), n in self.lengths.items())
         return same and all(shapes[name][d : d + 1] >= (n,) for (name, d), n in self.longest.items())
 
-    def convert_within(self, module, device, leaf):
+    def convert_within(self, module, device, state):
         """Fuses what can be within modules that the plan calls, or, without a plan, within all of the module."""
         self.new = False
         if self.in_place:
@@ -189,45 +222,28 @@ class Plan:
                 unfuse(inner)
         else:
             for inner in self.refused if self.instructions else module.children():
-                convert(units(inner, device, leaf)[0], device)
-        self.hold()
-
-    def hold(self):
-        """Notes all that the modules hold: a plan depends on it, but for the values of tensors."""
-        self.dicts, self.full, self.empty = [m.__dict__ for m in self.modules], [], []
-        kinds = {kind for m in self.modules for kind in plain_class(m).__mro__} - {nn.Module, object}
-        self.dicts += [vars(kind) for kind in sorted(kinds, key=id)]  # methods, which may be exchanged too
-        waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
-        for value in waiting:
-            if type(value) in CONTAINERS:
-                (self.full if value else self.empty).append(value)
-                waiting += _items(value)  # while the loop goes on
-        self.held = self.holdings()
-
-    def holdings(self):
-        classes, values = [m.__class__ for m in self.modules], []
-        for d in self.dicts:
-            values += d.values()
-        for container in self.full:
-            values += _items(container)
-        return classes, values
+                convert(units(inner, device, state.leaf)[0], device, state.copies)
+        self.held = Holdings(self.modules)
 
     def holds(self):
-        """Whether the modules are what they were, and numbers in tensors that the code branched on too."""
-        now = self.holdings()
-        same = len(now[1]) == len(self.held[1]) and not any(self.empty) and now[0] == self.held[0]
-        same = same and all(map(operator.is_, now[1], self.held[1]))
-        return same and all(tensor._version == version for tensor, version in self.versions)
+        """Whether the modules are what they were, and the tensors that the code branched on too."""
+        return self.held.are_the_same() and all(
+            seen == looks(tensor) and (values is None or torch.equal(tensor.detach(), values))
+            for tensor, seen, values in self.inspected
+        )
 
-    def run(self, values):
+    def run(self, values, copies=False):
         env = {node: values[node.target] for node in self.placeholders}
+        if not self.tried:
+            return self.try_opaque(env)
         for i in self.instructions:
             if isinstance(i, Part):
                 y = self.runs[i].compute(env)
                 env[i.target] = self.by_torch(i.target, env) if y is None else y
             else:
                 env[i] = self.compute(i, env)
-        return fx.node.map_arg(self.output, lambda node: env[self.real(node)])
+        copied = self.computed if copies else ()
+        return filled(self.output, lambda node: env[x].clone() if (x := self.real(node)) in copied else env[x])
 
     def compute(self, node, env):
         def value(node):
@@ -236,14 +252,37 @@ class Plan:
         if node.op == "get_attr":
             return self.attributes[node]
         args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+        if node in self.copied and args:
+            args = args[0].clone(), *args[1:]  # a fused operation saves its result for backward
+        if node in self.opaque:
+            return self.call_opaque(node, args, kwargs)
         if node.op == "call_module":
             return self.called[node](*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
 
+    def try_opaque(self, env):
+        """The first call of a plan, in the order of the code, which shows whether modules change their arguments."""
+        for node in self.graph.nodes:
+            if node in self.needed and node.op != "placeholder":
+                env[node] = self.compute(node, env)
+        self.tried = True
+        return filled(self.output, env.get)
+
+    def call_opaque(self, node, args, kwargs):
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not t.is_inference()]
+        before = [t._version for t in tensors]
+        y = self.called[node](*args, **kwargs)
+        if before != [t._version for t in tensors]:
+            self.reason = f"{plain_class(self.called[node]).__name__} changes its arguments in place"
+            self.instructions, self.in_place, self.new = [], True, True
+            if self.tried:  # the order of the plan may be wrong
+                raise RuntimeError(f"{self.reason}, and did not before; expected a module that always does it")
+        return y
+
     def by_torch(self, target, env):
-        """The value of a part whose tensors are not what the kernels take."""
+        """A part's value by torch, where the kernels do not take its tensors."""
         needed, waiting = set(), [target]
         while waiting:
             node = waiting.pop()
@@ -257,8 +296,21 @@ class Plan:
         return env[target]
 
 
-def _items(container):
-    return container.values() if isinstance(container, dict) else container
+def looks(tensor):
+    """The facts about a tensor that code may branch on."""
+    return tensor._version, tensor.requires_grad, tensor.dtype, tensor.shape, tensor.device
+
+
+def filled(argument, value):
+    """An argument of a node as Python objects: fx has tuples, lists and dictionaries of its own."""
+    if isinstance(argument, fx.Node):
+        return value(argument)
+    if isinstance(argument, dict):
+        return {name: filled(a, value) for name, a in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        inner = [filled(a, value) for a in argument]
+        return inner if isinstance(argument, list) else tuple(inner)
+    return argument
 
 
 def units(module, device, leaf):
@@ -281,6 +333,8 @@ def units(module, device, leaf):
                 if plan and any(plan.own & part.members for part in plan.parts):
                     return {module: state}, {}
                 refused[module] = state.plans[0].reason
+                if state.plans[0].in_place:
+                    raise ChangesInPlace(refused[module])
         except ChangesInPlace as error:
             later = list(placeholders(module).values()).count(None) > 1
             return {module: State(leaf)} if later else {}, {module: str(error)}
@@ -306,18 +360,19 @@ def units(module, device, leaf):
 
 
 def placeholders(module):
-    """Arguments as a call would give them that names no more than it has to."""
+    """The arguments of a call that relies on all defaults."""
     defaults = (signature(plain_class(module).forward) or {}).items()
     return {name: None if default is inspect.Parameter.empty else Constant(default) for name, default in defaults}
 
 
-def convert(modules: dict[nn.Module, State], device):
+def convert(modules: dict[nn.Module, State], device, copies):
     for module, state in modules.items():
+        state.copies = copies
+        module.__dict__[STATE] = state
         module.__class__ = fused_class(type(module))
-        module.__dict__["_fused"] = state
     for module, state in modules.items():
         for plan in state.plans:
-            plan.convert_within(module, device, state.leaf)
+            plan.convert_within(module, device, state)
 
 
 def unfuse(network: nn.Module) -> nn.Module:
@@ -325,7 +380,7 @@ def unfuse(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, Fused):
             module.__class__ = plain_class(module)
-            del module._fused
+            module.__dict__.pop(STATE, None)
     return network
 
 
@@ -334,11 +389,12 @@ class Run:
 
     def __init__(self, part, settings, device):
         self.part, self.settings, self.programs, self.places, self.warned = part, settings, {}, {}, False
-        self.counts = [norm.num_batches_tracked for norm in part.modules]
+        counts = [norm.num_batches_tracked for norm in part.modules]
+        self.counts = [count for count in counts if count is not None]
         self.on_cuda = known_on_cuda(part.operations, part.norms, part.outputs)
         numbers = [1.0, *dict.fromkeys(number for number, _ in part.weights if number != 1)]
         self.columns = [([] if n == 1 else [numbers.index(n)], factors) for n, factors in part.weights]
-        self.numbers = torch.tensor(numbers, device=device)
+        self.numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
         self.dropped = torch.tensor([place for place, _ in part.drop_path], dtype=torch.long, device=device)
         rates = {rate for _, rate in part.dropout + part.drop_path if isinstance(rate, float)}
         self.constant_rates = {rate: torch.tensor(rate, device=device) for rate in rates}
@@ -362,6 +418,8 @@ class Run:
                 y = run_cell(inputs, *program.numbers, *rest)
             else:
                 y = cell(inputs, program.operations, *rest)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # shapes that torch would broadcast, or an error that torch has too
             if not self.warned:
                 self.warned = True

@@ -1,35 +1,43 @@
-"""A module's computation as a graph: torch.fx, as far as code of DARTS networks needs it, and no further.
-
-What cannot be followed (a branch on a value, a loop over a shape) becomes a node of its own: the innermost module that
-holds it, which the graph calls.
-"""
+"""Traces a module with torch.fx; code that cannot be traced becomes a call of the innermost module that holds it."""
 
 from __future__ import annotations
 
+import argparse
+import collections
 import contextlib
+import copy
 import operator
 import pickle
 import random
 import sys
 import threading
+import types
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
 
+LARGEST_ARRAY = 4096  # bytes of an array that are compared at each call
+MOST_HELD = 100_000  # attributes of objects that modules hold
 LONGEST = 4096  # rows or entries of a tensor that a loop goes over
 FACTORIES = "empty", "full", "ones", "rand", "zeros", "FloatTensor"  # they refuse the sizes of a traced tensor
+# What returns new tensors, which may be changed in place if nothing else reads them: functions, and modules.
 FRESH = {operator.add, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat}
 FRESH |= {getattr(torch, name) for name in FACTORIES}
-NEW = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear}  # their results are new tensors
-WRITES = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__set__"}
-READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"}
+FRESH_MODULES = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear}
+OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"
+WRITES = {f"__i{name.strip('_')}__" for name in OPERATORS} | {"__setitem__", "__set__"}  # the last: tensor.data = ...
+READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose"}
+STATE = "_kernels_state"  # the attribute of fused modules
+UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+UNUSED |= {STATE}
+CONTAINERS = list, tuple, set, dict, collections.deque
 
-_lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
+lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
 
 
-class Untraceable(Exception):
-    """The computation cannot be followed; the message says why."""
+class Untraceable(BaseException):
+    """The computation cannot be followed; the message says why. The code that is followed does not catch it."""
 
 
 class ChangesInPlace(Untraceable):
@@ -37,11 +45,23 @@ class ChangesInPlace(Untraceable):
 
 
 class _Proxy(fx.Proxy):
+    __class__ = property(lambda self: torch.Tensor)  # for isinstance in the code that is followed
+
     def __getattr__(self, name):
         if name in ("is_cuda", "is_cpu", "device"):  # all feature maps and parameters are on one device
             device = self.tracer.device
             return device if name == "device" else device.type == name[3:]
+        if name in ("grad", "grad_fn"):
+            raise Untraceable(f"the code reads {name} of a feature map")
+        if not hasattr(torch.Tensor, name):
+            raise AttributeError(name)
         return super().__getattr__(name)
+
+    def __setitem__(self, key, value):
+        raise ChangesInPlace("the code writes elements of a tensor")
+
+    def __len__(self):
+        raise Untraceable("the code takes the length of a tensor")
 
 
 def _in_place(name):
@@ -49,21 +69,23 @@ def _in_place(name):
 
     def change(self, other):
         result = function(self, other)
-        self.tracer.changes(result.node, self.node)
+        if not is_size(self.node):
+            self.tracer.changes(result.node, self.node)
         return result
 
     return change
 
 
-for _name in ("add", "sub", "mul", "truediv"):
-    setattr(_Proxy, f"__i{_name}__", _in_place(_name))
+for _name in OPERATORS:
+    setattr(_Proxy, f"__i{_name.strip('_')}__", _in_place(_name))
 
 
 class Tracer(fx.Tracer):
     """device: of the tensors. leaf: classes of modules that are not looked into. shapes: of placeholders, if known.
 
-    refused: the modules that could not be followed, and why. inspected: tensors on whose values the code branched.
-    lengths: {(placeholder, dimension): the number of rows or entries that a loop went over}.
+    own: the nodes of the code of the module itself. changed: those that change a tensor in place. refused: the modules
+    that could not be followed, and why. inspected: tensors that the code branched on. lengths: {(placeholder,
+    dimension): the number of rows or entries that a loop went over}.
     """
 
     proxy_buffer_attributes = True
@@ -71,42 +93,38 @@ class Tracer(fx.Tracer):
     def __init__(self, device, leaf=(), shapes=None):
         super().__init__()
         self.device, self.leaf, self.shapes, self.lengths = device, leaf, shapes or {}, {}
-        self.changed, self.modes = [], modes()
+        self.changed, self.modes, self.graph = [], modes(), fx.Graph()
         self.refused, self.inspected, self.own, self.thread = {}, [], set(), threading.get_ident()
 
     def follow(self, module, function: str, arguments: dict):
         """The graph of module.function(**arguments), whose tensors, None here, are placeholders."""
         self.traced_func_name, self.arguments = function, arguments
         factories = {name: getattr(torch, name) for name in FACTORIES}
-        with _lock, contextlib.ExitStack() as stack:
+        with lock, contextlib.ExitStack() as stack:
             for name, factory in factories.items():
                 stack.callback(setattr, torch, name, factory)
                 setattr(torch, name, self.traced_factory(factory))
-            state, held = random_state(), [(m.__dict__, dict(m.__dict__)) for m in module.modules()]
+            state, held = random_state(), Holdings(module.modules())
+            copied = held.copied()
+            if any(map(draws_random_numbers, held.values)):
+                raise Untraceable("the module holds a random generator, whose numbers are not traced")
             try:
                 with _NumbersOfTensors():
                     graph = self.trace(module)
                 for node in self.changed:
-                    if not node.users or len(node.args[0].users) > 1:
+                    if not node.users or any(len(x.users) > 1 for x in without_zeros(node.args[0])):
                         raise ChangesInPlace(f"{node.target} changes a tensor in place that is read elsewhere")
-                if not all(same(*dicts) for dicts in held):
+                if not held.are_the_same():
                     raise Untraceable("the code changes what its module holds")
                 if random_state() != state:
                     raise Untraceable("the code draws random numbers that are not traced")
                 return graph
-            except Exception as error:  # whatever the code of a user raises on seeing a proxy
+            except (Exception, Untraceable) as error:  # whatever the code of a user raises on seeing a proxy
                 kind = ChangesInPlace if self.changed or isinstance(error, ChangesInPlace) else Untraceable
                 raise kind(reason(error)) from error
             finally:
                 restore_random_state(*state)
-                for now, before in held:
-                    if not same(now, before):
-                        now.clear()
-                        now.update(before)
-
-    @property
-    def notes(self):
-        return self.inspected, self.changed
+                held.restore(copied)
 
     def traced_factory(self, factory):
         def create(*sizes, **options):
@@ -124,33 +142,39 @@ class Tracer(fx.Tracer):
         return function, [self.root, *values]
 
     def is_leaf_module(self, module, path):
-        if isinstance(module, self.leaf) or "forward" in module.__dict__ or has_hooks(module):
+        if isinstance(module, self.leaf) or is_changed(module):
             return True
+        kind = type(module)
         containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
-        return is_torchs(type(module)) and not isinstance(module, containers)
+        return (is_torchs(kind) or is_torchs(kind.forward)) and not isinstance(module, containers)
 
     def call_module(self, module, forward, args, kwargs):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
 
         def attempt(*args, **kwargs):
-            last, known = next(iter(reversed(self.graph.nodes)), None), [(notes, len(notes)) for notes in self.notes]
+            nodes, notes = len(self.graph.nodes), (self.inspected, self.changed)
+            known = [len(of_kind) for of_kind in notes]
             try:
                 return forward(*args, **kwargs)
             except ChangesInPlace:
                 raise
-            except Exception as error:
-                while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
-                    self.graph.erase_node(node)
-                for notes, length in known:
-                    del notes[length:]
+            except (Exception, Untraceable) as error:
+                while len(self.graph.nodes) > nodes:
+                    self.graph.erase_node(next(iter(reversed(self.graph.nodes))))
+                for of_kind, length in zip(notes, known):
+                    del of_kind[length:]
                 self.refused[module] = reason(error)
                 return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
         return super().call_module(module, attempt, args, kwargs)
 
     def getattr(self, name, value, cache):
-        return value if threading.get_ident() != self.thread else super().getattr(name, value, cache)
+        if threading.get_ident() != self.thread:
+            return value
+        for known in [known for known, proxy in cache.items() if proxy.node._erased]:
+            del cache[known]  # of a module that could not be followed
+        return super().getattr(name, value, cache)
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         if modes() != self.modes:
@@ -160,18 +184,25 @@ class Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if not self.module_stack:
             self.own.add(node)
-        changes = kind == "call_method" and target.endswith("_") and not target.endswith("__")
+        if "out" in kwargs:
+            raise ChangesInPlace(f"{target} writes into a tensor that is there")
+        called = kind in ("call_function", "call_method")
+        changes = called and is_in_place(target if kind == "call_method" else getattr(target, "__name__", ""))
         changes = changes or kwargs.get("inplace", False)
         changes = changes or (kind == "call_module" and getattr(self.root.get_submodule(target), "inplace", False))
         if changes:
-            self.changes(node, node.args[0])
+            self.changes(node, (*node.args, None)[0])
         return node
 
     def changes(self, node, x):
         """Notes a change in place, and refuses it where others may hold the tensor."""
+        if not isinstance(x, fx.Node):
+            raise ChangesInPlace(f"{node.target} changes a tensor in place")
+        *_, x = without_zeros(x)
         module = self.root.get_submodule(x.target) if x.op == "call_module" else None
-        fresh = type(module) in NEW and not has_hooks(module)
+        fresh = type(module) in FRESH_MODULES and not is_changed(module)
         fresh = fresh or (x.op == "call_function" and x.target in FRESH)
+        fresh = fresh or (x.op == "call_module" and nn.Module in self.leaf)  # a first look: results may be copies
         if not fresh:
             raise ChangesInPlace(f"{node.target} changes a tensor in place that others may read")
         self.changed.append(node)
@@ -180,6 +211,8 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a):
+        if type(a) is _Proxy:
+            return a.node
         known = isinstance(a, torch.Tensor) and (a in self.tensor_attrs or any(a is b for b in self.root.buffers()))
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and not known:
             raise Untraceable("the code makes a tensor from nothing that is traced")
@@ -190,22 +223,33 @@ class Tracer(fx.Tracer):
         length = self.shapes[name][len(index)] if len(index) < len(self.shapes.get(name, ())) else None
         if length is not None:
             self.lengths[name, len(index)] = length
+        elif name is None:
+            length = self.length_of_parameters(proxy.node)
         for i in range(LONGEST if length is None else length):
             yield proxy[i]
         if length is None:
             raise Untraceable("a loop has no end that can be seen")
 
+    def length_of_parameters(self, node):
+        """The length of what is computed from parameters only, else None."""
+        noted = len(self.inspected)
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                return len(self.value(node))
+        except Untraceable:
+            return None
+        finally:
+            del self.inspected[noted:]  # the values do not matter
+
     def to_bool(self, proxy):
         """A branch: on what parameters, buffers and numbers say, else refused."""
-        value = self.value(proxy.node)
-        if isinstance(value, torch.Tensor):
-            self.inspected += self.tensors(proxy.node)
         with torch._C.DisableTorchFunction():
-            return bool(value)
+            return bool(self.value(proxy.node))
 
     def value(self, node):
         if node.op == "get_attr":
-            return attribute(self.root, node.target)
+            self.inspected.append(attribute(self.root, node.target))
+            return self.inspected[-1]
         if node.op not in ("call_function", "call_method"):
             raise Untraceable("a branch depends on an argument")
         args = fx.node.map_arg(node.args, self.value)
@@ -213,11 +257,6 @@ class Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
-
-    def tensors(self, node):
-        if node.op == "get_attr":
-            return [attribute(self.root, node.target)]
-        return [tensor for argument in node.all_input_nodes for tensor in self.tensors(argument)]
 
 
 def reason(error):
@@ -255,20 +294,93 @@ class _NumbersOfTensors(torch.overrides.TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in READS:
             raise Untraceable("the code takes a number from a tensor")
-        if name in WRITES or (name.endswith("_") and not name.endswith("__")):
-            if isinstance(args[0], torch.Tensor):
-                raise Untraceable(f"{name} changes a tensor that the module holds")
+        if name in WRITES or is_in_place(name):
+            if isinstance(args[0], torch.Tensor) and type(args[0]) is not _Proxy:
+                raise ChangesInPlace(f"{name} changes a tensor that the module holds")
         return function(*args, **(kwargs or {}))
 
 
 def modes():
     """What the code may switch in a with statement, which a graph does not show."""
-    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    of_devices = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *of_devices
 
 
-def same(now, before):
-    return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
+def is_in_place(name):
+    """Whether a function of this name changes its first argument, as torch names them."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def draws_random_numbers(value):
+    of_numpy = str(type(value).__module__).startswith("numpy.random")
+    return of_numpy or isinstance(value, (random.Random, torch.Generator))
+
+
+class Holdings:
+    """All that modules hold, of what computations may depend on: to be compared with later, and to be put back.
+
+    That is their attributes, those of their classes, and what containers, small arrays, other modules and objects of
+    users' classes among them hold, but for modules that hold the first. The values of tensors do not count.
+    """
+
+    def __init__(self, modules):
+        self.modules = list(modules)
+        kinds = {kind for m in self.modules for kind in type(m).__mro__} - {nn.Module, object}
+        self.dicts = [m.__dict__ for m in self.modules] + [vars(kind) for kind in kinds]
+        self.full, self.empty, self.arrays, known = [], [], [], set(map(id, self.dicts))
+        array = getattr(sys.modules.get("numpy"), "ndarray", ())
+        waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
+        for value in waiting:
+            if len(waiting) < MOST_HELD and self.looks_into(value):
+                value = vars(value)
+            if isinstance(value, CONTAINERS) and id(value) not in known:
+                known.add(id(value))
+                (self.full if value else self.empty).append(value)
+                waiting += contents(value)  # while the loop goes on
+            elif isinstance(value, array) and value.nbytes <= LARGEST_ARRAY:
+                self.arrays.append((value, value.tobytes()))
+        self.classes, self.values = self.now()
+
+    def looks_into(self, value):
+        """Whether an attribute's own attributes count."""
+        if isinstance(value, nn.Module):
+            return not self.modules or all(module is not self.modules[0] for module in value.modules())
+        known = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+        package = str(type(value).__module__).partition(".")[0]
+        of_others = package in {"torch", "numpy", *sys.stdlib_module_names}
+        users = not of_others and not isinstance(value, (type, torch.Tensor))
+        return hasattr(value, "__dict__") and (known or users)
+
+    def now(self):
+        classes, values = [m.__class__ for m in self.modules], []
+        for d in self.dicts:
+            values += d.values()
+            values += d
+        for container in self.full:
+            values += contents(container)
+        return classes, values
+
+    def are_the_same(self):
+        classes, values = self.now()
+        same = len(values) == len(self.values) and not any(self.empty) and classes == self.classes
+        same = same and all(map(operator.is_, values, self.values))
+        return same and all(array.tobytes() == content for array, content in self.arrays)
+
+    def copied(self):
+        """What the containers hold, for `restore`."""
+        mutable = [c for c in (*self.dicts[: len(self.modules)], *self.full, *self.empty) if not isinstance(c, tuple)]
+        return [(container, copy.copy(container)) for container in mutable]
+
+    def restore(self, copied):
+        if self.are_the_same():
+            return
+        for container, before in copied:
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+
+
+def contents(container):
+    return (*container.values(), *container) if isinstance(container, dict) else container
 
 
 def element(node):
@@ -277,6 +389,23 @@ def element(node):
     while node.op == "call_function" and node.target is operator.getitem and type(node.args[1]) is int:
         node, index = node.args[0], (node.args[1], *index)
     return (node.target, index) if node.op == "placeholder" else (None, ())
+
+
+def is_size(node):
+    """Whether a node is a number that is computed from sizes of tensors."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+
+
+def without_zeros(node):
+    """A node, and what it is where it is the sum of that and the number 0, which nobody computes."""
+    yield node
+    while node.op == "call_function" and node.target in (operator.add, torch.add) and 0 in node.args:
+        (node,) = node.all_input_nodes
+        yield node
 
 
 def attribute(module, path):
@@ -291,8 +420,8 @@ def is_torchs(function_or_class):
     return function_or_class.__module__.startswith("torch.")
 
 
-def has_hooks(module):
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-    )
+def is_changed(module):
+    """Whether a module is more than its class says: it has hooks, or methods of its own."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooked = any(module.__dict__[name] for name in hooks)
+    return hooked or any(callable(getattr(type(module), name, None)) for name in module.__dict__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 
 import torch
 
 from harness.devices import keep_freed_memory, pick_device
-from harness.measure import gpu_report
+from harness.measure import elsewhere, gpu_report
 from harness.measure import traffic as counting
 from harness.measure.claims import Claims
 from harness.measure.options import Parser, add_command, run_command
@@ -50,6 +51,30 @@ def claims(args):
         return 130
 
 
+def counters(args):
+    """The multiply-adds of the P-DARTS network by nine tools, and what each of them counts for a layer.
+
+    The tools are installed at pinned versions into DIR/environment, which a second call uses again. See
+    docs/COUNTING.md.
+    """
+    from harness.measure.counters import COUNTERS
+
+    elsewhere.measure(args, "counters", {"row": COUNTERS, "depthwise_row": ["FlopCounterMode"]})
+
+
+def tools(args):
+    """Networks in torch.compile, torch.export, ONNX and other tools, and how far their logits are from torch's.
+
+    The tools are installed at pinned versions into DIR/environment, which a second call uses again; it takes 6 GB and
+    the command an hour on two cores. `--run` names the folder of an evaluation, whose network is tried too. See
+    docs/EXPORT.md.
+    """
+    from harness.measure.tools import TOOLS
+
+    run = args.run_folder and str(pathlib.Path(args.run_folder).resolve())
+    elsewhere.measure(args, "tools", {"rows": args.tools or TOOLS}, run)
+
+
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m harness.measure", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
@@ -64,6 +89,10 @@ def main(arguments: list[str]) -> int:
                                  help=f"(default: {' '.join(VERSIONS)})")  # fmt: skip
     versions_parser.add_argument("--python", default=sys.executable, metavar="FILE", help="(default: this Python)")
     versions_parser.add_argument("--tests", nargs=argparse.REMAINDER, default=(), help="arguments of pytest, the last")
+    for command in add_command(commands, counters, "out"), add_command(commands, tools, "out"):
+        command.add_argument("--python", default=sys.executable, metavar="FILE", help="(default: this Python)")
+    command.add_argument("--run", dest="run_folder", default="", metavar="RUN", help="folder of an evaluation")
+    command.add_argument("--tools", nargs="+", metavar="NAME", help="rows of the table (default: all)")
     result = run_command(parser, arguments)
     return result if isinstance(result, int) else 0
 

@@ -33,10 +33,10 @@ def test_the_table_has_the_last_row_of_each_version_and_the_logs_are_kept(tmp_pa
     assert run("2.10.0", 0)[0] == 1  # for two tests have failed
     assert run("2.10.0", 4)[0] == 1
     status, (head, _, *rows) = run("2.9.0", 0)
-    assert status == 1 and head == "| torch | Python | passed | failed | skipped | minutes | date |"
-    assert [row.split(" | ")[:5] for row in rows] == [
-        ["| 2.9.0", "", "0", "0", "0"],
-        ["| 2.10.0+cpu", "3.11.7", "3", "2", "4"],
+    assert status == 1 and head == "| torch | Python | tests | passed | failed | skipped | minutes | date | commit |"
+    assert [row.split(" | ")[:6] for row in rows] == [
+        ["| 2.9.0", "", "-k fast", "0", "0", "0"],
+        ["| 2.10.0+cpu", "3.11.7", "-k fast", "3", "2", "4"],
     ]
     assert "too old" in (out / "torch-2.9.0.log").read_text()
     log = (out / "torch-2.10.0.log").read_text()

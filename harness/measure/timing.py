@@ -27,8 +27,13 @@ def header(device: torch.device) -> tuple[str, str]:
         lines = info.read_text().splitlines() if info.exists() else []
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
         name = f"{model}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return name, f"torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}"
+    return name, f"torch {torch.__version__}, commit {commit()}"
+
+
+def commit() -> str:
+    """Return the commit of this repository, and whether files differ from it."""
+    described = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
 
 
 # --- Times ------------------------------------------------------------------------------------------------------------

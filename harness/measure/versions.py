@@ -11,9 +11,11 @@ import sys
 import tempfile
 from xml.etree import ElementTree
 
+from harness.measure.timing import commit
+
 ROOT = pathlib.Path(__file__).parents[2]
 VERSIONS = ("2.10.0", "2.11.0", "2.13.0", "newest")
-COLUMNS = ("torch", "Python", "passed", "failed", "skipped", "minutes", "date")
+COLUMNS = ("torch", "Python", "tests", "passed", "failed", "skipped", "minutes", "date", "commit")
 
 
 def versions(args):
@@ -50,7 +52,8 @@ def run_tests(version, python, tests, out):
     others = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("torch")]
     log = out / f"torch-{version}.log"
     began = datetime.datetime.now()
-    row = {"torch": version, "Python": "", "passed": 0, "failed": 0, "skipped": 0}
+    row = {"torch": version, "Python": "", "tests": " ".join(tests) or "all", "commit": commit()}
+    row |= {"passed": 0, "failed": 0, "skipped": 0}
     with tempfile.TemporaryDirectory(dir=out) as folder, open(log, "w") as output:
         ours = pathlib.Path(folder, "environment", "bin", "python")
         report = pathlib.Path(folder, "report.xml")

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.files import reason, short
+from harness.report import forms
 from harness.report.charts import colour_of
 from pdarts import GENOTYPES, OPERATIONS, Genotype, InputError, Network, parse_genotype
 
@@ -59,7 +60,8 @@ def depth_of(pairs) -> int:
 def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int = 3) -> tuple[int, int]:
     """Return parameters and multiply-adds for an image of `size` (H, or (H, W)), without the auxiliary head.
 
-    Multiply-adds are those of convolutions and the classifier; docs/DATA.md compares them with published numbers."""
+    A multiply-add is one multiplication and one addition in a convolution or the classifier; batch norms, ReLUs, pools
+    and sums count as nothing. docs/COUNTING.md compares this with other tools and with published numbers."""
     was_training, (h, w) = network.training, (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter:
         network.eval()(network.classifier.weight.new_zeros(1, in_channels, h, w))
@@ -71,7 +73,8 @@ def count(network: Network, size: int | tuple[int, int] = 32, in_channels: int =
 def check_genotype(genotype, name="genotype") -> Genotype:
     """Return the Genotype of any object or dict with its four fields; an InputError names the entry that is wrong.
 
-    A cell may hold its pairs node by node, as [[(operation, input), (operation, input)], ...] too."""
+    A cell may hold its pairs node by node, as [[(operation, input), (operation, input)], ...] too, and AutoDL's weights
+    of the pairs as third entries."""
     fields = genotype if isinstance(genotype, dict) else {
         field: getattr(genotype, field) for field in Genotype._fields if hasattr(genotype, field)}
     if not set(Genotype._fields) <= fields.keys():
@@ -82,7 +85,7 @@ def check_genotype(genotype, name="genotype") -> Genotype:
     for kind in ("normal", "reduce"):
         pairs, concat = fields[kind], fields[f"{kind}_concat"]
         if isinstance(pairs, (list, tuple)) and all(map(is_node, pairs)):
-            pairs = [pair for node in pairs for pair in node]
+            pairs = [pair[:2] if len(pair) == 3 else pair for node in pairs for pair in node]
         if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
             raise InputError(
                 f"{name}: {kind} must be a list of (operation, input) pairs, two for each node; got {short(pairs)}")
@@ -132,16 +135,32 @@ def parse_printed(text: str) -> Genotype:
         for field, node in arguments.items():
             is_range = isinstance(node, ast.Call) and ast.unparse(node.func) == "range"
             arguments[field] = range(*map(ast.literal_eval, node.args)) if is_range else ast.literal_eval(node)
+        for field in ("connectN", "connects"):  # of AutoDL
+            if (value := arguments.pop(field, None)) is not None:
+                raise ValueError(f"{field} is {short(value)}, where cells here have no further connections")
         return Genotype(**arguments)
+
+
+def parse_dictionary(text: str):
+    """Return the content of JSON, or of a dictionary as Python prints it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if not text.startswith("{"):
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
 
 
 def read_genotype(source: str) -> Genotype:
     """Return the genotype of a name in PUBLISHED, of a file, or of a text such as "Genotype(normal=[...], ...)".
 
-    A file is a genotype.json of a search, or holds one such text, as a log does."""
+    A file is a genotype.json of a search, or holds one such text, as a log does. Texts and files may also be
+    dictionaries in the forms of NNI, nasbench301 and AutoDL, see forms.py."""
     if source in PUBLISHED:
         return PUBLISHED[source]
-    is_text = "Genotype(" in source
+    is_text = "Genotype(" in source or source.startswith("{")
     name = "the genotype" if is_text else source
     if not is_text and not os.path.isfile(source):
         raise InputError(
@@ -150,7 +169,9 @@ def read_genotype(source: str) -> Genotype:
     try:
         text = source if is_text else pathlib.Path(source).read_text(encoding="utf-8")
         printed = sorted(set(PRINTED.findall(OF_NUMPY.sub(r"\1", text))))
-        content = parse_printed(printed[0]) if printed else json.loads(text)
+        content = parse_printed(printed[0]) if printed else forms.plain(parse_dictionary(text.strip()), name)
+    except InputError:
+        raise
     except (ValueError, TypeError, SyntaxError, AttributeError, MemoryError, RecursionError) as error:
         raise InputError(
             f"{name} is not valid ({reason(error)}); expected JSON, as in a genotype.json, or a printed Genotype(...)"

@@ -13,7 +13,7 @@ import torch
 
 import pdarts
 from harness.fuzz import accepted, case, cases, changed, damaged
-from harness.report.cells import PUBLISHED, cell_table, check_genotype, draw, read_genotype
+from harness.report.cells import PUBLISHED, cell_table, check_genotype, draw, parse_dictionary, read_genotype
 from pdarts import OPERATIONS, Genotype, InputError, Network
 
 # --- cells of other papers --------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_random_genotype_files_are_drawn_as_they_say_or_refused(tmp_path, limits
         genotype = accepted(read_genotype, str(path))
         if genotype is None:
             return
-        fields = json.loads(content)
+        fields = parse_dictionary(content.decode())
         for kind in "normal", "reduce":
             pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
             assert [list(pair) for pair in pairs] == fields[kind] and concat == fields[f"{kind}_concat"]

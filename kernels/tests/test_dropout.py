@@ -189,7 +189,7 @@ def test_evaluation_and_rate_0_draw_nothing(rate, training):
 
 def parts_of(cell):
     """The parts of a fused cell, as they run."""
-    plan = cell._fused.plans[0]
+    plan = cell._kernels_state.plans[0]
     return [plan.runs[part] for part in plan.parts], plan
 
 
