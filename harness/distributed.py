@@ -33,7 +33,8 @@ def environment_number(name: str, default: int | None = None, least: int = 0) ->
 
 
 # In which torchrun and other launchers say how many processes they have started.
-SIZES = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
+SIZES = "WORLD_SIZE SLURM_STEP_NUM_TASKS SLURM_NTASKS OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE".split()
+SIZES += ["FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"]
 
 
 def several_started() -> bool:
@@ -42,9 +43,10 @@ def several_started() -> bool:
         found = [f"{name}={os.environ[name]}" for name in SIZES if os.environ.get(name, "1") not in ("", "1")]
         found += [f"RANK={os.environ['RANK']}"] if os.environ.get("RANK", "0") not in ("", "0") else []
         if found:
+            without = " ".join(f"-u {variable.partition('=')[0]}" for variable in found)
             raise InputError(
                 f"{found[0]} stands for several processes, but LOCAL_RANK is not set; expected torchrun, which sets "
-                f"both, or, for one process alone, env -u {found[0].partition('=')[0]}"
+                f"both, or, for one process alone, env {without}"
             )
         return False
     return environment_number("WORLD_SIZE", least=1) > 1
