@@ -145,16 +145,25 @@ class EvaluateConfig:
 
 
 def check_settings(config: SearchConfig | EvaluateConfig) -> None:
-    """Raise InputError unless each `setting` of the config has the type of its default and a value that it may have."""
+    """Raise InputError unless each `setting` of the config has the type of its default and a value that it may have.
+
+    Numbers of numpy and torch become Python's.
+    """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
         if not field.metadata:
             continue  # a custom field of a subclass
+        value = plain(getattr(config, field.name))
         if isinstance(field.default, tuple) and isinstance(value, (tuple, list)):
+            value = tuple(map(plain, value))
             for of_stage in value:
                 check_setting(field, of_stage, type(field.default[0]))
         else:
             check_setting(field, value, type(field.default))
+        object.__setattr__(config, field.name, value)  # the config is frozen
+
+
+def plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value  # a number or an array of numpy or torch
 
 
 def check_setting(field: dataclasses.Field, value: Any, kind: type) -> None:
@@ -308,7 +317,7 @@ class SearchSpace:
         if not 0 < len(self.primitives) == len(set(self.primitives)):
             raise InputError(f"the search space has primitives {self.primitives}; expected one or more, each once")
         if type(self.nodes) is not int or self.nodes < 1:
-            raise InputError(f"the search space has cells of {self.nodes} nodes; expected 1 or more")
+            raise InputError(f"the search space has cells of {self.nodes!r} nodes; expected 1 or more")
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:
@@ -405,6 +414,12 @@ def conv_bn(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__") or size < 1:  # numpy's whole numbers have it too
+            raise InputError(f"{name} is {size!r}; expected a whole number from 1")
+
+
 class Stemmed(nn.Module):
     """A network with one of the two stems, whose feature maps are the inputs of the first cell."""
 
@@ -414,7 +429,7 @@ class Stemmed(nn.Module):
         cifar: a 3x3 convolution to 3*C channels. imagenet: three convolutions of stride 2 to C channels.
         channels: C of the first cell. stride: that of the cifar stem.
         """
-        least = {"cifar": 1, "imagenet": 2}.get(stem)
+        least = {"cifar": 1, "imagenet": 2}.get(str(stem))
         if least is None or channels < least:
             raise InputError(f"stem is {stem!r} of {channels} channels; expected 'cifar' of 1, 'imagenet' of 2 or more")
         if stem == "cifar":
@@ -449,6 +464,7 @@ class SearchNetwork(Stemmed):
     ):
         super().__init__()
         reductions = reduction_cells(depth)
+        check_sizes(channels=channels, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
         for candidates in (candidates_normal, candidates_reduce):
             for names in check_candidates(candidates, len(space.edges)):
                 if names != tuple(name for name in space.primitives if name in names):
@@ -491,8 +507,8 @@ class SearchNetwork(Stemmed):
 
 def reduction_cells(depth: int) -> tuple[int, int]:
     """Return the positions of the two reduction cells, from 0."""
-    if type(depth) is not int or depth < 3:
-        raise InputError(f"depth is {depth}; expected at least 3 cells, two of them reduction cells")
+    if not hasattr(depth, "__index__") or depth < 3:
+        raise InputError(f"depth is {depth!r}; expected at least 3 cells, two of them reduction cells")
     return depth // 3, 2 * depth // 3
 
 
@@ -974,16 +990,19 @@ class Cell(nn.Module):
 
 def check_cell(pairs: Sequence[tuple[str, int]], concat: Sequence[int]) -> None:
     """Raise InputError unless these are the pairs and the concatenated states of a cell of a genotype."""
-    if not pairs or len(pairs) % 2:
-        raise InputError(f"a cell has {len(pairs or ())} pairs; expected two for each node")
+    if not isinstance(pairs, (list, tuple)) or not pairs or len(pairs) % 2:
+        found = f"{len(pairs)} pairs" if isinstance(pairs, (list, tuple)) else f"the pairs {pairs!r}"
+        raise InputError(f"a cell has {found}; expected two for each node")
     for i, pair in enumerate(pairs):
-        if len(pair) != 2 or pair[0] not in list(OPERATIONS) or pair[1] not in range(2 + i // 2):
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or pair[0] not in list(OPERATIONS) or pair[1] not in range(2 + i // 2):
             raise InputError(
-                f"pair {i} of a cell is {', '.join(map(repr, pair))}; expected one of {', '.join(OPERATIONS)} and an "
+                f"pair {i} of a cell is {pair!r}; expected one of {', '.join(OPERATIONS)} and an "
                 f"input from 0 to {1 + i // 2}"
             )
     last = 1 + len(pairs) // 2
-    if not concat or any(state not in range(2, last + 1) for state in concat):
+    is_list = isinstance(concat, (list, tuple, range))
+    if not is_list or not concat or any(state not in range(2, last + 1) for state in concat):
         raise InputError(f"the concat of a cell is {concat}; expected states from 2 to {last}")
 
 
@@ -1028,6 +1047,7 @@ class Network(Stemmed):
     ):
         super().__init__()
         reductions = reduction_cells(depth)
+        check_sizes(channels=channels, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
         if not all(hasattr(genotype, field) for field in Genotype._fields):
             raise InputError(f"genotype is a {type(genotype).__name__}; expected a Genotype, as GENOTYPES['PDARTS'] is")
         channels_0, channels_1, reduction_before = self.add_stem(stem, in_channels, channels, stem_stride)
@@ -1267,7 +1287,7 @@ class Loader:
         check_images(x, y)
         if mean is None and std is None:
             mean, std = statistics(x)
-        if mean is None or std is None or not len(mean) == len(std) == x.shape[1] or min(std) <= 0:
+        if mean is None or std is None or not len(mean) == len(std) == x.shape[1] or not all(s > 0 for s in std):
             raise InputError(f"mean is {mean} and std {std}; expected {x.shape[1]} numbers, those of std above 0")
         self.x = x
         self.y = y
@@ -1366,7 +1386,7 @@ def load_state_dict(training: Search | Evaluation, state: dict[str, Any]) -> Non
         if "network" in state:
             training.begin_stage()
             load_optimizer(training.architect.optimizer, state["alpha_optimizer"])
-    if "network" in state:
+    if training.network is not None:
         training.network.load_state_dict(state["network"])
         load_optimizer(training.weight_optimizer, state["weight_optimizer"])
     training.epoch = state["epoch"]

@@ -239,6 +239,13 @@ BAD_SEARCH_SETTINGS = [
 ]
 
 
+def test_numbers_of_numpy_and_torch_become_python_s():
+    given = {"lr": np.float64(0.5), "channels": np.int64(8), "flip": np.bool_(False), "clip": torch.tensor(2.0)}
+    config = pdarts.SearchConfig(**given, depths=np.array([3, 4, 5]), keep=[8, np.int32(5), 3])
+    assert config == pdarts.SearchConfig(lr=0.5, channels=8, flip=False, clip=2.0, depths=(3, 4, 5), keep=(8, 5, 3))
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["keep"] == [8, 5, 3]
+
+
 @pytest.mark.parametrize("config, changes, message", [
     *((pdarts.SearchConfig, *bad) for bad in BAD_SETTINGS + BAD_SEARCH_SETTINGS),
     *((pdarts.EvaluateConfig, *bad) for bad in BAD_SETTINGS)], ids=str)
@@ -506,16 +513,21 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
     (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 2), "depth is 2; expected at least 3 cells"),
     (lambda: Network(GENOTYPES["PDARTS"], 4, 10, 3, stem="mnist"), "stem is 'mnist' of 4 channels; expected"),
     (lambda: pdarts.SearchNetwork(1, 10, 3, FEW, FEW, stem="imagenet"), "'imagenet' of 1 channels; .* of 2 or more"),
-    (lambda: Network(TWO_NODES._replace(normal=[("conv_1x1", 0)] * 2), 4, 10, 3), "pair 0 .* 'conv_1x1', 0; exp"),
-    (lambda: Network(TWO_NODES._replace(reduce=[("none", 2)] * 2), 4, 10, 3), "'none', 2; .* input from 0 to 1"),
-    (lambda: Network(TWO_NODES._replace(normal=[(["none"], 0)] * 2), 4, 10, 3), "pair 0 .* .'none'., 0; expected one"),
-    (lambda: Network(TWO_NODES._replace(normal=[("none", "0")] * 2), 4, 10, 3), "'none', '0'; .* input from 0 to 1"),
+    (lambda: Network(TWO_NODES._replace(normal=[("conv_1x1", 0)] * 2), 4, 10, 3), "pair 0 .* .'conv_1x1', 0.; exp"),
+    (lambda: Network(TWO_NODES._replace(reduce=[("none", 2)] * 2), 4, 10, 3), "'none', 2.; .* input from 0 to 1"),
+    (lambda: Network(TWO_NODES._replace(normal=[(["none"], 0)] * 2), 4, 10, 3), "pair 0 .* ..'none'., 0.; expected"),
+    (lambda: Network(TWO_NODES._replace(normal=[("none", "0")] * 2), 4, 10, 3), "'none', '0'.; .* input from 0 to 1"),
     (lambda: Network(TWO_NODES._replace(normal=TWO_NODES.normal[:3]), 4, 10, 3), "a cell has 3 pairs; expected two"),
     (lambda: Network(TWO_NODES._replace(reduce=[]), 4, 10, 3), "a cell has 0 pairs; expected two for each node"),
     *((lambda concat=concat: Network(TWO_NODES._replace(reduce_concat=concat), 4, 10, 3),
-       r"the concat of a cell is .*; expected states from 2 to 3") for concat in ([2, 9], [-1], [0, 2], [], "23")),
-    *((lambda channels=channels: Network(TWO_NODES, channels, 10, 3), "of .* channels; expected 'cifar' of 1")
-      for channels in (0, -3)),
+       r"the concat of a cell is .*; expected states from 2 to 3") for concat in ([2, 9], [-1], [0, 2], [], "23", 4)),
+    (lambda: Network(TWO_NODES._replace(normal=None), 4, 10, 3), "a cell has the pairs None; expected two for each"),
+    (lambda: Network(TWO_NODES._replace(normal=[1, 1]), 4, 10, 3), "pair 0 of a cell is 1; expected one of"),
+    *((lambda name=name, size=size: Network(TWO_NODES, **(dict(channels=4, num_classes=10, depth=3) | {name: size})),
+       f"^{name} is {size!r}; expected a whole number from 1")
+      for name, size in (("channels", 0), ("channels", "4"), ("num_classes", 0), ("num_classes", 2.5),
+                         ("stem_stride", 0), ("in_channels", None))),
+    (lambda: pdarts.SearchNetwork(2, -1, 3, FEW, FEW), "num_classes is -1; expected a whole number from 1"),
     (lambda: Network(TWO_NODES, 4, 10, 3.5), "depth is 3.5; expected at least 3 cells"),
     (lambda: pdarts.SearchSpace(nodes=2.5), "cells of 2.5 nodes; expected 1 or more"),
     (lambda: Loader(IMAGES.float(), LABELS, TINY), r"x is torch.float32 \[4, 3, 8, 8\] .* expected .*uint8 .N,C,H,W."),
@@ -524,6 +536,7 @@ IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
     (lambda: Loader(IMAGES, LABELS, TINY, [0.5], [0.5]), r"mean is .0.5. and std .0.5.; expected 3 numbers"),
     (lambda: Loader(IMAGES, LABELS, TINY, [0.5] * 3), "and std None; expected 3 numbers"),
     (lambda: Loader(IMAGES, LABELS, TINY, [0.5] * 3, [0.5, 0.5, 0]), "std .0.5, 0.5, 0.; .*, those of std above 0"),
+    (lambda: Loader(IMAGES, LABELS, TINY, [0.5] * 3, [0.5, 0.5, math.nan]), "nan.; .*, those of std above 0"),
     *((lambda x=x, y=y: pdarts.search_data(x, y, TINY), message + ".*; expected tensors, uint8 .*, 4 images or more")
       for x, y, message in (
           (IMAGES.numpy(), LABELS.numpy(), "x is a ndarray and y a ndarray"),

@@ -247,6 +247,8 @@ def _check_state(state: dict, of_search: bool):
     for name, kind in (STATE | {"test_accuracies": list} if of_search else STATE).items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"it holds no {name}")
+    if type(state["training"].get("epoch")) is not int:
+        raise ValueError("it holds no training.epoch")
 
     def check(value, where):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():

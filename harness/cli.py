@@ -134,7 +134,8 @@ def _configure(args, presets, folder):
             if others := sorted(values.keys() - {field.name for field in dataclasses.fields(settings)}):
                 raise ValueError(f"another version wrote it: it sets {', '.join(others)}")
             settings, args.data = type(settings)(**values), args.data or saved["path"]
-            args.kernels = args.kernels or {"fused": "on", "plain": "off"}[saved["kernels"]]
+            kernels = {"fused": "on", "plain": "off"}[saved["kernels"]]
+            args.kernels = args.kernels or os.environ.get("PDARTS_KERNELS") or kernels
             if "space" in saved:
                 args.space = _space(**saved["space"])
             if not isinstance(args.data, str | None):

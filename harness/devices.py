@@ -88,6 +88,7 @@ def pick_kernels(mode: str | None, device: torch.device) -> bool:
             raise InputError(f"kernels is {mode!r}, but {missing}; expected that folder, or auto or off")
         return False
     try:
+        fused.runtime.on_cuda()  # a wrong PDARTS_CUDA_OPERATIONS is refused now, on a CPU too
         if named:
             fused.use_on_cuda(mode)
         if mode is not None:

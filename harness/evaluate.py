@@ -144,7 +144,9 @@ def _train(genotype, run, graphs, show):
             record |= {"test_accuracy": test_accuracy, "test_accuracy_top5": top5}
             run.log.append(record | {"lr": event.lr, "drop_path": event.rate})
             seconds = run.time(clock, epoch=event.epoch)
-            run.folder.save("weights.pt", training.network.state_dict())
+            weights = training.network.state_dict()  # still one after torch.load, with the attribute
+            weights.about = {name: run.description[name] for name in ("classes", "shape", "mean", "std")}
+            run.folder.save("weights.pt", weights)
             run.save(training)
             write_evaluation(run, genotype)
             text = f"{label}  loss {loss:.3f}  acc {accuracy:6.1%}"

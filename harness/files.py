@@ -43,9 +43,26 @@ def free_memory() -> int:
     """Return the bytes of main memory that are free, or all bytes where only their number is known."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return min(free, free_in_groups(pathlib.Path("/proc/self/cgroup").read_text()))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+
+
+def free_in_groups(groups: str, root="/sys/fs/cgroup") -> int:
+    """Return the bytes that the limit of a container or of a job leaves; groups: the content of /proc/self/cgroup."""
+    free = sys.maxsize
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        version_1 = "memory" in controllers.split(",")
+        names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+        for folder in f"{root}{'/memory' * version_1}{path}", f"{root}{'/memory' * version_1}":  # of it, of a container
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit: "max"
+                limit, used = (int(pathlib.Path(folder, f"memory.{name}").read_text()) for name in names)
+                parts = dict(part.split() for part in pathlib.Path(folder, "memory.stat").read_text().splitlines())
+                cached = int(parts["inactive_file"]) + int(parts["active_file"])  # which makes room when asked to
+                free = min(free, max(limit - used + cached, 0))
+    return free
 
 
 def check_zip(path, sums=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import warnings
 
 import torch
@@ -33,7 +34,7 @@ class CapturedStep:
         if key not in self.captured:
             try:
                 self.captured[key] = self._capture([t.clone() for t in inputs])
-            except RuntimeError as error:
+            except Exception as error:  # of any kind: the plain step raises it again if the capture is not to blame
                 self.refused = True
                 self._recover()
                 warnings.warn(f"plain steps instead of CUDA graphs ({reason(error)})", RuntimeWarning, stacklevel=2)
@@ -62,18 +63,23 @@ class CapturedStep:
 
     def _capture(self, buffers):
         """Return a function that runs the step on the `buffers`, these, and the tensors of its results."""
-        with torch.cuda.device(self.device):
+        # The outer block puts the stream back where a capture fails at its end: torch does not.
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.stream):
+            # Other threads may allocate and pin memory meanwhile, as loaders with workers do.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 results = self.step(*buffers)
         return graph.replay, buffers, results
 
     def _recover(self):
-        """Give torch's generator a new state: after a capture that fails it believes that it is being captured."""
+        """Let go of a capture that failed, in which torch's allocator and generator believe themselves to be still."""
         torch.cuda.synchronize(self.device)
         with torch.cuda.device(self.device):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # that it has ended
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+        generator = torch.cuda.default_generators[index]
         if hasattr(generator, "graphsafe_set_state"):
             fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
             generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -117,15 +117,15 @@ class Run:
                 f"images is a {type(images).__name__}; expected harness.data.images.Images, such as Images.from_arrays "
                 "returns, or harness.data.loaders.Loaders"
             )
-        identity |= {"kernels": "fused" if self.fused else "plain"}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "images"}
         about = {"kind": kind, "data": images.fingerprint(), "device": self.device.type}
-        if len({repr(i) for i in gather(about | settings | identity)}) > 1:
+        ways = {"kernels": "fused" if self.fused else "plain"}  # which may be others when the run is resumed
+        if len({repr(i) for i in gather(about | settings | identity | ways)}) > 1:
             raise InputError("the processes have different settings or data; expected the same on every machine")
         self.checkpoints = Checkpoints(self.folder, about | settings | identity)
         self.log, self.times, self.signal = [], [], 0
         self.state = None if folder.resume is None else self.checkpoints.load(folder.resume)
-        self.description, self.changes = _describe(config, images, self.device) | identity, {}
+        self.description, self.changes = _describe(config, images, self.device) | identity | ways, {}
         if self.fused:
             self.description["kernels/csrc"] = fused.build.version()
         self.images = images.to(self.device)

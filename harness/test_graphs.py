@@ -1,9 +1,11 @@
 """Tests of captured steps without a GPU: a stand-in freezes what a capture freezes."""
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -218,10 +220,10 @@ def test_the_seed_is_not_frozen():
 # --- steps that cannot be captured ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [searched, evaluated])
-def test_a_step_that_cannot_be_captured_stays_plain_with_one_warning(monkeypatch, few_weights, run):
+@pytest.mark.parametrize("run, error", [(searched, RuntimeError), (evaluated, ValueError)])
+def test_a_step_that_cannot_be_captured_stays_plain_with_one_warning(monkeypatch, few_weights, run, error):
     def refuses(self, buffers):
-        raise RuntimeError("no capture\n  on this device")
+        raise error("no capture\n  on this device")
 
     plain, recovered = run(), []
     monkeypatch.setattr(Captured, "_capture", refuses)
@@ -230,7 +232,7 @@ def test_a_step_that_cannot_be_captured_stays_plain_with_one_warning(monkeypatch
         warnings.simplefilter("always")
         assert same(run(wrap_step=Captured), plain)
     messages = [str(w.message) for w in seen if issubclass(w.category, RuntimeWarning)]
-    assert messages == ["plain steps instead of CUDA graphs (RuntimeError: no capture on this device)"]
+    assert messages == [f"plain steps instead of CUDA graphs ({error.__name__}: no capture on this device)"]
     assert recovered == Captured.made and Captured.made[0].refused
 
 
@@ -246,6 +248,41 @@ def test_a_step_that_looks_at_a_number_is_refused_and_changes_nothing_twice():
     with pytest.warns(RuntimeWarning, match="plain steps .*not permitted when stream is capturing"):
         results = [float(step(torch.ones(2))[0]) for _ in range(3)]
     assert results == [4, 8, 12]
+
+
+def test_a_capture_that_fails_at_its_end_leaves_nothing_behind(monkeypatch):
+    """As after another thread has broken it: torch.cuda.graph does not put the stream back then, nor end its pool."""
+    stream, usual, ended, modes = mock.Mock(), mock.Mock(), [], []
+    present = [usual]
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, present[0] = present[0], stream
+        try:
+            yield
+        finally:
+            present[0] = before
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        present[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {"Stream": lambda: stream, "graph_pool_handle": lambda: "pool", "stream": on, "graph": graph}
+    fakes |= {"device": contextlib.nullcontext, "current_device": lambda: 1, "current_stream": lambda *_: present[0]}
+    fakes |= {"synchronize": mock.Mock(), "CUDAGraph": mock.Mock, "default_generators": [None, object()]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: ended.append(of), raising=False)
+    step = CapturedStep(lambda x: [mock.Mock(value=2 * x, on=present[0])], "cuda:1")
+    for i in range(4):
+        with pytest.warns(RuntimeWarning, match="plain steps") if i == 3 else contextlib.nullcontext():
+            (result,) = step(torch.tensor(i))
+        assert result.value == 2 * i and result.on is stream and present == [usual]
+        assert step.refused == (i == 3) and ended == [(1, "pool")] * (i == 3)
+    assert modes == ["thread_local"]  # in which other threads may pin memory
 
 
 def test_results_are_the_callers_own_and_inputs_stay_as_they_are():

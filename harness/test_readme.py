@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -10,6 +13,7 @@ from torch.utils.data import TensorDataset
 import kernels
 import pdarts
 from harness.conftest import ONE_STAGE, ROOT
+from harness.data.images import load
 from harness.settings import SEARCH_PRESETS
 
 TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/DATA.md"))
@@ -44,13 +48,18 @@ def small(monkeypatch, tmp_path):
     return given | arrays
 
 
-def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights):
-    assert len(BLOCKS) == 4
+def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights, monkeypatch):
+    assert len(BLOCKS) == 5
     exec(BLOCKS[0], small)
     assert small["y"].shape == (2, 4, 8, 8)
     exec(BLOCKS[1], small)
     assert "Genotype(normal=" in capsys.readouterr().out
     exec(BLOCKS[2], small)
     assert re.search(r"\(\d+, \d+\)\n$", capsys.readouterr().out)
-    exec(BLOCKS[3].replace("workers=4", "workers=1"), small)
+    of_svhn = {"X": np.zeros((32, 32, 3, 20), np.uint8), "y": np.arange(20)[:, None] % 10 + 1}
+    monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace(io=SimpleNamespace(loadmat=lambda _: of_svhn)))
+    monkeypatch.setitem(sys.modules, "scipy.io", sys.modules["scipy"].io)
+    exec(BLOCKS[3], small)
+    assert load(SEARCH_PRESETS["demo"], "svhn.npz").num_classes == 10
+    exec(BLOCKS[4].replace("workers=4", "workers=1"), small)
     assert len(small["result"].test_accuracies) == 1

@@ -153,6 +153,9 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     assert all(math.isfinite(r["train_loss"]) and 0 <= r["train_accuracy"] <= 1 for r in log)
     assert result.test_error == 1 - log[-1]["test_accuracy"]
     assert (result.parameters, result.multiply_adds) == count(pdarts.Network(CELL, 8, 5, 3), (10, 12))
+    weights = torch.load(tmp_path / "run/weights.pt", weights_only=True)
+    assert weights.about == {name: config[name] for name in ("classes", "shape", "mean", "std")}
+    result.network.load_state_dict(weights)
     for other in ("off", "on"):
         tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
         assert tested.test_error == pytest.approx(result.test_error)
@@ -289,20 +292,22 @@ def test_two_runs_in_threads_of_one_process_are_refused(images, steps, tmp_path)
 def test_resuming_names_each_difference_and_config_json_keeps_it(images, steps, tmp_path, monkeypatch, capsys):
     steps[:] = [lambda: None] * 2 + [lambda: os.kill(os.getpid(), signal.SIGTERM)]
     with pytest.raises(Stopped):
-        fast_search(ONE_STAGE, images, tmp_path)
+        fast_search(ONE_STAGE, images, tmp_path, kernels="on")
     file = tmp_path / "config.json"
     before = json.loads(file.read_text())
     versions = before["versions"] | {"torch": "1.0"}
     file.write_text(json.dumps(before | {"threads": 7, "pdarts.py": "older", "versions": versions}))
     monkeypatch.setattr(sys, "argv", ["resuming"])
-    fast_search(ONE_STAGE, images, resume=tmp_path, show=True)
+    fast_search(ONE_STAGE, images, resume=tmp_path, show=True, kernels="off")
     changes = {"torch": ["1.0", torch.__version__], "threads": [7, 1], "pdarts.py": ["older", before["pdarts.py"]]}
+    changes["kernels"] = ["fused", "plain"]
     lines = capsys.readouterr().out.splitlines()
     for name, (old, new) in changes.items():
         assert f"changed since the run was left: {name}, from {old} to {new}" in lines
     after = json.loads(file.read_text())
     assert after.pop("resumed") == [{"epochs_done": 1, "step": 1, "changed": changes}]
-    assert after == before
+    del before["kernels/csrc"]
+    assert after == before | {"kernels": "plain"}
     for change in 0, 1:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 1 + change}))
         fast_search(ONE_STAGE, images, resume=tmp_path, show=True)
@@ -535,5 +540,10 @@ def test_kernels_may_name_the_operations_that_are_fused_on_cuda(monkeypatch):
         with pytest.raises(InputError, match="kernels is 'pool'; expected auto, on or off, or, on CUDA, operations"):
             pick_kernels("pool", torch.device("cpu"))
         assert (kernels.use("off"), kernels.use_on_cuda("mixed")) == ("off", "mixed")
+        monkeypatch.setattr(kernels.runtime, "_cuda_operations", None)  # as in a new process
+        monkeypatch.setenv("PDARTS_CUDA_OPERATIONS", "mixt")
+        with pytest.raises(InputError, match="the kernels cannot be used: the operations on CUDA are .'mixt'.; expe"):
+            pick_kernels("auto", torch.device("cpu"))
+        monkeypatch.delenv("PDARTS_CUDA_OPERATIONS")
     finally:
         kernels.use(mode), kernels.use_on_cuda(before)

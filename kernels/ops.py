@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .program import MAX_CANDIDATES, FactorizedReduce, Pool, Separable, Sum, cell_program, known_on_cuda
 from .reference import dropout_masks_ref, mixed_norm_sum_ref, mixed_sum_ref, pool_ref
-from .runtime import fused, supports
+from .runtime import runs, supports
 
 
 def mixed_sum(outputs, probabilities):
@@ -142,7 +142,7 @@ def dropout_masks(key, rates, terms, size):
     key: int64 [1]; rates: float32 [D]; terms: D integers; size: N, C, H, W. Returns float32 [D,N,C,H,W]. A function of
     these alone, the same on every device and for any number of threads: Philox 4x32-10, see philox.h.
     """
-    if key.device.type not in ("cpu", "cuda") or not fused(key.device):
+    if key.device.type not in ("cpu", "cuda") or not runs("cell", key.device):
         return dropout_masks_ref(key, rates, terms, size)
     return torch.ops.pdarts.dropout_masks(key, rates, terms, size)
 

@@ -8,10 +8,9 @@ import warnings
 
 import torch
 
-from . import build, fake
-
 MODES = ("auto", "on", "off")
 CUDA_OPERATIONS = frozenset({"mixed", "separable", "pool", "cell"})  # all that can be fused on CUDA
+CHECKED = () if os.environ.get("PDARTS_TRUST") == "1" else ("cuda",)  # devices on which no operation is trusted yet
 
 _lock = threading.RLock()
 _mode = os.environ.get("PDARTS_KERNELS", "auto")
@@ -30,6 +29,7 @@ _cuda_operations: frozenset[str] | None = None  # as PDARTS_CUDA_OPERATIONS name
 _served: set[str] = set()  # types of device
 _failures: dict[str, str] = {}  # type of device -> why the kernels do not serve it
 _warned: set[str] = set()  # types of device
+_distrusted: dict[int, tuple[frozenset[str], str]] = {}  # index of device -> operations that failed, and why
 _no_cuda = ""  # why the library serves no CUDA device
 
 
@@ -63,23 +63,22 @@ def on_cuda() -> frozenset[str]:
 
 
 def fused(device: str | torch.device = "cpu") -> bool:
-    """Whether the kernels serve tensors on `device`; builds them if that is not known yet.
+    """Whether the kernels serve tensors on `device`; builds and checks them if that is not known yet.
 
     Call it, or `use("on")`, before torch.compile with fullgraph=True, which cannot look into a build.
     """
-    kind = device if isinstance(device, str) else device.type
+    if isinstance(device, str):
+        device = torch.device(device)
+    kind = device.type
     if _mode not in MODES:
         raise ValueError(f"PDARTS_KERNELS is {_mode!r}; expected one of {MODES}")
     if _mode == "off":
         return False
     if kind == "cuda":
         on_cuda()  # refuses a wrong PDARTS_CUDA_OPERATIONS now
-    if kind in _served:
-        return True
-    if _mode == "on":
+    if kind not in _served and _mode == "on":
         load(kind)
-        return True
-    if kind not in _failures:
+    if kind not in _served and kind not in _failures:
         try:
             load(kind)
         except (RuntimeError, OSError, ImportError) as error:
@@ -87,9 +86,35 @@ def fused(device: str | torch.device = "cpu") -> bool:
         for failed in _failures.keys() - _warned:  # a build for CUDA that fails is told of when the CPU needs it too
             _warned.add(failed)
             where = " on CUDA" if failed == "cuda" else ""
-            why = f"plain torch instead of the fused kernels{where}: {_failures[failed]}"
-            warnings.warn(why, RuntimeWarning, stacklevel=3)
-    return kind in _served
+            _warn(f"the fused kernels{where}: {_failures[failed]}")
+    if kind not in _served:
+        return False
+    if kind not in CHECKED:
+        return True
+    operations, why = distrusted(device)
+    if operations & on_cuda() and _mode == "on":
+        raise RuntimeError(why)
+    return not operations >= CUDA_OPERATIONS
+
+
+def distrusted(device: torch.device) -> tuple[frozenset[str], str]:
+    """The operations that have failed their checks on a device, and why; makes the checks if that is not known yet."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    if index not in _distrusted:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return CUDA_OPERATIONS, "there are no checks while a graph is captured"
+        from . import trust
+
+        with _lock:
+            if index not in _distrusted:
+                _distrusted[index] = trust.verdict(torch.device(device.type, index))
+                if _distrusted[index][0] & on_cuda() and _mode != "on":
+                    _warn(f"{', '.join(sorted(_distrusted[index][0]))}: {_distrusted[index][1]}")
+    return _distrusted[index]
+
+
+def _warn(why):
+    warnings.warn(f"plain torch instead of {why}", RuntimeWarning, stacklevel=4)
 
 
 def load(kind: str = "cpu"):
@@ -97,6 +122,8 @@ def load(kind: str = "cpu"):
     global _no_cuda
     if kind not in ("cpu", "cuda"):
         raise RuntimeError(f"the tensors are on a device of type {kind!r}; expected cpu or cuda")
+    from . import build, fake  # here, since `python -m kernels.build` imports the package first
+
     with _lock:
         if not build.loaded():  # by another copy of this folder
             _no_cuda, failed = build.load_library()
@@ -117,4 +144,9 @@ def supports(operation: str, x) -> bool:
         floating = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(kind)
         if not floating or (kind == "cuda" and not x.numel()):
             return False
-    return fused(kind)
+    return runs(operation, x.device)
+
+
+def runs(operation: str, device: torch.device) -> bool:
+    """Whether the kernels of an operation serve `device` and can be trusted there."""
+    return fused(device) and (device.type not in CHECKED or operation not in distrusted(device)[0])

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 import warnings
 import zlib
@@ -208,7 +209,7 @@ def fingerprint(listing: Listing) -> str:
 
 def decode(path) -> torch.Tensor:
     """Return a file's image: uint8 [3,H,W], always in colour, not turned by EXIF, as with ImageFolder; not contiguous.
-    An image of 16 bits is int32 [1,H,W] or, a PNG in colour, [3,H,W], for `colour`. ValueError with the reason for a
+    An image of 16 bits is int32 [1,H,W] or, in colour, [3,H,W], for `colour`. ValueError with the reason for a
     file that cannot be read, InputError if nothing is installed that reads any."""
     try:
         from PIL import Image  # torchvision cannot be imported without it either
@@ -231,15 +232,30 @@ def decode(path) -> torch.Tensor:
                     return torch.from_numpy(pixels)[None]
                 if image.mode == "F":
                     raise ValueError("pixels that are no whole numbers")
-                layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
+                about = image.tile[0][3] if image.tile and image.format in ("PNG", "TIFF") else ""
+                layout = about if isinstance(about, str) else about[0]
+                if image.format == "TIFF" and 16 in image.tag_v2.get(258, ()) and layout in image.getbands():
+                    raise ValueError("16 bits in planes; expected pixel after pixel")
                 pixels = np.array(image.convert("RGB"))
-                if layout in ("RGB;16B", "RGBA;16B"):  # of which Pillow has kept the upper 8 bits
+                if swap := swapped(layout):  # Pillow has kept the upper 8 bits
                     with Image.open(path, formats=FORMATS) as lower:  # and now, with the bytes swapped, the lower ones
-                        lower.tile = [(*lower.tile[0][:3], f"{layout[:-1]}L")]
-                        pixels = 256 * pixels.astype(np.int32) + np.array(lower.convert("RGB"))
+                        for i, tile in enumerate(lower.tile):  # of an older Pillow a tuple without names
+                            new = *tile[:3], swap if isinstance(tile[3], str) else (swap, *tile[3][1:])
+                            lower.tile[i] = type(tile)(*new) if hasattr(tile, "_fields") else new
+                        rest = np.array(lower.convert("RGB"))
+                    pixels = 256 * pixels.astype(np.int32) + (rest[..., 1:2] if layout == "LA;16B" else rest)
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(reason(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def swapped(layout: str) -> str:
+    """Return the layout of pixels of 16 bits in colour with the bytes swapped, or "" for other pixels."""
+    if layout == "LA;16B":
+        return "RGBA"  # upper and lower bytes, as if they were colours
+    kind, _, order = layout.partition(";16")
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    return f"{kind};16{'B' if little else 'L'}" if order and kind in ("RGB", "RGBA", "RGBX") else ""
 
 
 def colour(pixels: torch.Tensor, largest: int) -> torch.Tensor:

@@ -60,12 +60,14 @@ class Images:
             x, y = (np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v) for v in (x, y))
             if x.dtype != np.uint8 or x.ndim not in (3, 4):
                 raise InputError(
-                    f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]")
+                    f"{name}: x_{split} is {x.dtype} {list(x.shape)}; expected uint8 [N,H,W] or [N,H,W,channels]" + (
+                        ", from 0 to 255, as (255 * x).round().astype(np.uint8) of numbers from 0 to 1"
+                        if x.dtype.kind == "f" else ""))
             x = x[..., None] if x.ndim == 3 else x
-            if channels_come_first(x.shape):
+            if layout := other_layout(x.shape, y.size):
                 raise InputError(
-                    f"{name}: x_{split} has shape {list(x.shape)}, which looks like [N,channels,H,W]; expected "
-                    "[N,H,W,channels], as x.transpose(0, 2, 3, 1) has it")
+                    f"{name}: x_{split} has shape {list(x.shape)}, which looks like {layout[0]}; expected "
+                    f"[N,H,W] or [N,H,W,channels], as {layout[1]} has it")
             if x.shape[0] < (4 if split == "train" else 1) or min(x.shape[1:3]) < 8 or x.shape[3] < 1:
                 raise InputError(
                     f"{name}: x_{split} has shape {list(x.shape)}; expected 4 training images or more and 1 test image "
@@ -74,7 +76,7 @@ class Images:
             if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
                 raise InputError(
                     f"{name}: y_{split} is {y.dtype} {list(y.shape)}; expected integers [{len(x)}], one per image (of "
-                    "one-hot rows y.argmax(1), of names np.unique(y, return_inverse=True)[1])")
+                    "floats y.astype(int), of one-hot rows y.argmax(1), of names np.unique(y, return_inverse=True)[1])")
             if y.min() < 0:
                 raise InputError(f"{name}: y_{split} holds {y.min()}; expected class indices from 0")
             parts[split] = x, y
@@ -166,11 +168,17 @@ class Images:
             yield loader.normalise(images), labels
 
 
-def channels_come_first(shape) -> bool:
-    """Whether images [N,H,W,channels] are more likely [N,channels,H,W], or volumes."""
-    _, height, width, channels = shape
+def other_layout(shape, labels: int) -> tuple[str, str] | None:
+    """Return what images [N,H,W,channels] of this shape more likely are, and how to convert them."""
+    n, height, width, channels = shape
+    if n != labels == channels:
+        return "[H,W,channels,N]", "x.transpose(3, 0, 1, 2)"
+    if height == width == channels > 4:
+        return "volumes [N,D,H,W]", f"a slice x[:, {height // 2}]"
     small = height < 8 <= min(width, channels)
-    return small or channels > 4 and (channels == width or channels > height != width)
+    if small or channels > 4 and (channels == width or channels > height != width):
+        return "[N,channels,H,W]", "x.transpose(0, 2, 3, 1)"
+    return None
 
 
 def in_parts(x: np.ndarray) -> list[np.ndarray]:
@@ -237,6 +245,8 @@ def shapes(train: int = 4000, test: int = 500, seed: int = 0) -> Images:
 KEYS = "x_train", "y_train", "x_test", "y_test"
 OTHER_KEYS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
 
+OTHERS = " (docs/DATA.md: how to convert SVHN's .mat and other files)"
+
 
 def load_npz(path: pathlib.Path) -> Images:
     """Read x_train, y_train, x_test, y_test, as Images.from_arrays takes them, from a file; or MedMNIST's names.
@@ -259,7 +269,9 @@ def load_npz(path: pathlib.Path) -> Images:
     except InputError:
         raise
     except Exception as error:  # whatever a damaged zip or array header leads to
-        raise InputError(f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(KEYS)}") from None
+        raise InputError(
+            f"cannot read {path} ({reason(error)}); expected an .npz with {', '.join(KEYS)}{OTHERS}"
+        ) from None
     images = Images.from_arrays(*arrays, str(path), in_place=True)
     order = np.random.default_rng(0).permutation(len(images.x_train))
     shuffle(images.x_train.numpy(), order)
@@ -333,7 +345,8 @@ def load(settings, path: str | None = None, download: bool = False, workers: int
         if not found:
             names = ", ".join(name for form in CIFAR.values() for name in (form.binary, form.python))
             raise InputError(
-                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}")
+                f"no data in {path}; expected images in train/CLASS and val/CLASS, or one of the folders {names}"
+                f"{OTHERS}")
         dataset = found[0]
     if download:
         download_cifar(dataset, folder)

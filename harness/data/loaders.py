@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import random
 import signal
 from collections.abc import Callable, Iterable
@@ -117,7 +118,7 @@ def check_batch(which: str, batch, size, num_classes: int, device=None):
     """Return images and labels of a batch; InputError if it is anything else. device: where it must be, None: anywhere.
     """
     where = "" if device is None else f" on {device.type}"
-    expected = f"images, float [N,{','.join(map(str, size))}], and labels, int64 [N]{where}"
+    expected = f"images, float32 [N,{','.join(map(str, size))}], and labels, int64 [N]{where}"
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
         raise InputError(f"{which} yields a {type(batch).__name__}{keys:.80}; expected a pair of {expected}")
@@ -126,7 +127,7 @@ def check_batch(which: str, batch, size, num_classes: int, device=None):
     found = f"{type(images).__name__} and {type(labels).__name__}"
     if tensors:
         found = " and ".join(f"{t.dtype} {list(t.shape)} on {t.device.type}" for t in (images, labels))
-    right = tensors and images.is_floating_point() and images.shape[1:] == size
+    right = tensors and images.dtype == torch.float32 and images.shape[1:] == size
     right = right and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
     if not right or device and {images.device.type, labels.device.type} != {device.type}:
         raise InputError(f"{which} yields {found.replace('torch.', '')}; expected {expected}")
@@ -177,12 +178,17 @@ class Loaders:
     largest = 0
 
     def __post_init__(self):
-        self.size = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size,)
-        if len(self.size) != 3 or not all(type(n) is int and n > 0 for n in (*self.size, self.num_classes)):
-            raise InputError(f"size is {self.size} and num_classes {self.num_classes!r}; expected (C,H,W) and a number")
+        size, classes = self.size, self.num_classes
+        try:
+            self.size, self.num_classes = tuple(map(operator.index, self.size)), operator.index(self.num_classes)
+        except TypeError:  # refused now; numpy's numbers are as good as Python's
+            self.size = ()
+        if len(self.size) != 3 or min(*self.size, self.num_classes) < 1:
+            raise InputError(f"size is {size!r} and num_classes {classes!r}; expected (C,H,W) and a number")
         for which in "train", "val":
             loader = getattr(self, which)
-            if not hasattr(loader, "epoch") and (which == "train" or loader is not None):
+            whole = hasattr(loader, "epoch") and hasattr(loader, "__len__")
+            if not whole and (which == "train" or loader is not None):
                 batch, workers = (getattr(loader, n, d) for n, d in (("batch_size", 96), ("num_workers", 0)))
                 raise InputError(
                     f"{which} is a {type(loader).__name__}; expected a loader with a length and epoch(seed, start), "

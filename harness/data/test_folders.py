@@ -545,11 +545,29 @@ def encoded(array, form, mode=None, **options) -> bytes:
     return file.getvalue()
 
 
+def tiff_16(array, order: str, planes=1) -> bytes:
+    """A TIFF of 16 bits, [H,W,3], in two strips, which Pillow does not write; order: of the bytes, "<" or ">"."""
+    (height, width, _), start = array.shape, 8 + 2 + 12 * 10 + 4
+    halves, small = [array[: height // 2], array[height // 2 :]], struct.pack(f"{order}HHH", 16, 16, 16)
+    strips = [half.astype(f"{order}u2").tobytes() for half in halves]
+    first = start + len(small) + 16
+    places = struct.pack(f"{order}IIII", first, first + len(strips[0]), *map(len, strips))
+    entries = (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, start), (259, 3, 1, 1), (262, 3, 1, 2)
+    entries += (273, 4, 2, start + 6), (277, 3, 1, 3), (278, 4, 1, height // 2), (279, 4, 2, start + 14)
+    tags = b""
+    for number, kind, count, value in (*entries, (284, 3, 1, planes)):
+        single = kind == 3 and count == 1
+        tags += struct.pack(f"{order}HHI", number, kind, count)
+        tags += struct.pack(f"{order}HH" if single else f"{order}I", *((value, 0) if single else (value,)))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, 10)
+    return head + tags + bytes(4) + small + places + b"".join(strips)
+
+
 def png_16(array) -> bytes:
-    """A PNG of 16 bits, [H,W,3] or with alpha [H,W,4], which Pillow does not write."""
+    """A PNG of 16 bits, [H,W,2] grey with alpha, [H,W,3] or with alpha [H,W,4], which Pillow does not write."""
     height, width, channels = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    return png(width, height, 16, {3: 2, 4: 6}[channels], rows)
+    return png(width, height, 16, {2: 4, 3: 2, 4: 6}[channels], rows)
 
 
 def png(width, height, depth=8, kind=2, data=b"") -> bytes:
@@ -588,6 +606,9 @@ def test_images_of_all_kinds_become_colour(tmp_path, smooth):
         (encoded(deep, "PNG"), deep / 257, 0.6),
         (png_16(smooth.astype(int) * 257), smooth, 0),
         (png_16(alpha.astype(int) * 257), smooth, 0),
+        (png_16(np.dstack([grey, 255 - grey]).astype(int) * 257), grey, 0),
+        (tiff_16(smooth.astype(int) * 257, "<"), smooth, 0),
+        (tiff_16(smooth.astype(int) * 257, ">"), smooth, 0),
         (encoded(deep, "TIFF"), deep / 257, 0.6),
         (encoded(deep, "PPM"), deep / 257, 0.6),
         (encoded(smooth, "TIFF"), smooth, 0),
@@ -630,6 +651,7 @@ def test_damaged_files_are_refused_with_a_reason(tmp_path, smooth, limits):
         (png(0, 10), "Error"),
         (encoded(smooth[..., 0].astype(np.float32), "TIFF"), "ValueError: pixels that are no whole numbers"),
         (encoded(smooth[..., 0].astype(np.int32) - 9, "TIFF"), "ValueError: a pixel of -9; expected 0 or more"),
+        (tiff_16(smooth.astype(int), "<", planes=2), "ValueError: 16 bits in planes; expected pixel after pixel"),
         (png(10, 0), "Error"),
         (png(10, 10), "OSError"),
     ):
@@ -647,7 +669,8 @@ def test_damaged_files_are_refused_with_a_reason(tmp_path, smooth, limits):
 def test_random_damage_to_images_leads_to_an_image_or_a_reason(tmp_path, smooth, limits):
     pytest.importorskip("PIL")
     files = [encoded(smooth, form) for form in folders.FORMATS] + [encoded(smooth[..., 0], "PNG", "P")]
-    files += [png_16(smooth.astype(int) * 16), encoded(smooth[..., 0].astype(np.uint16) * 16, "TIFF")]
+    files += [png_16(smooth.astype(int) * 16), tiff_16(smooth.astype(int) * 16, "<")]
+    files.append(encoded(smooth[..., 0].astype(np.uint16) * 16, "TIFF"))
     files.append(encoded(smooth, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"))
     path, taken = tmp_path / "1.jpg", 0
     for number, rng in cases(300):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pickle
 import struct
+import sys
 import tracemalloc
 import zipfile
 
@@ -137,14 +138,15 @@ def test_classes_without_train_and_val_are_told_how_to_arrange_them(tmp_path, da
         ({"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)}, "1 test image or more"),
         ({"y_train": np.zeros(12)}, r"y_train is float64 \[12\]; expected integers"),
         ({"y_train": np.zeros(11, int)}, r"expected integers \[12\]"),
-        ({"y_train": np.eye(3)[np.arange(12) % 3]}, r"float64 \[12, 3\]; expected .* \(of one-hot rows y.argmax"),
+        ({"y_train": np.eye(3)[np.arange(12) % 3]}, r"float64 \[12, 3\]; expected .* of one-hot rows y.argmax"),
         ({"y_train": np.array(list("abcd" * 3))}, r"y_train is <U1 \[12\]; .* of names np.unique\(y"),
         ({"y_train": np.arange(12) % 3 + 1}, "y_train has 3 classes, from 1 to 3; expected class indices from 0"),
         ({"y_train": np.arange(12) % 2 * 4 + 3}, r"y_train has 2 classes, from 3 to 7; .* as np.unique\(y"),
         *(({"x_train": np.zeros(shape, np.uint8)}, r"x_train has shape \[12, .*, which looks like \[N,channels,H,W\]; "
-           r"expected \[N,H,W,channels\], as x.transpose\(0, 2, 3, 1\) has it")
-          for shape in ((12, 3, 16, 16), (12, 1, 8, 8), (12, 13, 64, 64), (12, 64, 13, 13), (12, 13, 24, 32),
-                        (12, 28, 28, 28))),
+           r"expected \[N,H,W\] or .N,H,W,channels., as x.transpose\(0, 2, 3, 1\) has it")
+          for shape in ((12, 3, 16, 16), (12, 1, 8, 8), (12, 13, 64, 64), (12, 64, 13, 13), (12, 13, 24, 32))),
+        ({"x_train": np.zeros((12, 28, 28, 28), np.uint8)}, r"like volumes .N,D,H,W.; .* as a slice x.:, 14. has"),
+        ({"x_train": np.zeros((32, 32, 3, 12), np.uint8)}, "like .H,W,channels,N.; .* as x.transpose.3, 0, 1, 2. has"),
         ({"y_train": np.full(12, -1)}, "class indices from 0"),
         ({"y_train": np.zeros(12, int)}, "expected 2 or more classes"),
         ({"y_test": np.full(4, 7)}, "y_test to 7"),
@@ -194,6 +196,20 @@ def test_an_npz_takes_little_more_memory_than_its_arrays_however_small_the_file(
     monkeypatch.setattr(files, "free_memory", lambda: unpacked)
     with pytest.raises(InputError, match=f"it unpacks to 307.* bytes, and {unpacked} are free in memory"):
         load(SearchSettings(dataset="shapes"), str(path))
+
+
+@pytest.mark.parametrize("groups, folder, names", [
+    ("0::/job", "job", ("max", "current")),
+    ("0::/elsewhere", "", ("max", "current")),  # as a container may see it
+    ("4:cpu:/\n3:memory:/job\n0::/", "memory/job", ("limit_in_bytes", "usage_in_bytes")),
+])  # fmt: skip
+def test_the_free_memory_is_what_the_limit_of_a_container_leaves(tmp_path, groups, folder, names):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in zip((*names, "stat"), ("1000", "700", "anon 300\ninactive_file 150\nactive_file 50")):
+        (tmp_path / folder / f"memory.{name}").write_text(content)
+    assert files.free_in_groups(groups, tmp_path) == 500
+    (tmp_path / folder / f"memory.{names[0]}").write_text("max")
+    assert files.free_in_groups(groups, tmp_path) == sys.maxsize
 
 
 def test_arrays_of_the_caller_stay_as_they_are():

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,10 +122,11 @@ class Plain:
 X, Y = torch.rand(4, *SIZE), torch.arange(4) % 3
 CONFIG = EvaluateSettings(depth=3, channels=8, epochs=2, batch_size=4, auxiliary=False)
 WRONG = {
-    "numpy": ((X.numpy(), Y), r"yields ndarray and Tensor; expected images, float \[N,3,8,8\], and labels, int"),
+    "numpy": ((X.numpy(), Y), r"yields ndarray and Tensor; expected images, float32 \[N,3,8,8\], and labels, int"),
     "channels": ((X[:, :1], Y), r"yields float32 \[4, 1, 8, 8\] on cpu and int64 \[4\] on cpu; expected images, float"),
     "size": ((X[:, :, :6], Y), r"yields float32 \[4, 3, 6, 8\] on cpu"),
     "bytes": (((X * 255).byte(), Y), "yields uint8 .* expected images, float"),
+    "double": ((X.double(), Y), "yields float64 .* expected images, float32"),
     "type of labels": ((X, Y.float()), "yields .* float32 .4. on cpu; expected"),
     "shape of labels": ((X, Y[:, None]), r"yields .* int64 \[4, 1\] on cpu; expected"),
     "fewer labels": ((X, Y[:3]), "yields .* int64 .3. on cpu; expected"),
@@ -170,11 +172,12 @@ def test_labels_are_checked_in_every_batch():
      r"train is a DataLoader; expected a loader with a length and epoch.seed, start., such as harness.data.loaders."
      r"Batches\(dataset, batch=2, workers=1\)"),
     ({"val": [(X, Y)]}, "val is a list; expected a loader with a length and epoch"),
+    ({"train": SimpleNamespace(epoch=None)}, "train is a SimpleNamespace; expected a loader with a length and epoch"),
     ({"train": Plain([])}, "train yields no batch; expected one or more"),
     ({"test_batches": []}, "test_batches yields no batch; expected one or more"),
     ({"test_batches": ((X, Y) for _ in range(2))}, "test_batches is a generator; .* read more than once, such"),
     ({"test_batches": None}, "test_batches is a NoneType; expected batches that can be read"),
-    ({"size": 8}, r"size is \(8,\) and num_classes 3; expected .C,H,W. and a number"),
+    ({"size": 8}, "size is 8 and num_classes 3; expected .C,H,W. and a number"),
     ({"num_classes": "3"}, "num_classes '3'; expected .C,H,W. and a number"),
 ], ids=str)  # fmt: skip
 def test_what_is_no_loader_is_refused_by_its_name(change, message):
@@ -194,6 +197,11 @@ def test_what_is_no_data_set_is_refused(images):
 class Stream(IterableDataset):
     def __iter__(self):
         yield X[0], Y[0]
+
+
+def test_numbers_may_be_those_of_numpy():
+    data = Loaders(Plain([(X, Y)]), num_classes=np.int64(3), size=np.array(SIZE))
+    assert (data.num_classes, data.size) == (3, SIZE) and type(data.num_classes) is int
 
 
 def test_batches_need_a_dataset_with_a_length():

@@ -189,6 +189,7 @@ def read_genotype(source: str) -> Genotype:
 # own wherever two would overlap. Lines go up and down only above a state; the label stands between two states. So no
 # label meets another label, a state or another bracket, whatever the genotype.
 LANE, PORT, BOX, LABEL = 34, 14, 36, (108, 22)  # pixels: between lanes, ports; height; smallest label: width, height
+WIDE = frozenset("MWmw@%")  # letters of 13 pixels at most; others have 8, on the average
 LONGEST = 24  # characters of a label; longer names are shortened, and shown whole under the mouse
 DARK = """
 @media (prefers-color-scheme: dark) {
@@ -211,7 +212,7 @@ def cell_svg(pairs, concat, title: str) -> str:
     """Draw a cell: inputs left, nodes, output right, every edge labelled with its operation."""
     nodes = len(pairs) // 2
     names = ["c_{k-2}", "c_{k-1}", *map(str, range(nodes)), "c_{k}"]
-    label = max(LABEL[0], *(8 * len(shortened(name)) + 12 for name, _ in pairs))
+    label = max(LABEL[0], *(sum(13 if c in WIDE else 8 for c in shortened(name)) + 12 for name, _ in pairs))
     between = label + 24
     edges = sorted((2 + i // 2 - source, source, 2 + i // 2, name) for i, (name, source) in enumerate(pairs))
 
@@ -259,7 +260,8 @@ def cell_svg(pairs, concat, title: str) -> str:
     text = html.escape(title)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {bus + 24:g}" width="{width:g}" '
-        f'height="{bus + 24:g}" class="cell" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+        f'height="{bus + 24:g}" class="cell" style="min-width: {0.6 * width:g}px" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="13">',
         f"<title>{text}</title><style>{DARK}</style>",
         f'<rect class="paper" width="{width:g}" height="{bus + 24:g}" fill="#ffffff"/>',
         f'<text x="20" y="24" font-size="15" font-weight="bold" fill="#333333">{text}</text>',

@@ -76,7 +76,7 @@ class Frame(NamedTuple):
 def svg(width: float, height: float, title: str, parts: list[str]) -> str:
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" class="chart">',
+        f'height="{height:g}" class="chart" style="min-width: {0.6 * width:g}px">',  # smaller ones are scrolled
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
         rectangle("paper", 0, 0, width, height),
         *parts,
@@ -261,7 +261,8 @@ def curves_svg(log: list[dict], stages: Stages, rate: str) -> str:
         if len(lines) > 1:
             for j, one in enumerate(lines):
                 parts += legend(frame.x + frame.width - 106 * (len(lines) - j), frame.y - 11, [one])
-        below = "epoch" if len(stages.epochs) == 1 else f"{stages.epochs[0]} epochs of each stage"
+        epochs = f"{stages.epochs[0]} epoch{'s' * (stages.epochs[0] > 1)}"
+        below = "epoch" if len(stages.epochs) == 1 else f"{epochs} of each stage"
         parts.append(text(frame.x + width / 2, frame.y + height + 30, below, "middle"))
     return svg(2 * (width + 80) + 4, 2 * (height + 78) + 22, "losses, accuracies and rates over the epochs", parts)
 

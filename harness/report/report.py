@@ -22,7 +22,8 @@ h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.15em; margin-top: 2em }}
 figure, .wide {{ margin: 1em 0; overflow-x: auto }} figcaption {{ color: #777 }}
 svg {{ max-width: 100%; height: auto }} .cells svg {{ border-radius: 8px }}
 table {{ border-collapse: collapse }} td, th {{ text-align: right; padding: 2px 12px; border-bottom: 1px solid #8885 }}
-.settings td {{ text-align: left; overflow-wrap: anywhere }}
+.settings td {{ text-align: left; overflow-wrap: anywhere }} .settings td:first-child {{ white-space: nowrap }}
+@media (max-width: 700px) {{ .stages td, .stages th {{ font-size: 10px; padding: 2px 3px }} }}
 td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
 pre {{ overflow-x: auto; padding: 0.8em; background: #8882; border-radius: 6px }}
 </style></head><body>
@@ -168,7 +169,7 @@ def stages_of(run, stages, candidates) -> str:
         if number <= len(stages):
             skips = skips_of(stages[number - 1].genotype(None).normal)
         rows.append([*row, skips])
-    return table(names, rows)
+    return table(names, rows, "stages")
 
 
 def write_evaluation(run, genotype: pdarts.Genotype):

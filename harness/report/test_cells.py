@@ -228,7 +228,7 @@ def svg_geometry(svg):
 def test_drawings_show_every_edge_and_nothing_overlaps(name, kind, monkeypatch):
     crowded = [("conv_7x1_1x7", 0), ("sep_conv_7x7", 0)] * 6
     if name == "long":
-        crowded = [("inverted_bottleneck_3x3", 0), ("x" * 20 + "y" * 180, 1)] * 6
+        crowded = [("Wm" * 12, 0), ("x" * 20 + "y" * 180, 1)] * 6
         for operation, _ in crowded:
             monkeypatch.setitem(OPERATIONS, operation, OPERATIONS["none"])
     genotype = PUBLISHED.get(name) or Genotype(crowded, [2, 3, 4, 5, 6, 7], crowded, [7])
@@ -243,7 +243,7 @@ def test_drawings_show_every_edge_and_nothing_overlaps(name, kind, monkeypatch):
     assert len(paths) == len(pairs) + len(concat)
     for _, text, left, top, right, bottom in boxes:
         assert 0 <= left and right <= width and 0 <= top and bottom <= height
-        assert len(text) * 8 <= right - left  # the text fits
+        assert sum(13 if c in "Wm" else 8 for c in text) <= right - left  # the text fits
     for a, b in itertools.combinations(boxes, 2):
         assert a[4] < b[2] or b[4] < a[2] or a[5] < b[3] or b[5] < a[3], f"{a} overlaps {b}"
     ends = []

@@ -1,8 +1,10 @@
 """Tests of building and loading. Compilers that fail, or only pretend, stand in for the real ones where that does."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,8 +29,8 @@ DEVICE = f"""if True:
     from torch.utils import cpp_extension
     torch.version.cuda = torch.version.cuda or "{MAJOR}.0"
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-    torch.cuda.get_device_capability, torch.cuda.get_arch_list = lambda *_: (9, 0), lambda: ["sm_90"]
-    import kernels
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    import kernels, kernels.build
     """
 
 
@@ -48,6 +50,7 @@ def script(path, text):
     return path
 
 
+KNOWN = "compute_75\ncompute_80\ncompute_86\ncompute_90\ncompute_100\ncompute_120"  # to the toolkits
 WRITE = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built > "$2"; shift; done'  # what a compiler is told to
 
 
@@ -57,6 +60,7 @@ def toolkit(home, said, release=f"{MAJOR}.0", status=2):
     Of the sources it only minds mixed.cu: which others it is called for depends on the machine.
     """
     version = f'[ "$*" = --version ] && echo "Cuda compilation tools, release {release}" && exit'
+    version += f'\n[ "$*" = --list-gpu-arch ] && echo "{KNOWN}" && exit'
     others = f'case "$*" in *.cu*) case "$*" in *mixed.cu*) ;; *) {WRITE}; exit 0;; esac;; esac'
     script(home / "bin/nvcc", f'{version}\n{others}\necho "$*" >> {home}/calls\n{WRITE}\necho "{said}"; exit {status}')
     (home / "include").mkdir(exist_ok=True)
@@ -88,7 +92,6 @@ def device(monkeypatch, cxx, cache):
     """One CUDA device, as far as torch's answers go, an empty cache and a C++ compiler that pretends."""
     monkeypatch.setattr(torch.version, "cuda", f"{MAJOR}.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90", "sm_120"])
     capabilities = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
@@ -214,7 +217,7 @@ def test_other_failures_of_torch_are_told_in_a_line_too(device, tmp_path, cache,
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "old")
     with pytest.raises(RuntimeError, match=r"^the fused kernels could not be built: Unknown CUDA arch \(old\)"):
         build._library(toolkit(tmp_path / "toolkit", ""))
-    cache.rename(tmp_path / "moved")
+    cache.parent.mkdir()
     cache.touch()
     with pytest.raises(RuntimeError, match="the fused kernels cannot be kept in .*; expected a folder"):
         build._library(None)
@@ -243,31 +246,97 @@ def test_where_the_library_for_cuda_cannot_be_loaded_the_cpu_is_served(device, t
     assert why.startswith(f"{tmp_path}/no.so cannot be loaded: ") and why.endswith("; delete it to build it again")
 
 
-def test_folders_of_killed_builds_are_removed_but_not_while_another_process_builds(device, tmp_path, cache):
+def test_folders_of_builds_are_removed_when_they_are_a_day_old(device, tmp_path, cache):
+    """A build on another machine, whose locks do not reach this one, may be under way in a younger one."""
+    for name, hours in ("build-old", 25), ("build-new", 23):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "object.o").touch()
+        os.utime(cache / name, (time.time() - 3600 * hours,) * 2)
+    build._library(toolkit(tmp_path / "toolkit", "", status=0))
+    assert {path.name for path in cache.glob("build-*")} == {"build-new"}
+
+
+def test_one_process_builds_while_others_wait(device, tmp_path, cache):
     fcntl = pytest.importorskip("fcntl")
-    home, left = toolkit(tmp_path / "toolkit", "", status=0), cache / "build-left"
-    left.mkdir(parents=True)
-    (left / "object.o").touch()
+    home, found = toolkit(tmp_path / "toolkit", "", status=0), []
+    cache.mkdir(parents=True)
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        other = threading.Thread(target=build._library, args=[home])
-        other.start()
+        others = [threading.Thread(target=lambda: found.append(build._library(home))) for _ in range(2)]
+        for other in others:
+            other.start()
         time.sleep(0.3)
-        assert left.exists() and other.is_alive()
-    other.join()
-    assert not left.exists() and len(list(cache.glob("*.so"))) == 1
+        assert not found and not calls(home)
+    for other in others:
+        other.join()
+    assert len(calls(home)) == 1 and len(set(found)) == 1
 
 
-def test_the_key_holds_compilers_and_architectures(device, tmp_path, cxx, monkeypatch):
-    home, seen = toolkit(tmp_path / "toolkit", ""), set()
+def test_where_nothing_can_be_compiled_the_newest_library_that_runs_serves(device, tmp_path, cache, monkeypatch):
+    device[:] = (8, 0), (9, 0)
+    libraries = []
+    for i, release in enumerate([f"{MAJOR}.1", f"{MAJOR}.0"]):
+        libraries.append(build._library(toolkit(tmp_path / "toolkit", "", release, status=0)))
+        os.utime(libraries[-1], (time.time() + i,) * 2)
+    monkeypatch.setattr(build, "_TOOLKITS", ())
+    monkeypatch.setattr(build, "_toolkits", lambda: [tmp_path / "none"])
+    with pytest.raises(RuntimeError, match="there is no C.. compiler"):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        build._available(False)  # those are for CUDA
+    for capabilities, runs in [
+        ([(9, 0)], True),
+        ([(8, 6), (9, 0), (12, 0)], True),  # the last from PTX
+        ([(9, 0), (7, 5)], False),
+    ]:
+        device[:] = capabilities
+        with contextlib.nullcontext() if runs else pytest.raises(build.NoCompiler, match="there is no CUDA toolkit"):
+            assert build._available(True) == libraries[1]
+    device[:] = [(9, 0)]
+    libraries[1].write_text("damaged")
+    assert build._available(True) == libraries[0] and not libraries[1].exists()
+    monkeypatch.setattr(build, "_FLAGS", ["-O0"])
+    with pytest.raises(build.NoCompiler):
+        build._available(True)
 
-    def changed():
+
+def test_a_library_is_built_ahead_for_gpus_that_are_not_there(device, tmp_path, cache, monkeypatch, capsys):
+    home, here = toolkit(tmp_path / "toolkit", "", status=0), device[:]
+    device.clear()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
+    monkeypatch.setattr(sys, "argv", ["build", "--cuda", "10.0", "9.0", "8.0"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # put back after the test
+    build.main()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    built = capsys.readouterr().out.strip()
+    assert "-compute_100+sm_100+sm_80+sm_90-" in built
+    device[:] = here
+    assert str(build._library(home)) == built and len(calls(home)) == 1
+    device[:] = [(12, 0)]
+    assert str(build._library(home)) != built and len(calls(home)) == 2  # nvcc knows a better one than PTX
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match="this torch is built without CUDA"):
+        build.main()
+
+
+def test_a_processor_that_the_user_names_is_the_one_that_counts(monkeypatch):
+    monkeypatch.setattr(build, "_FLAGS", ["-O3", build._NATIVE])
+    assert build.processor() != platform.machine()
+    monkeypatch.setattr(build, "_FLAGS", ["-O3", build._NATIVE, "-march=x86-64-v3"])
+    assert build.processor() == platform.machine()
+
+
+def test_the_name_holds_compilers_and_architectures(device, tmp_path, cxx, monkeypatch):
+    home, seen, names = toolkit(tmp_path / "toolkit", ""), set(), []
+    monkeypatch.setattr(build, "once", lambda cache, find, make: make())
+    monkeypatch.setattr(build, "_build", lambda name, *_: names.append(name))
+
+    def changed(home=home):
         before = len(seen)
-        seen.update([build._key(home)])
+        build._library(home)
+        seen.add(names[-1])
         return len(seen) > before
 
-    assert changed() and not changed()
-    seen.add(build._key(None))
+    assert changed() and not changed() and changed(None) and not changed(None)
     toolkit(home, "", f"{MAJOR}.9")
     assert changed()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
@@ -280,8 +349,7 @@ def test_the_key_holds_compilers_and_architectures(device, tmp_path, cxx, monkey
     monkeypatch.setenv("CC", "another-gcc")  # nvcc's
     assert changed()
     script(cxx, "echo another compiler")
-    assert changed()
-    assert build._key(None) not in seen
+    assert changed() and changed(None)
 
 
 def test_without_fcntl_the_folder_is_imported(monkeypatch, tmp_path):
@@ -289,8 +357,9 @@ def test_without_fcntl_the_folder_is_imported(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("build_without_fcntl", FOLDER / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with open(tmp_path / "lock", "w") as lock:
-        assert not module._locked(lock)
+    made = iter([None, None, "found"])
+    assert module.once(tmp_path, lambda: next(made), lambda: "made") == "made"
+    assert module.once(tmp_path, lambda: next(made), lambda: "made") == "found"
 
 
 @beside
@@ -300,8 +369,11 @@ def test_another_version_of_the_folder_is_refused_in_the_same_process(folder):
     with open(folder / "changed/csrc/mixed.h", "a") as file:
         file.write("// another version\n")
     code = f"""if True:
-        import sys, warnings, torch, kernels
+        import runpy, sys, warnings, torch, kernels
         sys.path.append({str(folder)!r})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runpy.run_module("same.build", run_name="__main__", alter_sys=True)  # python -m same.build
         import same, changed
         outputs, weights = [torch.rand(2, 3, 4, 4)], torch.rand(1)
         kernels.use("on"), same.use("on")
@@ -315,7 +387,8 @@ def test_another_version_of_the_folder_is_refused_in_the_same_process(folder):
             changed.use("on")
         except RuntimeError as error:
             print(error)"""
-    *used, warning, error = start(code).splitlines()
+    library, *used, warning, error = start(code).splitlines()
+    assert library == str(build._available(False))
     assert used == ["True True", "True True", "False True", "False True"]
     assert warning == f"plain torch instead of the fused kernels: {error}"
     assert error == (
@@ -367,16 +440,32 @@ def test_a_toolkit_of_another_major_version_is_refused(device, tmp_path, monkeyp
     )
 
 
-def test_nvcc_compiles_for_the_devices_that_are_there_or_those_that_the_user_names(device, tmp_path, monkeypatch):
-    device[:] = (12, 1), (9, 0), (8, 6), (9, 0)
+@pytest.mark.parametrize(
+    "devices, flags",
+    [
+        ([(12, 1), (9, 0), (8, 6), (9, 0)], "compute_120 sm_120 sm_86 sm_90"),  # the toolkits know nothing above 12.0
+        ([(10, 3), (8, 9)], "compute_100 sm_100 sm_86"),
+        ([(13, 0), (9, 0)], "compute_120 sm_90"),
+    ],
+)
+def test_nvcc_compiles_the_best_that_it_knows_for_every_device(device, tmp_path, devices, flags):
+    device[:] = devices
     home = toolkit(tmp_path / "toolkit", "", status=0)
-    names = "86,code=sm_86", "90,code=sm_90", "120,code=sm_120", "120,code=compute_120"  # torch knows none above 120
-    build._library(home)
+    library = build._library(home)
+    assert gencode(home) == [f"arch={flag.replace('sm', 'compute')},code={flag}" for flag in flags.split()]
+    assert library == build._library(home) and len(calls(home)) == 1
+
+
+def gencode(home):
+    return sorted(word.removeprefix("-gencode=") for word in calls(home)[-1].split() if word.startswith("-gencode"))
+
+
+def test_nvcc_compiles_for_the_devices_that_the_user_names(device, tmp_path, monkeypatch):
+    home = toolkit(tmp_path / "toolkit", "", status=0)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
-    build._library(home)
-    there, named = ([word for word in call.split() if word.startswith("-gencode")] for call in calls(home))
-    assert there == [f"-gencode=arch=compute_{name}" for name in names]
-    assert sorted(named) == [f"-gencode=arch=compute_80,code={code}" for code in ("compute_80", "sm_80")]
+    library = build._library(home)
+    assert gencode(home) == [f"arch=compute_80,code={code}" for code in ("compute_80", "sm_80")]
+    assert library == build._library(home) and len(calls(home)) == 1
 
 
 def test_the_library_for_cuda_is_built_and_loaded_where_torch_and_a_toolkit_serve_it():

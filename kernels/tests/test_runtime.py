@@ -19,6 +19,7 @@ def test_an_unknown_mode_is_refused(monkeypatch):
 def on_cuda(monkeypatch):
     """The kernels support CUDA, as far as the answers of `supports` go."""
     monkeypatch.setattr(runtime, "_served", {"cuda"})
+    monkeypatch.setattr(runtime, "CHECKED", ())
     monkeypatch.setattr(runtime, "_mode", "auto")
     monkeypatch.setattr(runtime, "_cuda_operations", None)
     monkeypatch.delenv("PDARTS_CUDA_OPERATIONS", raising=False)

@@ -17,6 +17,8 @@ INLINE Wide multiply_lower(Wide x, uint32_t by) {
   return (Wide)_mm512_mul_epu32((__m512i)x, (__m512i)factor);
 #elif defined(__AVX2__)
   return (Wide)_mm256_mul_epu32((__m256i)x, (__m256i)factor);
+#elif defined(__aarch64__)
+  return (Wide)vmull_u32(vmovn_u64((uint64x2_t)x), vmovn_u64((uint64x2_t)factor));
 #else
   return (x & uint64_t(0xffffffff)) * factor;
 #endif
@@ -45,7 +47,8 @@ INLINE void philox_rounds(C0 c0, C1 c1, C2 c2, C3 c3, const MaskKeys& keys, Wide
   if constexpr (round == kPhiloxRounds) {
     words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
   } else {
-    auto a = multiply_lower(c0, kPhiloxM0), b = multiply_lower(c2, kPhiloxM1);
+    auto a = multiply_lower(c0, kPhiloxM0);  // a vector or a number, as c0 is
+    auto b = multiply_lower(c2, kPhiloxM1);
     auto next0 = with_key((b >> 32) ^ c1, keys.rounds[round][0]);
     auto next2 = with_key((a >> 32) ^ c3, keys.rounds[round][1]);
     philox_rounds<round + 1>(next0, b, next2, a, keys, words);

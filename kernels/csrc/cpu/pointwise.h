@@ -11,10 +11,10 @@ namespace pdarts {
 
 // Rows whose sums, of NV vectors each, are in registers at a time: all divide kRowsAtOnce.
 template <int NV>
-constexpr int kRegisterRows = kVector == 64 ? (NV <= 3 ? 8 : 4)
-                              : NV == 1     ? 8
-                              : NV <= 3     ? 4
-                                            : 2;
+constexpr int kRegisterRows = kRegisters == 32 ? (NV <= 3 ? 8 : 4)
+                              : NV == 1        ? 8
+                              : NV <= 3        ? 4
+                                               : 2;
 
 // f(NV): the vectors of a row of n elements that are handled together, a constant that divides their number.
 template <class A, class F>

@@ -27,7 +27,7 @@ template <bool MAX, class A>
 void pool_forward(const PdartsPool& p, const A* x, A* y) {
   auto join = [](auto a, auto b) ALWAYS {
     if constexpr (MAX) {
-      return (b > a) | (b != b) ? b : a;  // what is not a number wins
+      return ((b > a) | (b != b)) ? b : a;  // what is not a number wins
     } else {
       return a + b;
     }

@@ -6,6 +6,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -23,10 +26,13 @@ namespace pdarts {
 
 constexpr int64_t kRowsAtOnce = 64;  // pixels whose values are kept in the first-level cache
 
+// Bytes of a vector, and how many vectors there are. With SVE gcc makes scalar code of vectors wider than NEON's.
 #ifdef __AVX512F__
-constexpr int64_t kVector = 64;  // bytes
+constexpr int64_t kVector = 64, kRegisters = 32;
+#elif defined(__aarch64__)
+constexpr int64_t kVector = 16, kRegisters = 32;
 #else
-constexpr int64_t kVector = 32;
+constexpr int64_t kVector = 32, kRegisters = 16;
 #endif
 
 template <class A>
