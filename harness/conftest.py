@@ -139,6 +139,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))
 
 
+@pytest.fixture(autouse=True)
+def same_kernels_afterwards(monkeypatch):
+    """What a run sets for its process, no other test sees."""
+    for name in ("_mode", "_cuda_operations"):
+        monkeypatch.setattr(kernels.runtime, name, getattr(kernels.runtime, name))
+
+
 @pytest.fixture(scope="session")
 def images():
     return random_images()
