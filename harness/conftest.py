@@ -139,11 +139,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))
 
 
-@pytest.fixture(autouse=True)
-def same_kernels_afterwards(monkeypatch):
-    """What a run sets for its process, no other test sees."""
-    for name in ("_mode", "_cuda_operations"):
-        monkeypatch.setattr(kernels.runtime, name, getattr(kernels.runtime, name))
+KERNELS = kernels.runtime._mode, kernels.runtime._cuda_operations
+
+
+def pytest_runtest_setup(item):
+    """What a run has set for its process, no other test sees."""
+    kernels.runtime._mode, kernels.runtime._cuda_operations = KERNELS
 
 
 @pytest.fixture(scope="session")
