@@ -145,16 +145,13 @@ class EvaluateConfig:
 
 
 def check_settings(config: SearchConfig | EvaluateConfig) -> None:
-    """Raise InputError unless each `setting` of the config has the type of its default and a value that it may have.
-
-    Numbers of numpy and torch become Python's.
-    """
+    """Raise InputError unless each `setting` of the config has the type of its default and a value that it may have."""
     for field in dataclasses.fields(config):
         if not field.metadata:
             continue  # a custom field of a subclass
-        value = plain(getattr(config, field.name))
+        value = as_python(getattr(config, field.name))
         if isinstance(field.default, tuple) and isinstance(value, (tuple, list)):
-            value = tuple(map(plain, value))
+            value = tuple(map(as_python, value))
             for of_stage in value:
                 check_setting(field, of_stage, type(field.default[0]))
         else:
@@ -162,8 +159,9 @@ def check_settings(config: SearchConfig | EvaluateConfig) -> None:
         object.__setattr__(config, field.name, value)  # the config is frozen
 
 
-def plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value  # a number or an array of numpy or torch
+def as_python(value: Any) -> Any:
+    """Return Python's numbers for those of numpy and torch, and other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_setting(field: dataclasses.Field, value: Any, kind: type) -> None:
@@ -997,8 +995,8 @@ def check_cell(pairs: Sequence[tuple[str, int]], concat: Sequence[int]) -> None:
         is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
         if not is_pair or pair[0] not in list(OPERATIONS) or pair[1] not in range(2 + i // 2):
             raise InputError(
-                f"pair {i} of a cell is {pair!r}; expected one of {', '.join(OPERATIONS)} and an "
-                f"input from 0 to {1 + i // 2}"
+                f"pair {i} of a cell is {pair!r}; expected one of {', '.join(OPERATIONS)} and an input from 0 to "
+                f"{1 + i // 2}"
             )
     last = 1 + len(pairs) // 2
     is_list = isinstance(concat, (list, tuple, range))

@@ -84,8 +84,8 @@ class Tracer(fx.Tracer):
     """device: of the tensors. leaf: classes of modules that are not looked into. shapes: of placeholders, if known.
 
     own: the nodes of the code of the module itself. changed: those that change a tensor in place. refused: the modules
-    that could not be followed, and why. inspected: tensors that the code branched on. lengths: {(placeholder,
-    dimension): the number of rows or entries that a loop went over}.
+    that could not be followed, and why. branches: [the node of a condition, which way the code went]. lengths:
+    {(placeholder, dimension): the number of rows or entries that a loop went over}.
     """
 
     proxy_buffer_attributes = True
@@ -94,7 +94,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.device, self.leaf, self.shapes, self.lengths = device, leaf, shapes or {}, {}
         self.changed, self.modes, self.graph = [], modes(), fx.Graph()
-        self.refused, self.inspected, self.own, self.thread = {}, [], set(), threading.get_ident()
+        self.refused, self.branches, self.own, self.thread = {}, [], set(), threading.get_ident()
 
     def follow(self, module, function: str, arguments: dict):
         """The graph of module.function(**arguments), whose tensors, None here, are placeholders."""
@@ -153,7 +153,7 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
 
         def attempt(*args, **kwargs):
-            nodes, notes = len(self.graph.nodes), (self.inspected, self.changed)
+            nodes, notes = len(self.graph.nodes), (self.branches, self.changed)
             known = [len(of_kind) for of_kind in notes]
             try:
                 return forward(*args, **kwargs)
@@ -232,31 +232,34 @@ class Tracer(fx.Tracer):
 
     def length_of_parameters(self, node):
         """The length of what is computed from parameters only, else None."""
-        noted = len(self.inspected)
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                return len(self.value(node))
+                return len(value(node, self.root))
         except Untraceable:
             return None
-        finally:
-            del self.inspected[noted:]  # the values do not matter
 
     def to_bool(self, proxy):
         """A branch: on what parameters, buffers and numbers say, else refused."""
-        with torch._C.DisableTorchFunction():
-            return bool(self.value(proxy.node))
+        self.branches.append((proxy.node, way(proxy.node, self.root)))
+        return self.branches[-1][1]
 
-    def value(self, node):
-        if node.op == "get_attr":
-            self.inspected.append(attribute(self.root, node.target))
-            return self.inspected[-1]
-        if node.op not in ("call_function", "call_method"):
-            raise Untraceable("a branch depends on an argument")
-        args = fx.node.map_arg(node.args, self.value)
-        kwargs = fx.node.map_arg(node.kwargs, self.value)
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+
+def way(node, root):
+    """Which way code goes at a condition."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        return bool(value(node, root))
+
+
+def value(node, root):
+    """The value of a node that is computed from parameters, buffers and numbers only."""
+    if node.op == "get_attr":
+        return attribute(root, node.target)
+    if node.op not in ("call_function", "call_method"):
+        raise Untraceable("a branch depends on an argument")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: value(other, root))
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
 
 
 def reason(error):

@@ -658,6 +658,40 @@ def test_a_result_may_be_changed_in_place_by_a_module_that_says_so():
     assert torch.allclose(*gradients, rtol=1e-10)
 
 
+def test_a_branch_counts_by_the_way_that_the_code_goes():
+    class Rated(Mixed):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rate", torch.zeros(()))
+
+        def forward(self, x, weights):
+            y = self.ops[3](x) + weights[0] * x
+            return y if self.rate == 0 else 2 * y
+
+    plain, x, weights = Rated().double(), torch.randn(2, 4, 5, 5).double(), torch.rand(2).double()
+    mine = kernels.fuse(copy.deepcopy(plain))
+    for rate in (0.0, 0.3, 0.0, 0.2, 0.1):
+        plain.rate.fill_(rate), mine.rate.fill_(rate)
+        assert torch.allclose(mine(x, weights), plain(x, weights), rtol=1e-10)
+    assert mine._kernels_state.traces == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch computes what is no cell")
+def test_statistics_move_once_where_torch_computes_what_the_kernels_refuse():
+    class Gate(Mixed):
+        def forward(self, x, weights):
+            return self.ops[3](x) + weights[0] * x.mean((2, 3), keepdim=True)
+
+    plain, x, weights = Gate().bfloat16(), torch.randn(2, 4, 5, 5).bfloat16(), torch.ones(1).bfloat16()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    mine = kernels.fuse(copy.deepcopy(plain))
+    for module in (plain, mine):
+        module(x, weights)
+    torch.testing.assert_close(mine.ops[3].op[3].running_mean, plain.ops[3].op[3].running_mean, rtol=0.02, atol=1e-3)
+
+
 def test_modes_are_part_of_what_is_traced():
     class Modes(Mixed):
         def forward(self, x, weights):
