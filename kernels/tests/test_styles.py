@@ -680,7 +680,8 @@ def test_a_branch_counts_by_the_way_that_the_code_goes():
 def test_statistics_move_once_where_torch_computes_what_the_kernels_refuse():
     class Gate(Mixed):
         def forward(self, x, weights):
-            return self.ops[3](x) + weights[0] * x.mean((2, 3), keepdim=True)
+            y = self.ops[3](x) + weights[0] * x
+            return self.ops[4](y) + weights[0] * x.mean((2, 3), keepdim=True)
 
     plain, x, weights = Gate().bfloat16(), torch.randn(2, 4, 5, 5).bfloat16(), torch.ones(1).bfloat16()
     for module in plain.modules():
