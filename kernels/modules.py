@@ -30,7 +30,7 @@ from .trace import (
     is_torchs,
     lock,
     modes,
-    way,
+    value_of,
 )
 
 PLANS = 16  # that a module keeps: in training and evaluation, of other arguments
@@ -235,8 +235,8 @@ class Plan:
             return False
         if not self.branches or self.elsewhere:
             return all(seen == facts(tensor) for tensor, seen in self.elsewhere)
-        with torch.utils._python_dispatch._disable_current_modes():
-            return all(way(node, self.modules[0]) == before for node, before in self.branches)
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            return all(bool(value_of(node, self.modules[0])) == before for node, before in self.branches)
 
     def run(self, values, copies=False):
         env = {node: values[node.target] for node in self.placeholders}

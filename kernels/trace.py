@@ -30,7 +30,8 @@ WRITES = {f"__i{name.strip('_')}__" for name in OPERATORS} | {"__setitem__", "__
 READS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "equal", "allclose"}
 STATE = "_kernels_state"  # the attribute of fused modules
 UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
-UNUSED |= {STATE}
+UNUSED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
+UNUSED |= {STATE, "_non_persistent_buffers_set"}
 CONTAINERS = list, tuple, set, dict, collections.deque
 
 lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
@@ -234,29 +235,24 @@ class Tracer(fx.Tracer):
         """The length of what is computed from parameters only, else None."""
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                return len(value(node, self.root))
+                return len(value_of(node, self.root))
         except Untraceable:
             return None
 
     def to_bool(self, proxy):
         """A branch: on what parameters, buffers and numbers say, else refused."""
-        self.branches.append((proxy.node, way(proxy.node, self.root)))
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.branches.append((proxy.node, bool(value_of(proxy.node, self.root))))
         return self.branches[-1][1]
 
 
-def way(node, root):
-    """Which way code goes at a condition."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        return bool(value(node, root))
-
-
-def value(node, root):
+def value_of(node, root):
     """The value of a node that is computed from parameters, buffers and numbers only."""
     if node.op == "get_attr":
         return attribute(root, node.target)
     if node.op not in ("call_function", "call_method"):
         raise Untraceable("a branch depends on an argument")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: value(other, root))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: value_of(other, root))
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     return node.target(*args, **kwargs)
@@ -331,6 +327,9 @@ class Holdings:
         kinds = {kind for m in self.modules for kind in type(m).__mro__} - {nn.Module, object}
         self.dicts = [m.__dict__ for m in self.modules] + [vars(kind) for kind in kinds]
         self.full, self.empty, self.arrays, known = [], [], [], set(map(id, self.dicts))
+        self.keyed = [m.__dict__ for m in self.modules if not is_torchs(type(m))]  # whose keys are compared too
+        names = nn.Module().__dict__.keys()
+        internal = {id(m.__dict__.get(name)) for m in self.modules for name in names}
         array = getattr(sys.modules.get("numpy"), "ndarray", ())
         waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
         for value in waiting:
@@ -339,10 +338,12 @@ class Holdings:
             if isinstance(value, CONTAINERS) and id(value) not in known:
                 known.add(id(value))
                 (self.full if value else self.empty).append(value)
+                if value and isinstance(value, dict) and id(value) not in internal:
+                    self.keyed.append(value)
                 waiting += contents(value)  # while the loop goes on
             elif isinstance(value, array) and value.nbytes <= LARGEST_ARRAY:
                 self.arrays.append((value, value.tobytes()))
-        self.classes, self.values = self.now()
+        self.values = self.now()
 
     def looks_into(self, value):
         """Whether an attribute's own attributes count."""
@@ -355,18 +356,18 @@ class Holdings:
         return hasattr(value, "__dict__") and (known or users)
 
     def now(self):
-        classes, values = [m.__class__ for m in self.modules], []
+        values = list(map(type, self.modules))
         for d in self.dicts:
             values += d.values()
-            values += d
         for container in self.full:
             values += contents(container)
-        return classes, values
+        for d in self.keyed:
+            values += d
+        return values
 
     def are_the_same(self):
-        classes, values = self.now()
-        same = len(values) == len(self.values) and not any(self.empty) and classes == self.classes
-        same = same and all(map(operator.is_, values, self.values))
+        values = self.now()
+        same = len(values) == len(self.values) and not any(self.empty) and all(map(operator.is_, values, self.values))
         return same and all(array.tobytes() == content for array, content in self.arrays)
 
     def copied(self):
@@ -383,7 +384,7 @@ class Holdings:
 
 
 def contents(container):
-    return (*container.values(), *container) if isinstance(container, dict) else container
+    return container.values() if isinstance(container, dict) else container
 
 
 def element(node):
