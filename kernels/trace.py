@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import itertools
 import operator
 import pickle
 import random
@@ -32,6 +33,7 @@ STATE = "_kernels_state"  # the attribute of fused modules
 UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 UNUSED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
 UNUSED |= {STATE, "_non_persistent_buffers_set"}
+END = object()
 CONTAINERS = list, tuple, set, dict, collections.deque
 
 lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
@@ -343,7 +345,9 @@ class Holdings:
                 waiting += contents(value)  # while the loop goes on
             elif isinstance(value, array) and value.nbytes <= LARGEST_ARRAY:
                 self.arrays.append((value, value.tobytes()))
-        self.values = self.now()
+        full = [contents(container) for container in self.full]
+        self.views = [*(d.values() for d in self.dicts), *full, *self.keyed]
+        self.values = list(self.now())
 
     def looks_into(self, value):
         """Whether an attribute's own attributes count."""
@@ -356,18 +360,11 @@ class Holdings:
         return hasattr(value, "__dict__") and (known or users)
 
     def now(self):
-        values = list(map(type, self.modules))
-        for d in self.dicts:
-            values += d.values()
-        for container in self.full:
-            values += contents(container)
-        for d in self.keyed:
-            values += d
-        return values
+        """All values one after another, and the sign that none follows."""
+        return itertools.chain(map(type, self.modules), itertools.chain.from_iterable(self.views), (END,))
 
     def are_the_same(self):
-        values = self.now()
-        same = len(values) == len(self.values) and not any(self.empty) and all(map(operator.is_, values, self.values))
+        same = not any(self.empty) and all(map(operator.is_, self.now(), self.values))
         return same and all(array.tobytes() == content for array, content in self.arrays)
 
     def copied(self):
