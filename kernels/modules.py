@@ -179,7 +179,8 @@ class Plan:
         tracer = Tracer(device, leaf, shapes)
         self.lengths, self.longest = tracer.lengths, {}
         try:
-            self.graph = tracer.follow(module, "_plain_forward" if isinstance(module, Fused) else "forward", values)
+            forward = "_plain_forward" if isinstance(module, Fused) else "forward"
+            self.graph = tracer.follow(module, forward, values, self.held)
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
             self.reason, self.in_place = str(error), isinstance(error, ChangesInPlace)
