@@ -100,19 +100,15 @@ class Tracer(fx.Tracer):
         self.changed, self.modes, self.graph = [], modes(), fx.Graph()
         self.refused, self.branches, self.own, self.thread = {}, [], set(), threading.get_ident()
 
-    def follow(self, module, function: str, arguments: dict, held=None):
-        """The graph of module.function(**arguments), whose tensors, None here, are placeholders.
-
-        held: the Holdings of the module, if they are known.
-        """
+    def follow(self, module, function: str, arguments: dict, held):
+        """The graph of module.function(**arguments), whose tensors, None here, are placeholders. held: its Holdings."""
         self.traced_func_name, self.arguments = function, arguments
         factories = {name: getattr(torch, name) for name in FACTORIES}
         with lock, contextlib.ExitStack() as stack:
             for name, factory in factories.items():
                 stack.callback(setattr, torch, name, factory)
                 setattr(torch, name, self.traced_factory(factory))
-            state, held = random_state(), held or Holdings(module.modules())
-            copied = held.copied()
+            state, copied = random_state(), held.copied()
             if any(map(draws_random_numbers, set(map(type, held.values)))):
                 raise Untraceable("the module holds a random generator, whose numbers are not traced")
             try:
