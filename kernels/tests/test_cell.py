@@ -181,6 +181,7 @@ def test_fused_cell_operators_pass_opcheck(training, tests, monkeypatch):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@SLOW  # test_dynamic.py compiles one too
 def test_fused_cell_compiles_without_graph_breaks():
     case = Case((2, 3, 4, 4))
     tensors = case.leaves()
