@@ -158,10 +158,12 @@ def test_networks_of_the_pdarts_cell_have_the_official_numbers_of_parameters(
     assert sum(sizes.values()) == (with_head or bare)
 
 
-@pytest.mark.parametrize("depth, keep, weights", [(5, 8, 1275834), (11, 5, 2585146), (17, 3, 2791930)])
+@pytest.mark.parametrize("depth, keep, weights", [
+    (5, 8, 1275834), pytest.param(11, 5, 2585146, marks=pytest.mark.slow), (17, 3, 2791930)])
 def test_search_networks_have_the_official_numbers_of_parameters(depth, keep, weights):
     candidates = (PRIMITIVES[-keep:],) * 14
-    network = pdarts.SearchNetwork(16, 10, depth, candidates, candidates)
+    with torch.device("meta"):
+        network = pdarts.SearchNetwork(16, 10, depth, candidates, candidates)
     assert sum(p.numel() for p in network.weights()) == weights
     assert sum(p.numel() for p in network.parameters()) == weights + 2 * 14 * keep
 
@@ -268,7 +270,7 @@ def test_reduction_cells_stand_at_one_and_two_thirds(depth, reductions):
 
 
 def test_alphas_start_small_and_are_shared_by_the_cells_of_a_kind():
-    network = pdarts.SearchNetwork(2, 10, 5, ALL, ALL)
+    network = pdarts.SearchNetwork(2, 10, 3, ALL, ALL)
     assert network.alphas_normal.shape == network.alphas_reduce.shape == (14, 8)
     assert 0 < network.alphas_normal.abs().max() < 0.01
 
@@ -316,8 +318,8 @@ class CellTracer(torch.fx.Tracer):
 
 
 def test_cells_can_be_traced():
-    x, probabilities = torch.randn(2, 4, 8, 8), torch.rand(14, 8)
-    search_cell = pdarts.SearchCell(ALL, 4, 4, 4, reduction=True, reduction_before=False)
+    x, probabilities, space = torch.randn(2, 4, 8, 8), torch.rand(5, 8), pdarts.SearchSpace(nodes=2)
+    search_cell = pdarts.SearchCell(ALL[:5], 4, 4, 4, reduction=True, reduction_before=False, space=space)
     cell = pdarts.Cell(TWO_NODES.normal, [2, 3], 4, 4, 4, reduction=False, reduction_before=False)
     for module, inputs in (search_cell, (x, x, probabilities)), (cell, (x, x)):
         for traced in torch.fx.GraphModule(module, CellTracer().trace(module)), torch.fx.symbolic_trace(module.eval()):
@@ -390,7 +392,9 @@ def test_skip_dropout_is_per_element_and_in_training_only():
 
 @pytest.mark.parametrize("size, stride", [((8, 8), 1), ((9, 13), 1), ((32, 31), 2)])
 def test_search_network_takes_any_size_number_of_channels_and_stride_of_the_stem(size, stride):
-    network, sizes = pdarts.SearchNetwork(2, 7, 3, ALL, ALL, in_channels=2, stem_stride=stride), []
+    candidates, sizes = (SMALL_SPACE.primitives,) * 2, []
+    network = pdarts.SearchNetwork(
+        2, 7, 3, candidates, candidates, in_channels=2, space=SMALL_SPACE, stem_stride=stride)
     network.cells[0].register_forward_hook(lambda *args: sizes.append(args[-1].shape[2:]))
     assert network(torch.randn(3, 2, *size)).shape == (3, 7)
     assert sizes == [tuple(math.ceil(n / stride) for n in size)]
@@ -829,13 +833,14 @@ def test_state_dict_has_the_official_keys_and_shapes():
     assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight", "stem1.2.weight"} <= set(imagenet)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 31), (15, 11), (33, 64)])
-def test_networks_return_auxiliary_logits_in_training_only_at_every_size(size):
-    network, images = Network(GENOTYPES["PDARTS"], 4, 6, 5, auxiliary=True, in_channels=1), torch.randn(2, 1, *size)
-    logits, auxiliary_logits = network(images)
-    assert logits.shape == auxiliary_logits.shape == (2, 6)
-    assert network.eval()(images).shape == (2, 6)
-    assert Network(GENOTYPES["PDARTS"], 4, 6, 5, in_channels=1)(images)[1] is None
+def test_networks_return_auxiliary_logits_in_training_only_at_every_size():
+    network, bare = (Network(TWO_NODES, 4, 6, 5, auxiliary=auxiliary, in_channels=1) for auxiliary in (True, False))
+    for size in (8, 8), (9, 31), (15, 11), (33, 64):
+        images = torch.randn(2, 1, *size)
+        logits, auxiliary_logits = network.train()(images)
+        assert logits.shape == auxiliary_logits.shape == (2, 6)
+        assert network.eval()(images).shape == (2, 6)
+        assert bare(images)[1] is None
 
 
 @pytest.mark.parametrize("size, stride", [(8, 3), (7, 2)])

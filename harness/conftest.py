@@ -139,12 +139,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "beside"))
 
 
-KERNELS = kernels.runtime._mode, kernels.runtime._cuda_operations
+CUDA_OPERATIONS = kernels.runtime._cuda_operations
 
 
 def pytest_runtest_setup(item):
-    """What a run has set for its process, no other test sees."""
-    kernels.runtime._mode, kernels.runtime._cuda_operations = KERNELS
+    """What a run has set for its process, no other test sees. Runs are without kernels, but where they ask for them:
+    to fuse a network takes longer than the short training of a test."""
+    kernels.runtime._mode, kernels.runtime._cuda_operations = "off", CUDA_OPERATIONS
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ EVALUATIONS = {
 }
 
 
-SLOW = {"demo": pytest.mark.slow}
+SLOW = {"demo": pytest.mark.slow, "an own folder": pytest.mark.slow}  # its images are read as those of imagenet
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EVALUATIONS])

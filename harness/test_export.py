@@ -30,7 +30,7 @@ def images() -> Images:
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    evaluate(Genotype(PAIRS, [2], PAIRS, [2]), SMALL, images, folder, kernels="off")
+    evaluate(Genotype(PAIRS, [2], PAIRS, [2]), SMALL, images, folder)
     return folder
 
 

@@ -23,7 +23,7 @@ PERCENT = r"\d+\.\d\d%"
 
 def evaluated(folder, images, **settings):
     """Return the test error of an evaluation in the folder."""
-    return evaluate(CELL, dataclasses.replace(SMALL, **settings), images, folder, kernels="off").test_error
+    return evaluate(CELL, dataclasses.replace(SMALL, **settings), images, folder).test_error
 
 
 def write_images(folder, classes, shape, bits=8, mode=None):
@@ -87,7 +87,7 @@ def test_images_that_cannot_be_read_are_named_after_the_others(tmp_path, capsys)
 
 
 def test_what_cannot_classify_images_is_refused(tmp_path, monkeypatch):
-    fast_search(ONE_STAGE, random_images(), tmp_path / "search", kernels="off")
+    fast_search(ONE_STAGE, random_images(), tmp_path / "search")
     evaluated(tmp_path / "channels", random_images((8, 8, 4)))
     data = [(torch.rand(3, 8, 8), i % 2) for i in range(8)]
     loaders = Loaders(Batches(data, 4), None, [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))], 2, (3, 8, 8))

@@ -30,9 +30,9 @@ def small(monkeypatch, tmp_path):
     for name in SEARCH_PRESETS:
         monkeypatch.setitem(SEARCH_PRESETS, name, settings)
 
-    class Search(pdarts.Search):  # on the CPU
-        def __init__(self, *arguments, device=None, **options):
-            super().__init__(*arguments, **options)
+    class Search(pdarts.Search):  # on the CPU, of small cells
+        def __init__(self, config, data, device=None, space=None, **options):
+            super().__init__(config, data, "cpu", pdarts.SearchSpace(nodes=2), **options)
 
     search_data = pdarts.search_data
     monkeypatch.setattr(pdarts, "search_data", lambda *arguments, device=None: search_data(*arguments))
@@ -50,10 +50,12 @@ def small(monkeypatch, tmp_path):
 
 def test_the_blocks_of_the_readme_run_as_they_stand(small, capsys, few_weights, monkeypatch):
     assert len(BLOCKS) == 5
+    kernels.use("on")
     exec(BLOCKS[0], small)
     assert small["y"].shape == (2, 4, 8, 8)
     exec(BLOCKS[1], small)
     assert "Genotype(normal=" in capsys.readouterr().out
+    kernels.use("off")
     exec(BLOCKS[2], small)
     assert re.search(r"\(\d+, \d+\)\n$", capsys.readouterr().out)
     of_svhn = {"X": np.zeros((32, 32, 3, 20), np.uint8), "y": np.arange(20)[:, None] % 10 + 1}

@@ -156,11 +156,11 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
     weights = torch.load(tmp_path / "run/weights.pt", weights_only=True)
     assert weights.about == {name: config[name] for name in ("classes", "shape", "mean", "std")}
     result.network.load_state_dict(weights)
-    for other in ("off", "on"):
-        tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
-        assert tested.test_error == pytest.approx(result.test_error)
-        for name, value in tested.network.state_dict().items():
-            assert torch.equal(value, result.network.state_dict()[name])
+    other = {"on": "off", "off": "on"}[mode]
+    tested = evaluate(CELL, TRAINING, images, weights=tmp_path / "run/weights.pt", kernels=other)
+    assert tested.test_error == pytest.approx(result.test_error)
+    for name, value in tested.network.state_dict().items():
+        assert torch.equal(value, result.network.state_dict()[name])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
@@ -351,15 +351,19 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
 
 
 # After how many of the 8 steps: also after the last one of an epoch and of the search.
-@pytest.mark.parametrize("number, instants", [(signal.SIGINT, (0, 0, 1, 2, 0)), (signal.SIGTERM, (3,))])
+@pytest.mark.parametrize(
+    "number, kernels, instants", [(signal.SIGINT, "off", (0, 0, 1, 2, 0)), (signal.SIGTERM, "on", (3,))]
+)
 def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
-    unbroken, images, steps, tmp_path, number, instants
+    unbroken, images, steps, tmp_path, number, kernels, instants
 ):
+    if kernels == "on":
+        search(TWO_STAGES, images, unbroken := tmp_path / "unbroken", space=ONE_NODE, kernels=kernels)
     handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
     for skipped in (*instants, 99):
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), number)]
         try:
-            search(TWO_STAGES, images, **folder, space=ONE_NODE)
+            search(TWO_STAGES, images, **folder, space=ONE_NODE, kernels=kernels)
         except Stopped as stopped:
             stops += 1
             assert (stopped.signal_number, stopped.saved) == (number, True)
@@ -430,12 +434,12 @@ def test_a_run_in_another_thread_gets_no_signals_and_works(images):
 
 
 def test_an_evaluation_goes_on_wherever_it_stopped(images, steps, tmp_path):
-    evaluate(CELL, TRAINING, images, tmp_path / "whole")
+    evaluate(CELL, TRAINING, images, tmp_path / "whole", kernels="on")
     folder, stops = {"out": tmp_path / "stopped"}, 0
     for skipped in 1, 0, 1, 99:  # steps; an epoch has 3
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), signal.SIGTERM)]
         try:
-            evaluate(CELL, TRAINING, images, **folder)
+            evaluate(CELL, TRAINING, images, **folder, kernels="on")
         except Stopped:
             stops += 1
         folder = {"resume": tmp_path / "stopped"}

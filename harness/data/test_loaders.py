@@ -80,30 +80,30 @@ def stop_after(number, method, monkeypatch):
 def test_a_search_with_data_loaders_goes_on_bit_for_bit_with_other_workers(
     tmp_path, monkeypatch
 ):
-    whole = fast_search(ONE_STAGE, own(0), tmp_path / "whole", kernels="off")
+    whole = fast_search(ONE_STAGE, own(0), tmp_path / "whole")
     way = {"out": tmp_path / "run"}
     for number, workers in (2, 0), (3, 1):  # in the first epoch, and in the second, where alphas learn
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_after(number, (pdarts.Search, "alternate"), patch)
-            fast_search(ONE_STAGE, own(workers), **way, kernels="off")
+            fast_search(ONE_STAGE, own(workers), **way)
         way = {"resume": tmp_path / "run"}
-    again = fast_search(ONE_STAGE, own(2), **way, kernels="off")
+    again = fast_search(ONE_STAGE, own(2), **way)
     assert again.genotype == whole.genotype and whole.test_accuracies[0] in [n / 7 for n in range(8)]
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     times = (tmp_path / "run/times.jsonl").read_text()
     assert '"waited": ' in times
     with pytest.raises(InputError, match="of another run: data is"):
-        fast_search(ONE_STAGE, own(0, version="2"), resume=tmp_path / "run", kernels="off")
+        fast_search(ONE_STAGE, own(0, version="2"), resume=tmp_path / "run")
 
 
 def test_an_evaluation_takes_loaders_and_needs_a_test(tmp_path):
     config = EvaluateSettings(depth=3, channels=8, epochs=1, batch_size=4, auxiliary=False)
-    result = evaluate(CELL, config, own(0), tmp_path / "run", kernels="off")
+    result = evaluate(CELL, config, own(0), tmp_path / "run")
     assert result.test_error in [1 - n / 7 for n in range(8)] and result.test_error_top5 == 0  # of 3 classes
     with pytest.raises(InputError, match=r"test_batches is \(\); expected the batches on which"):
-        evaluate(CELL, config, dataclasses.replace(own(0), test_batches=()), kernels="off")
+        evaluate(CELL, config, dataclasses.replace(own(0), test_batches=()))
     with pytest.raises(InputError, match="val is None; expected the loader that the alphas learn from"):
-        fast_search(ONE_STAGE, dataclasses.replace(own(0), val=None), kernels="off")
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), val=None))
 
 
 class Plain:
@@ -162,9 +162,9 @@ def test_wrong_test_images_are_refused_before_a_run_begins(tmp_path):
 def test_labels_are_checked_in_every_batch():
     later = Plain([(X, Y), (X, Y), (X, Y + 5)])
     with pytest.raises(InputError, match="^train yields labels from 5 to 7; expected 0 to 2"):
-        fast_search(ONE_STAGE, dataclasses.replace(own(0), train=later), kernels="off")
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), train=later))
     with pytest.raises(InputError, match="^test_batches yields labels from 5 to 7; expected 0 to 2"):
-        evaluate(CELL, CONFIG, dataclasses.replace(own(0), test_batches=later.batches), kernels="off")
+        evaluate(CELL, CONFIG, dataclasses.replace(own(0), test_batches=later.batches))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -182,16 +182,16 @@ def test_labels_are_checked_in_every_batch():
 ], ids=str)  # fmt: skip
 def test_what_is_no_loader_is_refused_by_its_name(change, message):
     with pytest.raises(InputError, match=message):
-        fast_search(ONE_STAGE, dataclasses.replace(own(0), **change), kernels="off")
+        fast_search(ONE_STAGE, dataclasses.replace(own(0), **change))
 
 
 @pytest.mark.parametrize("images", [DataLoader(TensorDataset(X, Y)), TensorDataset(X, Y), (X, Y), "data"], ids=str)
 def test_what_is_no_data_set_is_refused(images):
     message = f"images is a {type(images).__name__}; expected .*Images.* or .*Loaders"
     with pytest.raises(InputError, match=message):
-        fast_search(ONE_STAGE, images, kernels="off")
+        fast_search(ONE_STAGE, images)
     with pytest.raises(InputError, match=message):
-        evaluate(CELL, CONFIG, images, kernels="off")
+        evaluate(CELL, CONFIG, images)
 
 
 class Stream(IterableDataset):

@@ -84,14 +84,15 @@ def test_a_search_is_the_same_again_and_resumed():
     assert len(found) == 3 and all(r["the first's log.jsonl"] and r["the first's genotype.json"] for r in found)
 
 
-def test_operators_are_right_and_a_wrong_one_is_found(monkeypatch):
+def test_operators_are_right_and_a_wrong_one_is_found(few_cells, monkeypatch):
     arguments, cpu = small_args(channels=8), torch.device("cpu")
+    monkeypatch.setattr(gpu_checks, "ALLOWED", {"float64": 1e-11, "bfloat16": 5e-2})  # the others go the same way
     found = [row for _, row in gpu_checks.correctness(arguments, cpu)]
-    assert len(found) == 4 * 2 * 14 + 2 and all(row["right"] for row in found)
+    assert len(found) == 2 * 2 * 14 + 2 and all(row["right"] for row in found)
     wrong = [("pool", lambda f, x: f.pool(x, "max") + (f is gpu_checks.FUSED) * 1e-3, [(2, 4, 8, 8)], [])]
     monkeypatch.setattr(gpu_checks, "operators", lambda shape: wrong)
     monkeypatch.setattr(gpu_checks, "network_rows", lambda *_: [])  # right, as above
-    with pytest.raises(gpu_checks.Wrong, match="4 relative errors"):
+    with pytest.raises(gpu_checks.Wrong, match="2 relative errors"):
         list(gpu_checks.correctness(arguments, cpu))
 
 

@@ -32,7 +32,10 @@ NASNet cifar 36 20 100 3895840 - | AmoebaNet cifar 36 20 100 3184048 -
 """
 
 
-@pytest.mark.parametrize("row", [row.strip() for row in re.split(r"[|\n]", PARAMETERS) if row.strip()])
+ROWS = [row.strip() for row in re.split(r"[|\n]", PARAMETERS) if row.strip()]
+
+
+@pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] * ("cifar 36" in r)) for r in ROWS])
 def test_networks_of_other_papers_have_the_official_numbers_of_parameters(row):
     name, stem, channels, cells, classes, bare, with_head = row.split()
     with torch.device("meta"):

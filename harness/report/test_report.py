@@ -95,7 +95,7 @@ def test_a_search_shows_itself_after_every_epoch(images, tmp_path, pages):
 
 def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(images, tmp_path, pages):
     settings = EvaluateSettings(dataset="shapes", depth=3, channels=8, epochs=2, batch_size=6, cutout=4)
-    result = evaluate(CELL, settings, images, tmp_path / "run", kernels="off")
+    result = evaluate(CELL, settings, images, tmp_path / "run")
     assert [finished for finished, _ in pages] == [False, True, True]
     assert "evaluate --resume" in Page(pages[0][1]).text and "1 of 2 epochs" in Page(pages[0][1]).text
     text = Page(pages[-1][1]).text
@@ -106,7 +106,7 @@ def test_an_evaluation_shows_itself_and_a_killed_one_shows_its_last_epoch_too(im
     drawn((tmp_path / "run/curves.svg").read_text())
     before = (tmp_path / "run/curves.svg").read_bytes()
     (tmp_path / "run/curves.svg").unlink()
-    evaluate(CELL, settings, images, resume=tmp_path / "run", kernels="off")
+    evaluate(CELL, settings, images, resume=tmp_path / "run")
     assert (tmp_path / "run/curves.svg").read_bytes() == before
 
 

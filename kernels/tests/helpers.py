@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = pytest.mark.cuda  # skipped without a GPU, see conftest.py
+SLOW = pytest.mark.slow
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 FRESH = (torch.zeros, torch.ones)  # running means and variances
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -17,6 +18,13 @@ MAPS = (  # shapes [N,C,H,W]
     (2, 64, 8, 8),
     (0, 3, 4, 4),
 )
+
+
+def thinned(cases, n):
+    """Parameters of a test: every n-th of the cases, and the others as slow ones.
+
+    With an n that divides none of the numbers of values that are combined, any two values meet."""
+    return [case if i % n == 0 else pytest.param(*case, marks=SLOW) for i, case in enumerate(cases)]
 
 
 def numbers(*shape, device="cpu", dtype=torch.float64):

@@ -1,6 +1,7 @@
 """The fused cell against its plain twin in torch: values, gradients, statistics, what is kept, messages."""
 
 import functools
+import itertools
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import kernels
 from kernels import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum, cell, cell_ref
 from kernels.tests.conftest import FOLDER
-from kernels.tests.helpers import FRESH, layout_of
+from kernels.tests.helpers import FRESH, SLOW, layout_of, thinned
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +108,16 @@ class Case:
         return [t.detach().cpu() for t in (y, *gradients, *running)]
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 16, 8, 8), (4, 36, 9, 9), (2, 20, 1, 33), (5, 64, 4, 4)])
-@pytest.mark.parametrize("stride", [1, 2])
+SHAPES = (2, 3, 5, 7), (3, 16, 8, 8), (4, 36, 9, 9), (2, 20, 1, 33), (5, 64, 4, 4)
+# affine, images, dropout
+OPTIONS = (True, False, True), (False, True, True), (True, True, True), (True, True, False)
+
+
 @pytest.mark.parametrize(
-    "affine, images, dropout", [(True, False, True), (False, True, True), (True, True, True), (True, True, False)]
+    "training, options, stride, shape", thinned(itertools.product((True, False), OPTIONS, (1, 2), SHAPES), 7)
 )
-@pytest.mark.parametrize("training", [True, False])
-def test_fused_cell_equals_plain_torch(shape, stride, affine, images, dropout, training):
+def test_fused_cell_equals_plain_torch(shape, stride, options, training):
+    affine, images, dropout = options
     case = Case(shape, stride, affine, images, training, dropout)
     for mine, right in zip(case.run(cell), case.run(cell_ref), strict=True):
         assert mine.shape == right.shape and (mine - right).norm() <= 1e-11 * right.norm().clamp_min(1e-12)
@@ -141,17 +145,22 @@ def test_fused_cell_in_16_bits_is_as_exact_as_plain_torch(dtype, stride):
             assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
 
 
-def test_fused_cell_gradients_are_numerical_derivatives():
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=SLOW)])
+def test_fused_cell_gradients_are_numerical_derivatives(fast):
     case = Case((2, 2, 3, 3), 2, images=True)
 
     def function(*tensors):  # every call finds the same running statistics
         return case.call(cell, tensors, case.statistics())
 
-    assert torch.autograd.gradcheck(function, case.leaves())
+    assert torch.autograd.gradcheck(function, case.leaves(), fast_mode=fast)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
+OPCHECKS = "test_schema", "test_faketensor"
+
+
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.parametrize("tests", [OPCHECKS, pytest.param((*OPCHECKS, "test_aot_dispatch_static"), marks=SLOW)])
+def test_fused_cell_operators_pass_opcheck(training, tests, monkeypatch):
     case, calls = Case((2, 3, 4, 4), 2, training=training), []
     tensors = case.leaves()
     operator = torch.ops.pdarts.cell
@@ -159,7 +168,6 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
     case.call(cell, tensors, case.statistics())
     monkeypatch.undo()
     (arguments,) = calls
-    tests = "test_schema", "test_faketensor", "test_aot_dispatch_static"
     check = functools.partial(torch.library.opcheck, test_utils=tests)
     assert set(check(torch.ops.pdarts.cell, (*arguments[:-1], True)).values()) == {"SUCCESS"}
     with torch.no_grad():
@@ -169,10 +177,11 @@ def test_fused_cell_operators_pass_opcheck_and_compile(training, monkeypatch):
         given = statistics if given is None else given
         needs = [t is not None and t.requires_grad for part in some for t in part] + [True]
         tail = *detached, probabilities.detach(), given, key, rates, places, program, outputs, batch, needs
-    results = torch.library.opcheck(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail))
+    results = check(torch.ops.pdarts.cell_backward, (torch.randn_like(y), y, values, *tail))
     assert set(results.values()) == {"SUCCESS"}
 
 
+@SLOW  # test_dynamic.py compiles one too
 def test_fused_cell_compiles_without_graph_breaks():
     case = Case((2, 3, 4, 4))
     tensors = case.leaves()
@@ -422,7 +431,7 @@ def test_operators_of_one_step_pass_opcheck(device, kind):
     inputs, weights, gammas, betas, probabilities, _, *middle, _, _ = arguments
     needs = [True, *[w is not None for w in weights], *[False] * 5]
     backward = torch.randn_like(y), y, values, inputs, weights, gammas, betas, probabilities, statistics, *middle, needs
-    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
     assert set(check(torch.ops.pdarts.cell, arguments).values()) == {"SUCCESS"}
     assert set(check(torch.ops.pdarts.cell_backward, backward).values()) == {"SUCCESS"}
 

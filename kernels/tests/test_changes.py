@@ -31,10 +31,10 @@ def separable(channels=4, twice=1):
 
 
 class MixedOp(nn.Module):
-    def __init__(self):
+    def __init__(self, *more):
         super().__init__()
         pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.BatchNorm2d(4, affine=False))
-        self.ops = nn.ModuleList([nn.Identity(), pool, separable(), separable(twice=2)])
+        self.ops = nn.ModuleList([nn.Identity(), pool, separable(), *more])
 
     def forward(self, x, weights):
         return sum(w * op(x) for w, op in zip(weights, self.ops))
@@ -47,7 +47,7 @@ class Cell(nn.Module):
         super().__init__()
         self.preprocess = nn.ModuleList([Operation(nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))] * 2)
         self.preprocess[1] = copy.deepcopy(self.preprocess[0])
-        self.edges = nn.ModuleList([MixedOp(), MixedOp()])
+        self.edges = nn.ModuleList([MixedOp(separable(twice=2)), MixedOp()])
         self.concat = [2, 0]
         self.gain = 1.0
 
@@ -211,7 +211,7 @@ def swapped_operations(cell):
 
 
 def shared(cell):
-    cell.edges[1].ops[3] = cell.edges[0].ops[3]
+    cell.edges[1].ops.append(cell.edges[0].ops[3])
 
 
 def shared_weight(cell):
@@ -282,6 +282,7 @@ CHANGES = {
     "momentum": setting(3, momentum=0.3),
     "momentum of every norm": every_norm(lambda norm: setattr(norm, "momentum", 0.3)),
     "cumulative statistics": setting(3, momentum=None),
+    "cumulative statistics of every norm": every_norm(lambda norm: setattr(norm, "momentum", None)),
     "no running statistics": lambda cell: untracked(layer(cell, 3)),
     "no running statistics at all": every_norm(untracked),
     "a frozen norm": lambda cell: layer(cell, 3).eval(),
@@ -327,14 +328,45 @@ def computed(cell, inputs):
     return [*results, cell.eval()(s0, s1, weights).detach()]
 
 
+# Other changes that run by default go the same way.
+ALIKE = {
+    "hook of an operation",
+    "hook of a norm",
+    "hook of a ReLU",
+    "hook of a mixed operation",
+    "hook before an operation",
+    "hook of gradients",
+    "forward of an operation",
+    "forward of a mixed operation",
+    "another ReLU",
+    "another norm",
+    "another convolution",
+    "a dense convolution",
+    "a 7x7 convolution",
+    "an operation of one more unit",
+    "operations swapped",
+    "average pool",
+    "eps of every norm",
+    "cumulative statistics",
+    "no running statistics",
+    "evaluation",
+    "channels-last weights",
+    "load_state_dict",
+    "zeros",
+    "spectral_norm by hooks",
+    "weight_norm",
+    "pruned for good",
+    "a number that the code reads",
+    "dropout in evaluation",
+}
 MOMENTS = "before fusion", "after fusion", "after a call"
 WARNINGS = "ignore:.*weight_norm.*:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning"
 
 
 @pytest.mark.filterwarnings(*WARNINGS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_fused_cell_stays_what_it_is(change):
-    stays_what_it_is(change, MOMENTS[list(CHANGES).index(change) % 3])
+@pytest.mark.parametrize("i, change", list(enumerate(c for c in CHANGES if c not in ALIKE)))
+def test_a_fused_cell_stays_what_it_is(i, change):
+    stays_what_it_is(change, MOMENTS[i % 3])
 
 
 @pytest.mark.slow

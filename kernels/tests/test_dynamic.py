@@ -6,6 +6,7 @@ import torch.nn as nn
 
 import kernels
 from kernels import Dropout, FactorizedReduce, Norm, Pool, Separable, Sum
+from kernels.tests.helpers import SLOW
 
 pytestmark = pytest.mark.usefixtures("fused")
 BATCHES = 4, 7, 3
@@ -69,7 +70,7 @@ def run(module, function, x):
 
 
 @NAMES
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=SLOW)])
 def test_a_compiled_operation_takes_a_batch_of_any_size_without_being_compiled_again(name, training):
     torch.compiler.reset()
     mine, plain = (Operation(name).train(training) for _ in range(2))

@@ -11,12 +11,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels.tests.helpers import ALL_CONTIGUOUS, DepthwiseConvolutions
+from kernels.tests.helpers import ALL_CONTIGUOUS, SLOW, DepthwiseConvolutions
 
 pdarts = pytest.importorskip("pdarts")
 TWO_NODES, ONE_NODE = (pdarts.SearchSpace(nodes=nodes) for nodes in (2, 1))
 ALL = pdarts.PRIMITIVES
 FEW = ("none", "skip_connect", "sep_conv_3x3")
+SOME = pdarts.SearchSpace(("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5"), nodes=2)
 
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -99,7 +100,9 @@ def all_whole(converted):
     return len(rows) == len(converted.cells) and all(row.fused == "whole" for row in rows)
 
 
-@pytest.mark.parametrize("nodes, names, size", [(4, FEW, (12, 12)), (2, ALL, (9, 13))], ids=str)
+@pytest.mark.parametrize(
+    "nodes, names, size", [pytest.param(4, FEW, (12, 12), marks=SLOW), (2, ALL, (9, 13))], ids=str
+)
 def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, names, size):
     space = pdarts.SearchSpace(nodes=nodes)
     network = search_network((names,) * len(space.edges), skip_dropout=0.3, space=space).to(device)
@@ -110,7 +113,7 @@ def test_a_fused_search_network_computes_what_the_plain_one_does(device, nodes, 
 
 
 def test_a_fused_search_network_whose_steps_torch_computes_is_the_same(device, steps_by_torch):
-    network = search_network(skip_dropout=0.3).to(device)
+    network = search_network(skip_dropout=0.3, space=SOME).to(device)
     converted = fused(network)
     draw_alike(network, converted)
     assert_same(network, converted, torch.randn(6, 3, 8, 7, dtype=torch.float64, device=device))
@@ -131,7 +134,7 @@ def test_a_fused_evaluation_network_computes_what_the_plain_one_does(device):
 
 
 def test_fusion_keeps_the_state_dict_and_the_types_and_survives_a_copy():
-    network = small_network(*ALL)
+    network = small_network(*FEW)
     converted = fused(network)
     assert list(converted.state_dict()) == list(network.state_dict())
     assert isinstance(converted.cells[0], pdarts.SearchCell)
@@ -141,7 +144,7 @@ def test_fusion_keeps_the_state_dict_and_the_types_and_survives_a_copy():
 
 
 def test_a_fused_network_keeps_less_than_half_for_backward():
-    network = search_network(dtype=torch.float32)
+    network = search_network(dtype=torch.float32, space=SOME)
     x = torch.randn(8, 3, 32, 32)
 
     def kept(network):
@@ -172,15 +175,15 @@ def distances(network, x):
 
 
 def test_a_fused_search_network_is_as_exact_in_float32_as_the_plain_one():
-    mine, plain = distances(search_network(dtype=torch.float32), torch.randn(8, 3, 16, 16))
+    mine, plain = distances(search_network(dtype=torch.float32, space=SOME), torch.randn(8, 3, 16, 16))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-6
 
 
-@pytest.mark.parametrize("name", ["PDARTS", "DARTS_V1", "NASNet"])
+@pytest.mark.parametrize("name", ["PDARTS", *(pytest.param(name, marks=SLOW) for name in ("DARTS_V1", "NASNet"))])
 def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name):
     cells = pytest.importorskip("harness.report.cells")  # of other papers
     torch.manual_seed(0)
-    network = pdarts.Network(cells.PUBLISHED[name], 16, 10, 5, auxiliary=True)
+    network = pdarts.Network(cells.PUBLISHED[name], 16, 10, 3, auxiliary=True)
     mine, plain = distances(network, torch.randn(8, 3, 8, 8))
     assert all(m <= 1.5 * p for m, p in zip(mine, plain)) and plain[0] < 1e-5
 
@@ -188,7 +191,7 @@ def test_a_fused_evaluation_network_is_as_exact_in_float32_as_the_plain_one(name
 def test_gradients_in_bfloat16_are_those_of_plain_torch_and_the_same_bits_again(device):
     # torch's of dilated depthwise convolutions are wrong on the CPU in channels-last, at 16 channels and 32 x 32 too.
     torch.manual_seed(0)
-    candidates = (("none", "dil_conv_3x3", "dil_conv_5x5"),) * 5
+    candidates = (("dil_conv_3x3", "dil_conv_5x5"),) * 5
     network = pdarts.SearchNetwork(16, 10, 3, candidates, candidates, space=TWO_NODES).to(device)
     converted, x = fused(network), torch.randn(4, 3, 32, 32, device=device)
 
@@ -250,66 +253,7 @@ def test_classes_that_were_changed_compute_what_they_say(monkeypatch, name, chan
     assert not torch.allclose(network.train()(x), original.train()(x))
 
 
-def other_momentum(norm):
-    norm.momentum = 0.3
-
-
-def other_eps(norm):
-    norm.eps = 1e-2
-
-
-def cumulative(norm):
-    norm.momentum = None
-
-
-def untracked(norm):
-    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-
-
-@pytest.mark.parametrize("change", [other_momentum, other_eps, cumulative, untracked, lambda norm: norm.eval()])
-@pytest.mark.parametrize("all_of_them", [False, True])
-def test_batch_norms_keep_their_own_settings(change, all_of_them):
-    network = small_network("none", "max_pool_3x3", "sep_conv_3x3")
-    converted = fused(network)
-    for chosen in (network, converted):
-        norms = [m for m in chosen.cells.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms if all_of_them else norms[::3]:
-            change(norm)
-    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    results = [n(x) for n in (converted, network)]  # not through `train`, which would undo `eval`
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
-    for mine, right in zip(converted.buffers(), network.buffers(), strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
-
-
-def another_weight(network):
-    for layer in network.cells.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.weight = nn.Parameter(2 * layer.weight.detach())
-
-
-def assigned(network):
-    doubled = {name: 2 * t if t.is_floating_point() else t + 1 for name, t in network.state_dict().items()}
-    network.load_state_dict(doubled, assign=True)
-
-
-def another_momentum(network):
-    for norm in network.cells.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum, norm.eps = 0.3, 1e-3
-
-
-def dropout(network):
-    network.set_skip_dropout(0.4)
-
-
-def frozen(network):
-    for norm in network.cells.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.eval()
-
-
-@pytest.mark.parametrize("change", [another_weight, assigned, another_momentum, dropout, frozen, nn.Module.float])
+@pytest.mark.parametrize("change", [lambda network: network.set_skip_dropout(0.4), nn.Module.float])
 def test_a_fused_network_notices_what_changes_between_two_calls(change):
     network = small_network("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3")
     converted, x = fused(network), torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -330,7 +274,8 @@ def test_nodes_of_more_than_64_outputs_and_other_search_spaces_are_fused(monkeyp
     more = {f"{name} {i}": pdarts.OPERATIONS[name] for name in ("max_pool_3x3", "avg_pool_3x3") for i in range(8)}
     monkeypatch.setattr(pdarts, "OPERATIONS", pdarts.OPERATIONS | more)
     space = pdarts.SearchSpace((*pdarts.PRIMITIVES[1:], *more), nodes=2)  # the last node adds up 3 * 23 outputs
-    network = search_network(space=space)
+    candidates = (space.primitives,) * 5, (FEW[1:],) * 5
+    network = pdarts.SearchNetwork(4, 10, 3, *candidates, space=space).double()
     converted = fused(network)
     assert all_whole(converted)
     assert_same(network, converted, torch.randn(2, 3, 8, 8, dtype=torch.float64))
@@ -417,7 +362,7 @@ def test_parameters_that_nothing_reads_have_no_gradients_as_in_plain_torch(sourc
 
 def test_a_search_takes_fusion_as_an_argument():
     x, y = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
-    short = {"depths": (3, 3), "keep": (8, 3), "skip_dropout": (0.0, 0.2), "epochs": 2, "alpha_start": 1}
+    short = {"depths": (3, 3), "keep": (5, 3), "skip_dropout": (0.0, 0.2), "epochs": 1, "alpha_start": 0}
     config = pdarts.SearchConfig(**short, channels=2, batch_size=6)
     data, seen = pdarts.search_data(x, y, config), []
 
@@ -425,8 +370,8 @@ def test_a_search_takes_fusion_as_an_argument():
         seen.append(kernels.fuse(network))
         return seen[-1]
 
-    mine = pdarts.run(pdarts.Search, config, data, space=TWO_NODES, prepare=prepare).stages
-    plain = pdarts.run(pdarts.Search, config, data, space=TWO_NODES).stages
+    mine = pdarts.run(pdarts.Search, config, data, space=SOME, prepare=prepare).stages
+    plain = pdarts.run(pdarts.Search, config, data, space=SOME).stages
     rows = [row for network in seen for row in kernels.report(network)]
     assert len(seen) == 2 and all(row.fused == "whole" for row in rows)
     torch.testing.assert_close(mine[0].alphas_normal, plain[0].alphas_normal, rtol=0.05, atol=1e-4)

@@ -3,6 +3,7 @@
 More elements than 32 bits count, in 20 GB: PDARTS_LARGE=1.
 """
 
+import itertools
 import os
 
 import pytest
@@ -14,9 +15,11 @@ from kernels.tests.helpers import (
     CUDA,
     FRESH,
     LAYOUTS,
+    SLOW,
     assert_compiles,
     assert_passes_opcheck,
     assert_same_bits,
+    thinned,
     with_threads,
 )
 
@@ -61,13 +64,15 @@ def normed(probabilities, *outputs, function=kernels.mixed_norm_sum, none=1):
     return function(list(outputs), probabilities, norms, True)
 
 
-@pytest.mark.parametrize("memory", LAYOUTS, ids=str)
-@pytest.mark.parametrize("shape, count", SHAPES)
-@pytest.mark.parametrize("norm", [None, "training", "evaluation"])
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, norm, dtype, bound):
+BOUNDS = (torch.float64, 1e-12), (torch.float32, 2e-6)
+NORMS = None, "training", "evaluation"
+
+
+@pytest.mark.parametrize("type, norm, memory, sizes", thinned(itertools.product(BOUNDS, NORMS, LAYOUTS, SHAPES), 5))
+def test_fused_mixed_operation_equals_plain_torch(device, memory, sizes, norm, type):
     """norm: None for mixed_sum, else how mixed_norm_sum normalises."""
     torch.manual_seed(0)
+    (shape, count), (dtype, bound) = sizes, type
     outputs = [torch.randn(shape, dtype=torch.float64).to(device, dtype, memory_format=memory) for _ in range(count)]
     probabilities = torch.rand(count, dtype=torch.float64).to(device, dtype)
     gradient = torch.randn(shape).double().to(device)
@@ -92,16 +97,20 @@ def test_fused_mixed_operation_equals_plain_torch(device, memory, shape, count, 
         assert (mine.double() - right).norm() <= (bound if i == 0 else 5 * bound) * right.norm()
 
 
-@pytest.mark.parametrize("memory", LAYOUTS, ids=str)
-@pytest.mark.parametrize(
-    "shape, count", [((4, 36, 9, 9), 40), ((5, 70, 1, 1), 3), ((3, 2, 90, 90), 2), ((70, 20, 1, 33), 2)]
+OF_IMAGES = itertools.product(
+    [(torch.float64, 1e-12), (torch.float32, 4e-6)],
+    [False, True],
+    [(False, None), (True, "training"), (True, "evaluation"), (False, "training")],
+    [((4, 36, 9, 9), 40), ((5, 70, 1, 1), 3), ((3, 2, 90, 90), 2), ((70, 20, 1, 33), 2)],
+    LAYOUTS,
 )
-@pytest.mark.parametrize("affine, norm", [(False, None), (True, "training"), (True, "evaluation"), (False, "training")])
-@pytest.mark.parametrize("images", [False, True])
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 4e-6)])
+
+
+@pytest.mark.parametrize("type, images, norms, sizes, memory", thinned(OF_IMAGES, 5))
 def test_fused_mixed_operation_takes_affine_norms_and_probabilities_of_each_image(
-    device, memory, shape, count, affine, norm, images, dtype, bound
+    device, memory, sizes, norms, images, type
 ):
+    (shape, count), (affine, norm), (dtype, bound) = sizes, norms, type
     torch.manual_seed(0)
     tensors = [torch.randn(count, *[shape[0]] * images), *torch.randn(count, *shape)]
     tensors += torch.randn(2 * affine * count, shape[1])
@@ -204,6 +213,7 @@ def test_fused_gradients_of_affine_norms_and_probabilities_of_each_image_are_num
     assert torch.autograd.gradcheck(function, [*others, *outputs])
 
 
+@SLOW  # test_dynamic.py compiles it too
 @pytest.mark.parametrize("function", [summed, normed])
 def test_fused_mixed_operation_compiles_without_graph_breaks(device, function):
     assert_compiles(function, leaves(device, 3))
