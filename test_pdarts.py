@@ -849,6 +849,17 @@ def test_auxiliary_pool_is_the_official_one_at_official_sizes(size, stride):
     assert torch.equal(pdarts.PoolTo2x2()(x), nn.AvgPool2d(5, stride=stride, count_include_pad=False)(x))
 
 
+def test_auxiliary_pool_compiles_to_one_graph_for_all_sizes():
+    graphs, pool = [], pdarts.PoolTo2x2()
+    compiled = torch.compile(
+        pool, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for size in (2, 3, 8, 7), (4, 3, 13, 3):
+        x = torch.randn(size, dtype=torch.float64)
+        assert torch.allclose(compiled(x), pool(x), rtol=1e-12)
+    assert len(graphs) == 1
+
+
 def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():
     network, sizes = Network(GENOTYPES["PDARTS"], 8, 5, 3, auxiliary=True, stem="imagenet"), []
     network.cells[0].register_forward_hook(lambda _, inputs, output: sizes.extend([inputs[0].shape, output.shape]))
