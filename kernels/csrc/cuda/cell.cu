@@ -244,16 +244,16 @@ __global__ void __launch_bounds__(kThreads)
   const PdartsCellPool& d = all.at[blockIdx.y];
   Place at(t, kRows);
   int64_t n = at.group * t.images + at.image, plane = n * all.C + at.c;
-  int stride = S < 3 ? S : all.stride, rows = max(0, min(kRows, all.OH - at.row));
+  int rows = max(0, min(kRows, all.OH - at.row));
   if (at.image >= t.images || n >= all.N || at.column >= all.OW) rows = 0;
   A of_rows[kRows] = {};
   if (rows) {
     const T* from = static_cast<const T*>(d.x) + plane * all.H * all.W;
     auto element = [&](int h, int w) { return from[h * all.W + w]; };
     if (d.max) {
-      pool_rows<true, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+      pool_rows<true, S>(element, all.H, all.W, at.row, at.column, of_rows);
     } else {
-      pool_rows<false, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+      pool_rows<false, S>(element, all.H, all.W, at.row, at.column, of_rows);
     }
   }
   T* to = static_cast<T*>(d.y) + plane * all.OH * all.OW + static_cast<int64_t>(at.row) * all.OW + at.column;
@@ -650,11 +650,14 @@ __global__ void __launch_bounds__(kThreads) cell_norm_kernel(const __grid_consta
   if (d.beta) static_cast<T*>(d.beta)[c] = with_1;
 }
 
-// Grid [columns of n, sums].
+// Grid [columns of n, sums]. Reads the partial sums once.
 template <class T>
 __global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_constant__ PdartsSums all) {
   const PdartsSum& d = all.at[blockIdx.y];
-  add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  const T* partial = static_cast<const T*>(d.partial) + i;
+  double sum = sum_of_column(i < d.n ? d.splits : 0, [&](int s) { return partial[s * d.n]; });
+  if (threadIdx.x < kColumns && i < d.n) static_cast<T*>(d.to)[i] = static_cast<T>(sum);
 }
 
 // Grid [blocks, images, targets]. A thread takes V elements of a channel. Reads each x and writes the sum once, the
@@ -708,9 +711,9 @@ __global__ void __launch_bounds__(kThreads)
   int size = t.images * t.image;
   A *of_largest = reinterpret_cast<A*>(memory), *of_mean = of_largest + size;
   int8_t* places = reinterpret_cast<int8_t*>(of_mean + size);
-  int stride = S < 3 ? S : all.stride, OH = all.OH, OW = all.OW;
+  int OH = all.OH, OW = all.OW;
   Place at(t, kRows);
-  int row = first_window(at.tile_row, stride), column = first_window(at.tile_column, stride);
+  int row = first_window(at.tile_row, S), column = first_window(at.tile_column, S);
   Divisor by_width(t.width), by_height(t.height);
   int64_t n = at.group * t.images;
 #pragma unroll 1
@@ -719,7 +722,7 @@ __global__ void __launch_bounds__(kThreads)
     r -= image * t.height, oh = row + r;
     if (n + image >= all.N || oh >= OH || ow >= OW) continue;
     A largest = 0, mean = 0;
-    A share = inverse<A>(elements(oh, stride, all.H)) * inverse<A>(elements(ow, stride, all.W));
+    A share = inverse<A>(elements(oh, S, all.H)) * inverse<A>(elements(ow, S, all.W));
     bool any = false;
     int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
     for (int k = 0; k < all.count; k++) {
@@ -733,7 +736,7 @@ __global__ void __launch_bounds__(kThreads)
     of_largest[to] = largest, of_mean[to] = mean * share, places[to] = -1;
     if (!any) continue;
     const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
-    places[to] = place_of_largest<A>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
+    places[to] = place_of_largest<A>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, S, all.H, all.W);
   }
   __syncthreads();
   if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
@@ -742,7 +745,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int r = 0; r < min(kRows, all.H - at.row); r++) {
     A sum = 0;
-    for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
+    for_windows<S>(at.row + r, at.column, OH, OW, [&](int oh, int ow, int place) {
       int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
       sum += of_mean[from];
       if (places[from] == place) sum += of_largest[from];
@@ -954,12 +957,10 @@ void cell_pools_cuda(const PdartsCellPools* call, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Tiles t = tiles_of(all);
   with_type(all.type, [&](auto type) {
-    with_stride(all.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value;
-      dim3 grid(t.blocks(), all.count);
-      cell_pool_kernel<S, T><<<grid, kThreads, 0, stream>>>(all, t);
-    });
+    using T = decltype(type);
+    auto kernel = all.stride == 1 ? cell_pool_kernel<1, T> : cell_pool_kernel<2, T>;
+    dim3 grid(t.blocks(), all.count);
+    kernel<<<grid, kThreads, 0, stream>>>(all, t);
   });
 }
 
@@ -1067,12 +1068,11 @@ void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
   const PdartsPoolGradients& all = *call;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   with_type(all.type, [&](auto type) {
-    with_stride(all.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value, element = 2 * sizeof(Accumulated<T>) + 1;
-      Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
-      cell_pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
-    });
+    using T = decltype(type);
+    constexpr int element = 2 * sizeof(Accumulated<T>) + 1;
+    Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
+    auto kernel = all.stride == 1 ? cell_pool_input_kernel<1, T> : cell_pool_input_kernel<2, T>;
+    kernel<<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
   });
 }
 

@@ -52,7 +52,7 @@ struct PdartsConvolution {
   void* of_pointwise;       // [splits,out,C], or nullptr
 };
 
-// Convolutions of one stride from H x W to OH x OW.
+// Convolutions of one stride, 1 or 2, from H x W to OH x OW.
 struct PdartsConvolutions {
   int64_t N;
   int32_t H, W, OH, OW, stride, type, count;
@@ -76,7 +76,7 @@ struct PdartsCellPool {
   int32_t max;
   void* moments;  // [splits,2,C] doubles, or nullptr
 };
-struct PdartsCellPools {
+struct PdartsCellPools {  // of one stride, 1 or 2
   int64_t N, C;
   int32_t H, W, OH, OW, stride, type, count;
   PdartsCellPool at[kPdartsTogether];
@@ -141,7 +141,7 @@ struct PdartsTerms {
   PdartsTerm at[kPdartsTogether];
 };
 
-// The gradient of x, of all pools of one stride that read it.
+// The gradient of x, of all pools of one stride, 1 or 2, that read it.
 struct PdartsPoolGradient {
   PdartsIncoming incoming;  // of y
   int32_t max;

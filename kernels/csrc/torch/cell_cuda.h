@@ -126,12 +126,12 @@ struct CudaCell : Cell {
           v - inputs(), " reads value ", op.source,
           "; expected, on CUDA, an input or a sum, or that of a separable "
           "convolution for another");
-      bool small = is_one_of(op.kernel, PdartsKernels()) && op.stride <= 2 && op.dilation <= 2;
+      bool small = is_one_of(op.kernel, PdartsKernels()) && op.dilation <= 2;
       TORCH_CHECK(
-          op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1)),
+          op.stride <= 2 && (op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1))),
           "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
           op.dilation, " and ", op.padding,
-          "; expected, on CUDA, one of CUDA_KERNEL_SIZES, 1 or 2, 1 or 2 and no more than the kernel's reach");
+          "; expected, on CUDA, 0 or one of CUDA_KERNEL_SIZES, 1 or 2, 1 or 2 and no more than the kernel's reach");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
       if (separable)
         add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
@@ -250,7 +250,7 @@ struct CudaCell : Cell {
   // The sum v as a mixed operation; its statistics are gathered where a term may have a norm.
   PdartsMixed mixed(int64_t v) {
     const PdartsOperation& op = operation(v);
-    PdartsMixed m{N, C, HW(v), HW(v) == 1, type, int32_t(op.terms.size()), per_image, eps, 0};
+    PdartsMixed m{N, C, HW(v), 0, type, int32_t(op.terms.size()), per_image, eps, 0};
     m.probabilities = probability(op.first), m.first_term = op.first, m.key = key;
     PdartsRows rows{count(), C, type, m.K, of_values.data_ptr(), nullptr, {}};
     bool any = false;
@@ -396,18 +396,13 @@ struct CudaCell : Cell {
   // Backward
   // -------------------------------------------------------------------------------------------------------------------
 
-  // What is asked for, undefined where it is not.
-  struct Gradients {
-    std::vector<Tensor> inputs, weights, gammas, betas;
-    Tensor probabilities;
-  };
-
   std::vector<bool> wanted;              // values whose gradient something depends on
   std::vector<Tensor> gradients;         // of inputs and sums, and of what convolutions read of another's result
   std::vector<PdartsIncoming> incoming;  // of what steps compute, but for the norm, see incoming_of
   std::vector<PdartsSum> sums;           // to be added up in the end
 
-  void backward(const Tensor& grad, Gradients& to) {
+  // to: what is asked for, undefined where it is not.
+  void backward(const Tensor& grad, const CellInputs& to) {
     Streams both;
     streams = &both;
     wanted.assign(count(), false), gradients.resize(count()), incoming.resize(count());
@@ -535,7 +530,7 @@ struct CudaCell : Cell {
     }
   }
 
-  void differentiate_sum(int64_t v, Gradients& to) {
+  void differentiate_sum(int64_t v, const CellInputs& to) {
     const PdartsOperation& op = operation(v);
     PdartsMixed m = mixed(v);
     PdartsMixedGradients asked{};
@@ -573,7 +568,7 @@ struct CudaCell : Cell {
     return in;
   }
 
-  bool with_kernel(const Part& part, const Gradients& to) const {
+  bool with_kernel(const Part& part, const CellInputs& to) const {
     return part.weight.defined() && to.weights[2 * (part.value - inputs())].defined();
   }
 
@@ -586,7 +581,7 @@ struct CudaCell : Cell {
   }
 
   // Through the pointwise products.
-  void differentiate_pointwise(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_pointwise(const std::vector<Part*>& group, const CellInputs& to) {
     for (Part* part : group) {
       if (!with_kernel(*part, to) && !wanted[operation(part->value).source]) continue;
       part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
@@ -596,7 +591,7 @@ struct CudaCell : Cell {
         [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(&these, stream()); });
   }
 
-  void differentiate_weights(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_weights(const std::vector<Part*>& group, const CellInputs& to) {
     auto add_up = [&](const Tensor& of, int64_t splits) {  // returns where the partial sums are to be
       void* partial = memory(splits * of.numel() * size, lasting);
       sums.push_back({partial, of.data_ptr(), of.numel(), int32_t(splits)});
@@ -622,7 +617,7 @@ struct CudaCell : Cell {
   }
 
   // What convolutions read of another's result, and its norm.
-  void differentiate_chained(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_chained(const std::vector<Part*>& group, const CellInputs& to) {
     auto is = [&](Part* part) {
       int64_t source = operation(part->value).source;
       return !is_state(source) && wanted[source];
@@ -719,31 +714,22 @@ std::vector<Tensor> cell_backward(
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
   c.of_values = statistics;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);
-  auto check = [&](const char* name, const Tensor& t, at::IntArrayRef expected) {
-    TORCH_CHECK(
-        t.sizes() == expected && t.scalar_type() == c.options.dtype() && t.device() == c.options.device(), name,
-        " is a ", t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ", c.first_type(), " ", expected,
-        " on ", c.options.device());
-    return t.contiguous();
-  };
   size_t next = 0;
-  auto next_of = [&](int64_t channels, int64_t H, int64_t W) {
+  auto next_of = [&](int64_t v, int64_t channels) {
     TORCH_CHECK(next < computed.size(), "values has ", computed.size(), " tensors; expected more");
-    return check("a value", computed[next++], {c.N, channels, H, W});
+    return c.like_value("a value", computed[next++], v, channels);
   };
-  const PdartsValue& first = c.values[outputs[0]];
-  int64_t channels = c.C * outputs.size();
-  Tensor g = check("grad", grad, {c.N, channels, first.H, first.W});
+  Tensor g = c.like_value("grad", grad, outputs[0], c.C * outputs.size());
   for (int64_t v = c.inputs(); v < count; v++) {
     bool result = outputs.size() == 1 && v == outputs[0];
     if (c.same[v] != v) {
       c.set_value(v, c.tensors[c.same[v]]);
       continue;
     }
-    c.set_value(v, result ? check("y", y, {c.N, c.C, first.H, first.W}) : next_of(c.C, c.values[v].H, c.values[v].W));
+    c.set_value(v, result ? c.like_value("y", y, v, c.C) : next_of(v, c.C));
   }
   for (CudaCell::Part& part : c.parts) {
-    if (c.keeps_between(part)) part.z = next_of(part.d.C, part.OH, part.OW);
+    if (c.keeps_between(part)) part.z = next_of(part.value, part.d.C);
   }
   TORCH_CHECK(next == computed.size(), "values has ", computed.size(), " tensors; expected ", next);
 
@@ -754,8 +740,7 @@ std::vector<Tensor> cell_backward(
     if (needed[i]) to[i] = at::empty(flat[i].sizes(), i < inputs.size() ? c.options : c.wide);
   }
   CellInputs asked = CellInputs::of(to, inputs.size(), in.weights.size() / 2);
-  CudaCell::Gradients gradients{asked.inputs, asked.weights, asked.gammas, asked.betas, asked.probabilities};
-  c.backward(g, gradients);
+  c.backward(g, asked);
   std::vector<Tensor> wide, as_given;
   for (size_t i = 0; i < flat.size(); i++) {
     if (!needed[i] || to[i].scalar_type() == flat[i].scalar_type()) continue;
