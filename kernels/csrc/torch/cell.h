@@ -257,7 +257,7 @@ struct Cell : PdartsCell {
     TORCH_CHECK(
         t.sizes() == sizes && t.scalar_type() == options.dtype() && t.device() == options.device(), name, " is a ",
         t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ",
-        c10::typeMetaToScalarType(options.dtype()), " ", sizes, " on ", options.device());
+        c10::typeMetaToScalarType(options.dtype()), " ", at::IntArrayRef(sizes), " on ", options.device());
     kept.push_back(t.contiguous(format));
     return kept.back();
   }

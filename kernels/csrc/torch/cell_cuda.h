@@ -146,7 +146,7 @@ struct CudaCell : Cell {
   Streams* streams = nullptr;
   bool aside = false;  // whether launches go beside the current stream
 
-  void* stream() {
+  cudaStream_t stream() {
     if (!aside) return streams->main;
     streams->fork();
     return streams->beside;
@@ -264,7 +264,7 @@ struct CudaCell : Cell {
     }
     if (any) {
       alive.push_back(at::empty({2, m.K, C}, wide)), m.statistics = rows.to = alive.back().data_ptr();
-      cell_rows_cuda(&rows, stream());
+      cell_rows_cuda(rows, stream());
     }
     return m;
   }
@@ -288,7 +288,7 @@ struct CudaCell : Cell {
   }
 
   void finish_targets() {
-    for (auto& [_, all] : pending) cell_terms_cuda(&all, stream());
+    for (auto& [_, all] : pending) cell_terms_cuda(all, stream());
     pending.clear(), pending_terms.clear();
   }
 
@@ -351,7 +351,7 @@ struct CudaCell : Cell {
   }
 
   void convolve(const std::vector<Part*>& group, PdartsConvolutions& all) {
-    int64_t splits = cell_convolution_splits_cuda(&all);
+    int64_t splits = cell_convolution_splits_cuda(all);
     PdartsStatistics to = statistics_of(group[0]->value);
     for (size_t i = 0; i < group.size(); i++) {
       const Part& part = *group[i];
@@ -359,8 +359,7 @@ struct CudaCell : Cell {
       all.at[i].moments = memory(splits * 2 * part.d.out * sizeof(double), alive);
       to.at[to.count++] = {all.at[i].moments, from(of_values, part.value * C + part.first), part.d.out};
     }
-    cell_convolutions_cuda(&all, stream());
-    if (to.count) cell_convolution_statistics_cuda(&all, &to, stream());
+    cell_convolutions_cuda(all, to, stream());
   }
 
   void pool(const std::vector<int64_t>& group) {
@@ -369,7 +368,7 @@ struct CudaCell : Cell {
     PdartsCellPools all;
     all.N = N, all.C = C, all.H = x.H, all.W = x.W, all.OH = y.H, all.OW = y.W, all.stride = op.stride;
     all.type = type, all.count = group.size();
-    int64_t splits = cell_pool_splits_cuda(&all);
+    int64_t splits = cell_pool_splits_cuda(all);
     PdartsStatistics to = statistics_of(group[0]);
     std::vector<std::pair<int64_t, int64_t>> others;  // that are computed, and that are the same
     for (size_t i = 0; i < group.size(); i++) {
@@ -382,13 +381,13 @@ struct CudaCell : Cell {
       }
       if (with_moments) d.moments = memory(splits * 2 * C * sizeof(double), alive);
     }
-    cell_pools_cuda(&all, stream());
+    cell_pools_cuda(all, stream());
     for (size_t i = 0; i < others.size(); i++) {
       auto [v, other] = others[i];
       const PdartsCellPool& d = all.at[std::find(group.begin(), group.end(), v) - group.begin()];
       to.at[to.count++] = {d.moments, from(of_values, other * C), C};
       if (to.count < kPdartsTogether && i + 1 < others.size()) continue;
-      cell_pool_statistics_cuda(&all, &to, stream()), to.count = 0;
+      cell_pool_statistics_cuda(all, to, stream()), to.count = 0;
     }
   }
 
@@ -459,7 +458,7 @@ struct CudaCell : Cell {
       PdartsSums some;
       some.type = type, some.count = std::min<size_t>(sums.size() - i, kPdartsTogether);
       std::copy_n(sums.begin() + i, some.count, some.at);
-      cell_sums_cuda(&some, stream());
+      cell_sums_cuda(some, stream());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -503,7 +502,7 @@ struct CudaCell : Cell {
         if (first) targets.at[targets.count++] = {i, i, there[v], gradients[v].data_ptr(), nullptr}, there[v] = true;
         targets.at[targets.count - 1].last++;
       }
-      cell_input_gradients_cuda(&all, &targets, stream());
+      cell_input_gradients_cuda(all, targets, stream());
       for (Part* part : group) held.push_back(std::move(part->grad_z));
     });
     for (int64_t v : states) {
@@ -514,7 +513,7 @@ struct CudaCell : Cell {
   void differentiate_pools(int64_t v, const std::vector<int64_t>& users, std::vector<bool>& there) {
     std::map<int64_t, PdartsPoolGradients> by_stride;
     auto finish = [&](PdartsPoolGradients& all) {
-      all.add = there[v], cell_pool_gradients_cuda(&all, stream()), there[v] = true, all.count = 0;
+      all.add = there[v], cell_pool_gradients_cuda(all, stream()), there[v] = true, all.count = 0;
     };
     for (int64_t user : users) {
       if (!is_pool(user) || !wanted[user]) continue;
@@ -588,7 +587,7 @@ struct CudaCell : Cell {
     }
     with(
         group, [](Part* part) { return part->d.grad_z; },
-        [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(&these, stream()); });
+        [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(these, stream()); });
   }
 
   void differentiate_weights(const std::vector<Part*>& group, const CellInputs& to) {
@@ -601,18 +600,18 @@ struct CudaCell : Cell {
     with(
         group, [&](Part* part) { return of_pointwise(part).defined(); },
         [&](auto& some, PdartsConvolutions these) {
-          int64_t splits = cell_pointwise_splits_cuda(&these);
+          int64_t splits = cell_pointwise_splits_cuda(these);
           for (size_t j = 0; j < some.size(); j++) these.at[j].of_pointwise = add_up(of_pointwise(some[j]), splits);
-          cell_pointwise_gradients_cuda(&these, stream());
+          cell_pointwise_gradients_cuda(these, stream());
         });
     with(
         group, [&](Part* part) { return with_kernel(*part, to); },
         [&](auto& some, PdartsConvolutions these) {
-          int64_t splits = cell_weight_splits_cuda(&these);
+          int64_t splits = cell_weight_splits_cuda(these);
           for (size_t j = 0; j < some.size(); j++) {
             these.at[j].of_weight = add_up(to.weights[2 * (some[j]->value - inputs())], splits);
           }
-          cell_weight_gradients_cuda(&these, stream());
+          cell_weight_gradients_cuda(these, stream());
         });
   }
 
@@ -625,7 +624,7 @@ struct CudaCell : Cell {
     with(group, is, [&](auto& some, PdartsConvolutions these) {
       PdartsTargets targets;
       PdartsNormGradients norms;
-      norms.elements = double(N) * these.H * these.W, norms.C = C, norms.splits = cell_input_splits_cuda(&these);
+      norms.elements = double(N) * these.H * these.W, norms.C = C, norms.splits = cell_input_splits_cuda(these);
       norms.type = type, norms.count = 0, targets.count = some.size();
       for (size_t j = 0; j < some.size(); j++) {
         int64_t v = operation(some[j]->value).source;
@@ -640,8 +639,8 @@ struct CudaCell : Cell {
         norms.at[norms.count++] = {target.sums,         norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0),
                                    from(to.betas[v], 0)};
       }
-      cell_input_gradients_cuda(&these, &targets, stream());
-      if (norms.count) cell_norm_gradients_cuda(&norms, stream());
+      cell_input_gradients_cuda(these, targets, stream());
+      if (norms.count) cell_norm_gradients_cuda(norms, stream());
     });
   }
 
