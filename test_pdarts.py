@@ -768,18 +768,22 @@ def test_every_step_of_every_rank_drops_other_elements():
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2  # ranks, stages, epochs, steps
 
 
-@pytest.mark.parametrize("of_p, of_gradient", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
-def test_a_step_takes_gradients_of_another_memory_format(of_p, of_gradient):
-    torch.manual_seed(0)
-    start, gradient, results = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), []
-    for formats in (of_p, of_gradient), ("contiguous", "contiguous"):
-        formats = [{"channels_last": torch.channels_last}.get(f, torch.contiguous_format) for f in formats]
-        p = torch.nn.Parameter(start.to(memory_format=formats[0], copy=True))
-        optimizer = pdarts.sgd([p], EVALUATION)
-        for _ in range(2):
-            pdarts.apply_gradients(optimizer, [p], [gradient.to(memory_format=formats[1], copy=True)], 5.0)
-        results.append(p.detach())
-    assert torch.equal(*results)
+FORMATS = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize("of_p, of_gradient, of_momentum", itertools.product(FORMATS, repeat=3))
+def test_a_step_takes_gradients_and_loaded_momenta_of_another_memory_format(of_p, of_gradient, of_momentum):
+    start, gradient, momentum = torch.randn(3, 2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(start.to(memory_format=of_p, copy=True))
+    optimizer = pdarts.sgd([p], EVALUATION)
+    pdarts.load_optimizer(optimizer, {0: {"momentum_buffer": momentum.to(memory_format=of_momentum, copy=True)}})
+    pdarts.apply_gradients(optimizer, [p], [gradient.to(memory_format=of_gradient)], 1e9)
+    expected = torch.nn.Parameter(start.clone())
+    plain = torch.optim.SGD([expected], EVALUATION.lr, EVALUATION.momentum, weight_decay=EVALUATION.weight_decay)
+    plain.load_state_dict(plain.state_dict() | {"state": {0: {"momentum_buffer": momentum}}})
+    expected.grad = gradient
+    plain.step()
+    torch.testing.assert_close(p, expected)
 
 
 def test_loading_keeps_the_tensor_of_the_learning_rate_which_a_captured_step_reads():
