@@ -9,7 +9,7 @@ from kernels.tests.conftest import FOLDER, nvcc
 
 LAYOUTS, PLANES = 3, "LayoutE1E"  # where a row is of one channel, whose values are single ones
 IN_FLIGHT = 4  # candidates whose elements a thread loads at once, and with them their probabilities
-MASKED = 4  # single loads for a candidate with dropout: probability and rate, and the key for each of two rows
+MASKED = 5  # single loads for a candidate with dropout: probability, and rate and key for each of two rows
 MOST_BYTES = 4096  # of parameters, before CUDA 12.1
 VECTORS = {"float": ("f", 4), "double": ("d", 2), "bfloat16": ("13__nv_bfloat16", 8), "half": ("6__half", 8)}
 STORE = re.compile(r"\bst\.(?:\w+\.)*?global\.([\w.]+)")
