@@ -678,15 +678,17 @@ def require_gradients(parameters: Iterable[nn.Parameter], not_of: Iterable[nn.Pa
         p.requires_grad_(True)
 
 
+def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
+    """Return x in the memory format of p: a fused optimizer goes through both in the order of their memory."""
+    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
+
+
 def apply_gradients(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: Gradients, clip: float
 ) -> None:
     """Update the parameters along the gradients, whose norm is clipped to `clip` first."""
     for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and gradient.stride() != p.stride():
-            # A fused optimizer goes through both in the order of their memory, which may be channels-last.
-            gradient = torch.empty_like(p).copy_(gradient)
-        p.grad = gradient
+        p.grad = None if gradient is None else in_layout_of(p, gradient)
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
@@ -1012,7 +1014,11 @@ class PoolTo2x2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         windows = [min(math.ceil(5 * size / 8), size - 1) for size in x.shape[2:]]
         strides = [size - window for size, window in zip(x.shape[2:], windows)]
-        return F.avg_pool2d(x, windows, strides)
+        if not torch.compiler.is_compiling():
+            return F.avg_pool2d(x, windows, strides)
+        for dim, window, stride in zip((2, 3), windows, strides):  # the same means, in one graph for all sizes
+            x = torch.stack([x.narrow(dim, start, window).mean(dim) for start in (0, stride)], dim)
+        return x
 
 
 class AuxiliaryHead(nn.Module):
@@ -1396,6 +1402,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> N
     lr = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     optimizer.param_groups[0]["lr"] = lr  # load_state_dict has put a copy there
+    for p, of_p in optimizer.state.items():
+        for name, x in of_p.items():
+            if x is not None and x.shape == p.shape:
+                of_p[name] = in_layout_of(p, x)
 
 
 def run(method: type[Search] | type[Evaluation], *arguments, **options) -> Search | Evaluation:

@@ -769,18 +769,22 @@ def test_every_step_of_every_rank_drops_other_elements():
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2  # ranks, stages, epochs, steps
 
 
-@pytest.mark.parametrize("of_p, of_gradient", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
-def test_a_step_takes_gradients_of_another_memory_format(of_p, of_gradient):
-    torch.manual_seed(0)
-    start, gradient, results = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), []
-    for formats in (of_p, of_gradient), ("contiguous", "contiguous"):
-        formats = [{"channels_last": torch.channels_last}.get(f, torch.contiguous_format) for f in formats]
-        p = torch.nn.Parameter(start.to(memory_format=formats[0], copy=True))
-        optimizer = pdarts.sgd([p], EVALUATION)
-        for _ in range(2):
-            pdarts.apply_gradients(optimizer, [p], [gradient.to(memory_format=formats[1], copy=True)], 5.0)
-        results.append(p.detach())
-    assert torch.equal(*results)
+FORMATS = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize("of_p, of_gradient, of_momentum", itertools.product(FORMATS, repeat=3))
+def test_a_step_takes_gradients_and_loaded_momenta_of_another_memory_format(of_p, of_gradient, of_momentum):
+    start, gradient, momentum = torch.randn(3, 2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(start.to(memory_format=of_p, copy=True))
+    optimizer = pdarts.sgd([p], EVALUATION)
+    pdarts.load_optimizer(optimizer, {0: {"momentum_buffer": momentum.to(memory_format=of_momentum, copy=True)}})
+    pdarts.apply_gradients(optimizer, [p], [gradient.to(memory_format=of_gradient)], 1e9)
+    expected = torch.nn.Parameter(start.clone())
+    plain = torch.optim.SGD([expected], EVALUATION.lr, EVALUATION.momentum, weight_decay=EVALUATION.weight_decay)
+    plain.load_state_dict(plain.state_dict() | {"state": {0: {"momentum_buffer": momentum}}})
+    expected.grad = gradient
+    plain.step()
+    torch.testing.assert_close(p, expected)
 
 
 def test_loading_keeps_the_tensor_of_the_learning_rate_which_a_captured_step_reads():
@@ -839,6 +843,17 @@ def test_networks_return_auxiliary_logits_in_training_only_at_every_size():
 def test_auxiliary_pool_is_the_official_one_at_official_sizes(size, stride):
     x = torch.randn(2, 3, size, size)
     assert torch.equal(pdarts.PoolTo2x2()(x), nn.AvgPool2d(5, stride=stride, count_include_pad=False)(x))
+
+
+def test_auxiliary_pool_compiles_to_one_graph_for_all_sizes():
+    graphs, pool = [], pdarts.PoolTo2x2()
+    compiled = torch.compile(
+        pool, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for size in (2, 3, 8, 7), (4, 3, 13, 3):
+        x = torch.randn(size, dtype=torch.float64)
+        assert torch.allclose(compiled(x), pool(x), rtol=1e-12)
+    assert len(graphs) == 1
 
 
 def test_imagenet_stem_reduces_eightfold_and_the_other_by_its_stride():

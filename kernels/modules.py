@@ -148,11 +148,12 @@ class State:
                 return plan
         return plan if plan.instructions else None
 
-    def plan_of(self, module, values, device, shapes=None):
-        """values: a Constant, or None for a tensor, by name. shapes: of the tensors, if they are known."""
+    def plan_of(self, module, values, device, shapes=None, held=None):
+        """values: a Constant, or None for a tensor, by name. shapes, held: of the tensors and the module, if known."""
         plan = self.known_plan(module, values, device, shapes)
         if plan is None:
-            plan = Plan(module, (device, on_cuda(), modes(), values), values, device, self.leaf, shapes)
+            held = held or Holdings(module.modules())
+            plan = Plan(module, (device, on_cuda(), modes(), values), values, device, self.leaf, held, shapes)
             self.plans, self.traces = [plan, *self.plans[: PLANS - 1]], self.traces + 1
         return plan if plan.instructions else None
 
@@ -171,15 +172,15 @@ class State:
 class Plan:
     """How a module is computed, and of what: instructions are nodes of its graph that torch computes, and parts."""
 
-    def __init__(self, module, key, values, device, leaf, shapes=None):
+    def __init__(self, module, key, values, device, leaf, held, shapes=None):
         self.key, self.instructions, self.parts, self.reason, self.graph = key, [], [], "", None
         self.refused, self.new, self.in_place, self.tried = {}, True, False, True
-        self.modules, self.branches, self.elsewhere = list(module.modules()), [], []
-        self.held = Holdings(self.modules)
+        self.held, self.modules, self.branches, self.elsewhere = held, held.modules, [], []
         tracer = Tracer(device, leaf, shapes)
         self.lengths, self.longest = tracer.lengths, {}
         try:
-            self.graph = tracer.follow(module, "_plain_forward" if isinstance(module, Fused) else "forward", values)
+            forward = "_plain_forward" if isinstance(module, Fused) else "forward"
+            self.graph = tracer.follow(module, forward, values, held)
             self.instructions, matcher = parts_of(self.graph, module, device)
         except Untraceable as error:
             self.reason, self.in_place = str(error), isinstance(error, ChangesInPlace)
@@ -330,12 +331,12 @@ def units(module, device, leaf):
     own = not is_torchs(type(module)) and not isinstance(module, leaf)
     refused, failed = {}, ""
     if own:
-        tracer = Tracer(device, (nn.Module,))
+        tracer, held = Tracer(device, (nn.Module,)), Holdings(module.modules())
         try:
-            graph = tracer.follow(module, "forward", placeholders(module))
+            graph = tracer.follow(module, "forward", placeholders(module), held)
             if any(node.target in JOINS for node in graph.nodes):
                 state = State(leaf)
-                plan = state.plan_of(module, placeholders(module), device)
+                plan = state.plan_of(module, placeholders(module), device, held=held)
                 if plan and any(plan.own & part.members for part in plan.parts):
                     return {module: state}, {}
                 refused[module] = state.plans[0].reason

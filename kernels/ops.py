@@ -72,9 +72,9 @@ def separable(
         x = F.batch_norm(x, *norm, training, momentum, eps)
     step = Separable(0, depthwise, pointwise, stride, padding, dilation)
     types = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    if not supports("separable", x) or any(w is not None and w.dtype not in types for w in (depthwise, pointwise)):
+    if any(w is not None and w.dtype not in types for w in (depthwise, pointwise)):
         return _alone(step, x)
-    return _step(x, step)
+    return _step("separable", x, step)
 
 
 def pool(x, kind, stride=1):
@@ -85,7 +85,7 @@ def pool(x, kind, stride=1):
     """
     step = Pool(0, kind, stride)
     _check_pools([step])
-    return _step(x, step) if supports("pool", x) else _alone(step, x)
+    return _step("pool", x, step)
 
 
 def _check_pools(operations):
@@ -94,9 +94,9 @@ def _check_pools(operations):
             raise ValueError(f"the kind of pooling is {op.kind!r}; expected max or avg")
 
 
-def _step(x, step):
-    """A cell of one step."""
-    if x.device.type == "cuda" and not known_on_cuda([step], [None, None], [1]):
+def _step(operation, x, step):
+    """A cell of one step, by torch where it is not fused."""
+    if not supports(operation, x) or (x.device.type == "cuda" and not known_on_cuda([step], [None, None], [1])):
         return _alone(step, x)
     return run_cell([x], *cell_program([step]), [1], x.new_empty(0), [None, None], False, 0.0, 0.0)
 

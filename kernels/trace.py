@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import copy
+import functools
+import itertools
 import operator
 import pickle
 import random
@@ -32,6 +33,8 @@ STATE = "_kernels_state"  # the attribute of fused modules
 UNUSED = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 UNUSED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
 UNUSED |= {STATE, "_non_persistent_buffers_set"}
+OF_EVERY_MODULE = nn.Module().__dict__.keys()
+END = object()
 CONTAINERS = list, tuple, set, dict, collections.deque
 
 lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
@@ -97,17 +100,16 @@ class Tracer(fx.Tracer):
         self.changed, self.modes, self.graph = [], modes(), fx.Graph()
         self.refused, self.branches, self.own, self.thread = {}, [], set(), threading.get_ident()
 
-    def follow(self, module, function: str, arguments: dict):
-        """The graph of module.function(**arguments), whose tensors, None here, are placeholders."""
+    def follow(self, module, function: str, arguments: dict, held):
+        """The graph of module.function(**arguments), whose tensors, None here, are placeholders. held: its Holdings."""
         self.traced_func_name, self.arguments = function, arguments
         factories = {name: getattr(torch, name) for name in FACTORIES}
         with lock, contextlib.ExitStack() as stack:
             for name, factory in factories.items():
                 stack.callback(setattr, torch, name, factory)
                 setattr(torch, name, self.traced_factory(factory))
-            state, held = random_state(), Holdings(module.modules())
-            copied = held.copied()
-            if any(map(draws_random_numbers, held.values)):
+            state, copied = random_state(), held.copied()
+            if any(map(draws_random_numbers, set(map(type, held.values)))):
                 raise Untraceable("the module holds a random generator, whose numbers are not traced")
             try:
                 with _NumbersOfTensors():
@@ -310,9 +312,8 @@ def is_in_place(name):
     return name.endswith("_") and not name.endswith("__")
 
 
-def draws_random_numbers(value):
-    of_numpy = str(type(value).__module__).startswith("numpy.random")
-    return of_numpy or isinstance(value, (random.Random, torch.Generator))
+def draws_random_numbers(kind):
+    return str(kind.__module__).startswith("numpy.random") or issubclass(kind, (random.Random, torch.Generator))
 
 
 class Holdings:
@@ -324,12 +325,12 @@ class Holdings:
 
     def __init__(self, modules):
         self.modules = list(modules)
+        self.own = set(map(id, self.modules))
         kinds = {kind for m in self.modules for kind in type(m).__mro__} - {nn.Module, object}
         self.dicts = [m.__dict__ for m in self.modules] + [vars(kind) for kind in kinds]
         self.full, self.empty, self.arrays, known = [], [], [], set(map(id, self.dicts))
         self.keyed = [m.__dict__ for m in self.modules if not is_torchs(type(m))]  # whose keys are compared too
-        names = nn.Module().__dict__.keys()
-        internal = {id(m.__dict__.get(name)) for m in self.modules for name in names}
+        internal = {id(m.__dict__.get(name)) for m in self.modules for name in OF_EVERY_MODULE}
         array = getattr(sys.modules.get("numpy"), "ndarray", ())
         waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
         for value in waiting:
@@ -343,37 +344,28 @@ class Holdings:
                 waiting += contents(value)  # while the loop goes on
             elif isinstance(value, array) and value.nbytes <= LARGEST_ARRAY:
                 self.arrays.append((value, value.tobytes()))
-        self.values = self.now()
+        full = [contents(container) for container in self.full]
+        self.views = [*(d.values() for d in self.dicts), *full, *self.keyed]
+        self.values = list(self.now())
 
     def looks_into(self, value):
         """Whether an attribute's own attributes count."""
         if isinstance(value, nn.Module):
-            return not self.modules or all(module is not self.modules[0] for module in value.modules())
-        known = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
-        package = str(type(value).__module__).partition(".")[0]
-        of_others = package in {"torch", "numpy", *sys.stdlib_module_names}
-        users = not of_others and not isinstance(value, (type, torch.Tensor))
-        return hasattr(value, "__dict__") and (known or users)
+            return id(value) not in self.own and all(module is not self.modules[0] for module in value.modules())
+        return is_users(type(value))
 
     def now(self):
-        values = list(map(type, self.modules))
-        for d in self.dicts:
-            values += d.values()
-        for container in self.full:
-            values += contents(container)
-        for d in self.keyed:
-            values += d
-        return values
+        """All values one after another, and the sign that none follows."""
+        return itertools.chain(map(type, self.modules), itertools.chain.from_iterable(self.views), (END,))
 
     def are_the_same(self):
-        values = self.now()
-        same = len(values) == len(self.values) and not any(self.empty) and all(map(operator.is_, values, self.values))
+        same = not any(self.empty) and all(map(operator.is_, self.now(), self.values))
         return same and all(array.tobytes() == content for array, content in self.arrays)
 
     def copied(self):
         """What the containers hold, for `restore`."""
         mutable = [c for c in (*self.dicts[: len(self.modules)], *self.full, *self.empty) if not isinstance(c, tuple)]
-        return [(container, copy.copy(container)) for container in mutable]
+        return [(c, dict(c) if isinstance(c, dict) else list(c)) for c in mutable]
 
     def restore(self, copied):
         if self.are_the_same():
@@ -381,6 +373,15 @@ class Holdings:
         for container, before in copied:
             container.clear()
             (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+
+
+@functools.lru_cache(4096)
+def is_users(kind):
+    """Whether the attributes of objects of a class count: those of users' classes and of namespaces."""
+    package = str(kind.__module__).partition(".")[0]
+    of_others = package in {"torch", "numpy", *sys.stdlib_module_names} or issubclass(kind, (type, torch.Tensor))
+    namespace = issubclass(kind, (types.SimpleNamespace, argparse.Namespace))
+    return bool(kind.__dictoffset__) and (namespace or not of_others)
 
 
 def contents(container):
@@ -428,4 +429,4 @@ def is_changed(module):
     """Whether a module is more than its class says: it has hooks, or methods of its own."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     hooked = any(module.__dict__[name] for name in hooks)
-    return hooked or any(callable(getattr(type(module), name, None)) for name in module.__dict__)
+    return hooked or any(callable(getattr(type(module), n, None)) for n in module.__dict__.keys() - OF_EVERY_MODULE)

@@ -11,7 +11,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 MARK = "row: "  # before the row, in what a process prints
-LIMIT = 1200  # seconds of a process
+LIMIT = 3600  # seconds of a process
 
 
 def environment(out: pathlib.Path, packages, python: str) -> tuple[pathlib.Path, list[str]]:

@@ -34,7 +34,8 @@ struct PdartsMixed {
   const void* x[PDARTS_MAX_CANDIDATES];
   const void* gamma[PDARTS_MAX_CANDIDATES];  // [C], or nullptr: 1
   const void* beta[PDARTS_MAX_CANDIDATES];   // [C], or nullptr: 0
-  // Dropout (philox.h), on CUDA alone. Bit k of `dropped`: candidate k has it, and neither statistics, gamma nor beta.
+  // Dropout (philox.h), on CUDA in [N,C,HW] alone. Bit k of `dropped`: candidate k has it, and neither statistics,
+  // gamma nor beta; its gradient is not asked for.
   uint64_t dropped;
   int32_t first_term;  // the mask of candidate k is that of term first_term + k
   const void* key;     // of the masks, 64 bits
@@ -53,8 +54,8 @@ struct PdartsMixedGradients {
 };
 
 // scratch is memory of at least mixed_scratch(...) bytes, aligned for double; stream is a cudaStream_t, unused on a
-// CPU. y may be nullptr: only the statistics are written then. m->x[k] may be nullptr in a backward pass where no
-// gradient depends on it: neither those of the probabilities, of gamma_k and, if k is in `batch`, of x_k.
+// CPU. m->x[k] may be nullptr in a backward pass where no gradient depends on it: neither those of the probabilities,
+// of gamma_k and, if k is in `batch`, of x_k.
 #define PDARTS_DECLARE(DEVICE)                                                                        \
   extern "C" int64_t mixed_scratch_##DEVICE(const PdartsMixed* m);                                    \
   extern "C" void mixed_forward_##DEVICE(const PdartsMixed* m, void* y, void* scratch, void* stream); \

@@ -444,8 +444,8 @@ def test_the_backward_operator_names_what_does_not_fit(device, kind):
     y, statistics, values = torch.ops.pdarts.cell(*arguments)
     head, (*tail, _, _) = arguments[:5], arguments[6:]
     for g, of, kept, message in (
-        (y[:1], y, values, "grad is a Float .1, 4, 6, 6.; expected a Float .2,4,6,6."),
-        (y, y[:, :, 1:], values, "y is a Float .2, 4, 5, 6.; expected a Float .2,4,6,6."),
+        (y[:1], y, values, f"grad is a Float .1, 4, 6, 6. on {device}.*; expected a Float .2, 4, 6, 6. on {device}"),
+        (y, y[:, :, 1:], values, "y is a Float .2, 4, 5, 6. on .*; expected a Float .2, 4, 6, 6."),
         (y.double(), y, values, "grad is a Double"),
         (y, y, [*values, y], "values has . tensors; expected"),
     ):

@@ -42,7 +42,8 @@ def vectorised(kernels, name, dtype):
     mangled, V = VECTORS[dtype]
     found = {kernel: ptx for kernel, ptx in kernels.items() if re.search(rf"\d{name}I.*ELi{V}E{mangled}E", kernel)}
     drops = LAYOUTS - 1  # rows with dropout are of one channel, which V channels side by side are not
-    assert len(found) == (LAYOUTS - 1 if name == "mixed_statistics_kernel" else LAYOUTS + drops), sorted(kernels)
+    forms = {"mixed_statistics_kernel": LAYOUTS - 1, "mixed_backward_inputs_kernel": LAYOUTS}
+    assert len(found) == forms.get(name, LAYOUTS + drops), sorted(kernels)
     return found.items()
 
 

@@ -108,7 +108,7 @@ class Cell {
     return static_cast<const A*>(cell.probabilities)[cell.per_image ? place * cell.N + n : place];
   }
 
-  void prepare(const std::vector<int64_t>& some, bool forward) {
+  void prepare(const std::vector<int64_t>& some, bool backward) {
     parallel(some.size(), [&](int64_t j) {
       int64_t i = some[j];
       const Operation& op = operation(i);
@@ -117,7 +117,6 @@ class Cell {
       if (!reduce && op.kind != Operation::kSeparable) return;
       const A* normed = intermediate(op.source) ? statistics(op.source, 0) : nullptr;
       PdartsSeparable s{
-          cell.N,
           from.H,
           from.W,
           from.C,
@@ -126,9 +125,7 @@ class Cell {
           op.stride,
           op.dilation,
           op.padding,
-          cell.type,
           from.pixel,
-          from.x,
           normed,
           count * C,
           from.gamma,
@@ -136,7 +133,7 @@ class Cell {
           op.weight,
           reduce ? op.weight : op.pointwise,
           reduce ? op.pointwise : nullptr};
-      calls[i] = std::make_unique<Separable<A>>(s, forward, !forward);
+      calls[i] = std::make_unique<Separable<A>>(s, backward);
     });
     for (int64_t v = 0; v < count; v++) {
       std::vector<Separable<A>*> readers;
@@ -166,8 +163,7 @@ class Cell {
 
   PdartsPool pool(int64_t i) const {
     const Value& from = source(i);
-    bool max = operation(i).kind == Operation::kMax;
-    return {cell.N, from.H, from.W, C, operation(i).stride, max, cell.type, from.pixel, nullptr, nullptr};
+    return {from.H, from.W, C, operation(i).stride, from.pixel};
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -229,7 +225,7 @@ class Cell {
 
   void forward_phase(const std::vector<int64_t>& some) {
     int64_t size = some.size();
-    prepare(some, true);
+    prepare(some, false);
     sums.assign(units * size * 2 * C, 0.0), pivots.assign(units * size * wide, A(0));
     for_units<A>(cell.N, images, [&](Workspace<A>& work, int64_t unit, int64_t n, int64_t number) {
       for (int64_t j = 0; j < size; j++) {
@@ -449,7 +445,7 @@ class Cell {
       terms[i].sums = size;
       if (terms[i].any) size += cell.N * (values.size() + 1) * C;
     }
-    prepare(some, false);
+    prepare(some, true);
     parallel(some.size(), [&](int64_t j) {
       int64_t i = some[j];
       if (calls[i] && of_weights(i)) weight_sums[i].assign(units * calls[i]->sums, A(0));

@@ -25,7 +25,7 @@ struct Output {
 };
 
 template <class A>
-Separable<A>::Separable(const PdartsSeparable& s, bool forward, bool backward)
+Separable<A>::Separable(const PdartsSeparable& s, bool backward)
     : s(s), OW(out_size(s, s.W)), pixels(out_size(s, s.H) * OW), row(padded<A>(s.C)),
       depthwise_size(s.kernel * s.kernel * ceil_div(s.C, kBlock<A>) * kBlock<A>) {
   auto at = [](const void* p) { return static_cast<const A*>(p); };
@@ -57,7 +57,7 @@ Separable<A>::Separable(const PdartsSeparable& s, bool forward, bool backward)
   auto add = [&](int64_t begin, int64_t out, const A* w) {
     int64_t stride = padded<A>(out);
     halves.push_back({begin, out, to, to + s.C * stride, sums});
-    for (int64_t c = 0; forward && c < s.C; c++) {
+    for (int64_t c = 0; !backward && c < s.C; c++) {
       for (int64_t o = 0; o < stride; o++) halves.back().weight[c * stride + o] = o < out ? w[o * s.C + c] : A(0);
     }
     for (int64_t o = 0; backward && o < out; o++) {

@@ -66,8 +66,8 @@ struct Separable {
   A *forward_weight, *backward_weight;  // depthwise; the backward ones together have the size of the forward one
   std::vector<Half> halves;
 
-  // forward, backward: whether that is to be called.
-  Separable(const PdartsSeparable& s, bool forward, bool backward);
+  // Either for the forward pass, or for the backward pass.
+  Separable(const PdartsSeparable& s, bool backward);
 
   int64_t image() const { return s.H * s.W * s.pixel; }  // elements of x
 

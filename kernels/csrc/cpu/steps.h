@@ -1,10 +1,8 @@
-// Steps of a cell on raw pointers, for tensors in channels-last memory format: separable convolutions and pooling. type
-// is kFloat32 or kFloat64.
+// Steps of a cell on raw pointers, for tensors in channels-last memory format: separable convolutions and pooling, in
+// float or double.
 #pragma once
 
 #include <stdint.h>
-
-#include "../mixed.h"
 
 // y = pointwise(depthwise(f(x))), where f(x) = max(gamma_c * (x - mean_c) * invstd_c + beta_c, 0), c: the channel:
 //
@@ -16,12 +14,10 @@
 // first out/2 channels are a pointwise convolution of every second pixel, the others of those one row and one column
 // on.
 struct PdartsSeparable {
-  int64_t N, H, W, C, out;
+  int64_t H, W, C, out;
   int32_t kernel;  // or 0
   int32_t stride, dilation, padding;
-  int32_t type;
   int64_t pixel;            // from a pixel of x to the next: C or more
-  const void* x;            // [N,H,W,C]
   const void* statistics;   // mean [C], or nullptr: 0 and 1
   int64_t statistics_step;  // from there to invstd [C]
   const void* gamma;        // [C], or nullptr: 1
@@ -34,9 +30,7 @@ struct PdartsSeparable {
 // The largest element or the mean of every 3x3 window, which reaches 1 over the borders; what lies outside does not
 // count.
 struct PdartsPool {
-  int64_t N, H, W, C;
-  int32_t stride, max, type;
+  int64_t H, W, C;
+  int32_t stride;
   int64_t pixel;  // from a pixel of x, and of its gradient, to the next: C or more
-  const void* x;  // [N,H,W,C]; for the gradient x and the results y are only needed with max
-  const void* y;
 };

@@ -244,16 +244,16 @@ __global__ void __launch_bounds__(kThreads)
   const PdartsCellPool& d = all.at[blockIdx.y];
   Place at(t, kRows);
   int64_t n = at.group * t.images + at.image, plane = n * all.C + at.c;
-  int stride = S < 3 ? S : all.stride, rows = max(0, min(kRows, all.OH - at.row));
+  int rows = max(0, min(kRows, all.OH - at.row));
   if (at.image >= t.images || n >= all.N || at.column >= all.OW) rows = 0;
   A of_rows[kRows] = {};
   if (rows) {
     const T* from = static_cast<const T*>(d.x) + plane * all.H * all.W;
     auto element = [&](int h, int w) { return from[h * all.W + w]; };
     if (d.max) {
-      pool_rows<true, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+      pool_rows<true, S>(element, all.H, all.W, at.row, at.column, of_rows);
     } else {
-      pool_rows<false, S>(element, all.H, all.W, stride, at.row, at.column, of_rows);
+      pool_rows<false, S>(element, all.H, all.W, at.row, at.column, of_rows);
     }
   }
   T* to = static_cast<T*>(d.y) + plane * all.OH * all.OW + static_cast<int64_t>(at.row) * all.OW + at.column;
@@ -650,11 +650,14 @@ __global__ void __launch_bounds__(kThreads) cell_norm_kernel(const __grid_consta
   if (d.beta) static_cast<T*>(d.beta)[c] = with_1;
 }
 
-// Grid [columns of n, sums].
+// Grid [columns of n, sums]. Reads the partial sums once.
 template <class T>
 __global__ void __launch_bounds__(kThreads) cell_sums_kernel(const __grid_constant__ PdartsSums all) {
   const PdartsSum& d = all.at[blockIdx.y];
-  add_up(static_cast<const T*>(d.partial), d.n, d.splits, static_cast<T*>(d.to));
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  const T* partial = static_cast<const T*>(d.partial) + i;
+  double sum = sum_of_column(i < d.n ? d.splits : 0, [&](int s) { return partial[s * d.n]; });
+  if (threadIdx.x < kColumns && i < d.n) static_cast<T*>(d.to)[i] = static_cast<T>(sum);
 }
 
 // Grid [blocks, images, targets]. A thread takes V elements of a channel. Reads each x and writes the sum once, the
@@ -708,9 +711,9 @@ __global__ void __launch_bounds__(kThreads)
   int size = t.images * t.image;
   A *of_largest = reinterpret_cast<A*>(memory), *of_mean = of_largest + size;
   int8_t* places = reinterpret_cast<int8_t*>(of_mean + size);
-  int stride = S < 3 ? S : all.stride, OH = all.OH, OW = all.OW;
+  int OH = all.OH, OW = all.OW;
   Place at(t, kRows);
-  int row = first_window(at.tile_row, stride), column = first_window(at.tile_column, stride);
+  int row = first_window(at.tile_row, S), column = first_window(at.tile_column, S);
   Divisor by_width(t.width), by_height(t.height);
   int64_t n = at.group * t.images;
 #pragma unroll 1
@@ -719,7 +722,7 @@ __global__ void __launch_bounds__(kThreads)
     r -= image * t.height, oh = row + r;
     if (n + image >= all.N || oh >= OH || ow >= OW) continue;
     A largest = 0, mean = 0;
-    A share = inverse<A>(elements(oh, stride, all.H)) * inverse<A>(elements(ow, stride, all.W));
+    A share = inverse<A>(elements(oh, S, all.H)) * inverse<A>(elements(ow, S, all.W));
     bool any = false;
     int64_t window = ((n + image) * all.C + at.c) * OH * OW + static_cast<int64_t>(oh) * OW + ow;
     for (int k = 0; k < all.count; k++) {
@@ -733,7 +736,7 @@ __global__ void __launch_bounds__(kThreads)
     of_largest[to] = largest, of_mean[to] = mean * share, places[to] = -1;
     if (!any) continue;
     const T* from = static_cast<const T*>(all.x) + ((n + image) * all.C + at.c) * all.H * all.W;
-    places[to] = place_of_largest<A>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, stride, all.H, all.W);
+    places[to] = place_of_largest<A>([&](int h, int w) { return from[h * all.W + w]; }, oh, ow, S, all.H, all.W);
   }
   __syncthreads();
   if (at.image >= t.images || n + at.image >= all.N || at.column >= all.W) return;
@@ -742,7 +745,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int r = 0; r < min(kRows, all.H - at.row); r++) {
     A sum = 0;
-    for_windows<S>(at.row + r, at.column, stride, OH, OW, [&](int oh, int ow, int place) {
+    for_windows<S>(at.row + r, at.column, OH, OW, [&](int oh, int ow, int place) {
       int from = at.image * t.image + (oh - row) * t.pitch + ow - column;
       sum += of_mean[from];
       if (places[from] == place) sum += of_largest[from];
@@ -898,39 +901,37 @@ void launch_statistics(const PdartsStatistics& to, const Tiles& t, int each, int
 
 }  // namespace
 
-int32_t cell_pool_splits_cuda(const PdartsCellPools* pools) { return splits_of(tiles_of(*pools)); }
+int32_t cell_pool_splits_cuda(const PdartsCellPools& pools) { return splits_of(tiles_of(pools)); }
 
-int32_t cell_convolution_splits_cuda(const PdartsConvolutions* all) {
+int32_t cell_convolution_splits_cuda(const PdartsConvolutions& all) {
   int splits = 0;
-  with_convolutions(*all, [&](auto, auto, auto, const Tiles& t, int, int, int) { splits = splits_of(t); });
+  with_convolutions(all, [&](auto, auto, auto, const Tiles& t, int, int, int) { splits = splits_of(t); });
   return splits;
 }
 
-int32_t cell_input_splits_cuda(const PdartsConvolutions* all) {
+int32_t cell_input_splits_cuda(const PdartsConvolutions& all) {
   int splits = 0;
-  with_inputs(*all, [&](auto, auto, const Tiles& t, int, int) { splits = splits_of(t); });
+  with_inputs(all, [&](auto, auto, const Tiles& t, int, int) { splits = splits_of(t); });
   return splits;
 }
 
-int32_t cell_weight_splits_cuda(const PdartsConvolutions* all) {
+int32_t cell_weight_splits_cuda(const PdartsConvolutions& all) {
   int splits = 0;
-  with_weights(*all, [&](auto, auto, const Tiles& t, int) { splits = splits_of(t); });
+  with_weights(all, [&](auto, auto, const Tiles& t, int) { splits = splits_of(t); });
   return splits;
 }
 
-int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all) {
+int32_t cell_pointwise_splits_cuda(const PdartsConvolutions& all) {
   int64_t splits = 1;
-  with_pointwise(*all, [&](auto type, auto B) {
-    int64_t chunks = quotient_up(all->N * all->OH * all->OW, 512 / sizeof(Accumulated<decltype(type)>));
-    int64_t blocks = int64_t(pointwise_blocks(*all, B.value)) * all->count;
+  with_pointwise(all, [&](auto type, auto B) {
+    int64_t chunks = quotient_up(all.N * all.OH * all.OW, 512 / sizeof(Accumulated<decltype(type)>));
+    int64_t blocks = int64_t(pointwise_blocks(all, B.value)) * all.count;
     splits = std::max<int64_t>(1, std::min(chunks, quotient_up(kBlocks, blocks)));
   });
   return static_cast<int32_t>(splits);
 }
 
-void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
-  const PdartsConvolutions& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_convolutions_cuda(const PdartsConvolutions& all, const PdartsStatistics& to, cudaStream_t stream) {
   with_convolutions(
       all, [&](auto type, auto stride, auto results, const Tiles& t, int bytes, int elements, int together) {
         using T = decltype(type);
@@ -939,39 +940,27 @@ void cell_convolutions_cuda(const PdartsConvolutions* call, void* stream_) {
         for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.x, all.W); });
         dim3 grid(t.blocks(), all.count);
         cell_convolution_kernel<S, O, T><<<grid, kThreads, bytes, stream>>>(all, t, together, elements, vectors);
+        if (to.count) launch_statistics<Accumulated<T>>(to, t, kResults / O, all.OH, all.OW, stream);
       });
 }
 
-void cell_convolution_statistics_cuda(const PdartsConvolutions* all, const PdartsStatistics* to, void* stream) {
-  with_convolutions(*all, [&](auto type, auto, auto results, const Tiles& t, int, int, int) {
-    launch_statistics<Accumulated<decltype(type)>>(
-        *to, t, kResults / results.value, all->OH, all->OW, static_cast<cudaStream_t>(stream));
-  });
-}
-
-void cell_pools_cuda(const PdartsCellPools* call, void* stream_) {
-  const PdartsCellPools& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_pools_cuda(const PdartsCellPools& all, cudaStream_t stream) {
   Tiles t = tiles_of(all);
   with_type(all.type, [&](auto type) {
-    with_stride(all.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value;
-      dim3 grid(t.blocks(), all.count);
-      cell_pool_kernel<S, T><<<grid, kThreads, 0, stream>>>(all, t);
-    });
+    using T = decltype(type);
+    auto kernel = all.stride == 1 ? cell_pool_kernel<1, T> : cell_pool_kernel<2, T>;
+    dim3 grid(t.blocks(), all.count);
+    kernel<<<grid, kThreads, 0, stream>>>(all, t);
   });
 }
 
-void cell_pool_statistics_cuda(const PdartsCellPools* all, const PdartsStatistics* to, void* stream) {
-  with_float(all->type, [&](auto type) {
-    launch_statistics<decltype(type)>(*to, tiles_of(*all), kRows, all->OH, all->OW, static_cast<cudaStream_t>(stream));
+void cell_pool_statistics_cuda(const PdartsCellPools& all, const PdartsStatistics& to, cudaStream_t stream) {
+  with_float(all.type, [&](auto type) {
+    launch_statistics<decltype(type)>(to, tiles_of(all), kRows, all.OH, all.OW, stream);
   });
 }
 
-void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
-  const PdartsConvolutions& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_between_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream) {
   int C = most(all, channels_of);
   with_type(all.type, [&](auto type) {
     with_channels<decltype(type)>(C, [&](auto channels) {
@@ -984,10 +973,8 @@ void cell_between_gradients_cuda(const PdartsConvolutions* call, void* stream_) 
   });
 }
 
-void cell_pointwise_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
-  const PdartsConvolutions& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  int splits = cell_pointwise_splits_cuda(call);
+void cell_pointwise_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream) {
+  int splits = cell_pointwise_splits_cuda(all);
   with_pointwise(all, [&](auto type, auto side) {
     using T = decltype(type);
     constexpr int B = side.value;
@@ -997,22 +984,18 @@ void cell_pointwise_gradients_cuda(const PdartsConvolutions* call, void* stream_
   });
 }
 
-void cell_input_gradients_cuda(const PdartsConvolutions* call, const PdartsTargets* targets, void* stream_) {
-  const PdartsConvolutions& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_input_gradients_cuda(const PdartsConvolutions& all, const PdartsTargets& targets, cudaStream_t stream) {
   with_inputs(all, [&](auto type, auto stride, const Tiles& t, int bytes, int before) {
     using T = decltype(type);
     constexpr int S = stride.value;
     bool vectors = true;
     for_each(all, [&](const PdartsConvolution& d) { vectors = vectors && vectors_of<T>(d.grad_z, all.OW); });
-    dim3 grid(t.blocks(), targets->count);
-    cell_input_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, *targets, t, before, vectors);
+    dim3 grid(t.blocks(), targets.count);
+    cell_input_kernel<S, T><<<grid, kThreads, bytes, stream>>>(all, targets, t, before, vectors);
   });
 }
 
-void cell_weight_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
-  const PdartsConvolutions& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_weight_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream) {
   with_weights(all, [&](auto type, auto stride, const Tiles& t, int bytes) {
     using T = decltype(type);
     constexpr int S = stride.value;
@@ -1023,63 +1006,56 @@ void cell_weight_gradients_cuda(const PdartsConvolutions* call, void* stream_) {
   });
 }
 
-void cell_norm_gradients_cuda(const PdartsNormGradients* norms, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_float(norms->type, [&](auto type) {
-    dim3 grid(static_cast<unsigned>(quotient_up(norms->C, kColumns)), norms->count);
-    cell_norm_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*norms);
+void cell_norm_gradients_cuda(const PdartsNormGradients& norms, cudaStream_t stream) {
+  with_float(norms.type, [&](auto type) {
+    dim3 grid(static_cast<unsigned>(quotient_up(norms.C, kColumns)), norms.count);
+    cell_norm_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(norms);
   });
 }
 
-void cell_sums_cuda(const PdartsSums* sums, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_sums_cuda(const PdartsSums& sums, cudaStream_t stream) {
   int64_t n = 0;
-  for (int i = 0; i < sums->count; i++) n = std::max(n, sums->at[i].n);
-  with_float(sums->type, [&](auto type) {
-    dim3 grid(static_cast<unsigned>(quotient_up(n, kColumns)), sums->count);
-    cell_sums_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(*sums);
+  for (int i = 0; i < sums.count; i++) n = std::max(n, sums.at[i].n);
+  with_float(sums.type, [&](auto type) {
+    dim3 grid(static_cast<unsigned>(quotient_up(n, kColumns)), sums.count);
+    cell_sums_kernel<decltype(type)><<<grid, kThreads, 0, stream>>>(sums);
   });
 }
 
-void cell_terms_cuda(const PdartsTerms* terms, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_type(terms->type, [&](auto type) {
+void cell_terms_cuda(const PdartsTerms& terms, cudaStream_t stream) {
+  with_type(terms.type, [&](auto type) {
     using T = decltype(type);
     constexpr int V = 16 / sizeof(T);
-    unsigned images = static_cast<unsigned>(std::min<int64_t>(terms->N, 65535));
+    unsigned images = static_cast<unsigned>(std::min<int64_t>(terms.N, 65535));
     auto grid = [&](int each) {
-      return dim3(static_cast<unsigned>(quotient_up(terms->C * terms->HW, kThreads * each)), images, terms->count);
+      return dim3(static_cast<unsigned>(quotient_up(terms.C * terms.HW, kThreads * each)), images, terms.count);
     };
-    if (rows_aligned(*terms, V)) {
-      cell_terms_kernel<V, T><<<grid(V), kThreads, 0, stream>>>(*terms);
+    if (rows_aligned(terms, V)) {
+      cell_terms_kernel<V, T><<<grid(V), kThreads, 0, stream>>>(terms);
     } else {
-      cell_terms_kernel<1, T><<<grid(1), kThreads, 0, stream>>>(*terms);
+      cell_terms_kernel<1, T><<<grid(1), kThreads, 0, stream>>>(terms);
     }
   });
 }
 
-void dropout_mask_cuda(const PdartsMask* mask, void* stream) {
-  unsigned blocks = static_cast<unsigned>(quotient_up(mask->elements, kThreads));
-  cell_mask_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*mask);
+void dropout_mask_cuda(const PdartsMask& mask, cudaStream_t stream) {
+  unsigned blocks = static_cast<unsigned>(quotient_up(mask.elements, kThreads));
+  cell_mask_kernel<<<blocks, kThreads, 0, stream>>>(mask);
 }
 
-void cell_pool_gradients_cuda(const PdartsPoolGradients* call, void* stream_) {
-  const PdartsPoolGradients& all = *call;
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+void cell_pool_gradients_cuda(const PdartsPoolGradients& all, cudaStream_t stream) {
   with_type(all.type, [&](auto type) {
-    with_stride(all.stride, [&](auto stride) {
-      using T = decltype(type);
-      constexpr int S = stride.value, element = 2 * sizeof(Accumulated<T>) + 1;
-      Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
-      cell_pool_input_kernel<S, T><<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
-    });
+    using T = decltype(type);
+    constexpr int element = 2 * sizeof(Accumulated<T>) + 1;
+    Tiles t = in_windows(one_group(tiles_of(all.N, all.C, all.H, all.W, kRows, 1, 2, element)), all.stride);
+    auto kernel = all.stride == 1 ? cell_pool_input_kernel<1, T> : cell_pool_input_kernel<2, T>;
+    kernel<<<t.blocks(), kThreads, t.images * t.image * element, stream>>>(all, t);
   });
 }
 
-void cell_rows_cuda(const PdartsRows* rows, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  with_float(rows->type, [&](auto type) {
-    unsigned blocks = static_cast<unsigned>(quotient_up(2 * rows->count * rows->C, kThreads));
-    cell_rows_kernel<decltype(type)><<<blocks, kThreads, 0, stream>>>(*rows);
+void cell_rows_cuda(const PdartsRows& rows, cudaStream_t stream) {
+  with_float(rows.type, [&](auto type) {
+    unsigned blocks = static_cast<unsigned>(quotient_up(2 * rows.count * rows.C, kThreads));
+    cell_rows_kernel<decltype(type)><<<blocks, kThreads, 0, stream>>>(rows);
   });
 }

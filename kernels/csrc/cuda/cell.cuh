@@ -4,6 +4,7 @@
 // the same bits at every call.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 #include <utility>
@@ -52,7 +53,7 @@ struct PdartsConvolution {
   void* of_pointwise;       // [splits,out,C], or nullptr
 };
 
-// Convolutions of one stride from H x W to OH x OW.
+// Convolutions of one stride, 1 or 2, from H x W to OH x OW.
 struct PdartsConvolutions {
   int64_t N;
   int32_t H, W, OH, OW, stride, type, count;
@@ -76,7 +77,7 @@ struct PdartsCellPool {
   int32_t max;
   void* moments;  // [splits,2,C] doubles, or nullptr
 };
-struct PdartsCellPools {
+struct PdartsCellPools {  // of one stride, 1 or 2
   int64_t N, C;
   int32_t H, W, OH, OW, stride, type, count;
   PdartsCellPool at[kPdartsTogether];
@@ -141,7 +142,7 @@ struct PdartsTerms {
   PdartsTerm at[kPdartsTogether];
 };
 
-// The gradient of x, of all pools of one stride that read it.
+// The gradient of x, of all pools of one stride, 1 or 2, that read it.
 struct PdartsPoolGradient {
   PdartsIncoming incoming;  // of y
   int32_t max;
@@ -173,28 +174,28 @@ struct PdartsRows {
 };
 
 // How many splits moments and partial sums have; of pools and of statistics in `moments`, of convolutions each.
-extern "C" int32_t cell_pool_splits_cuda(const PdartsCellPools* pools);
-extern "C" int32_t cell_convolution_splits_cuda(const PdartsConvolutions* all);
-extern "C" int32_t cell_input_splits_cuda(const PdartsConvolutions* all);
-extern "C" int32_t cell_weight_splits_cuda(const PdartsConvolutions* all);
-extern "C" int32_t cell_pointwise_splits_cuda(const PdartsConvolutions* all);
+extern "C" int32_t cell_pool_splits_cuda(const PdartsCellPools& pools);
+extern "C" int32_t cell_convolution_splits_cuda(const PdartsConvolutions& all);
+extern "C" int32_t cell_input_splits_cuda(const PdartsConvolutions& all);
+extern "C" int32_t cell_weight_splits_cuda(const PdartsConvolutions& all);
+extern "C" int32_t cell_pointwise_splits_cuda(const PdartsConvolutions& all);
 
 // y, z and moments, and from these the statistics.
-extern "C" void cell_convolutions_cuda(const PdartsConvolutions* all, void* stream);
-extern "C" void cell_convolution_statistics_cuda(
-    const PdartsConvolutions* all, const PdartsStatistics* to, void* stream);
-extern "C" void cell_pools_cuda(const PdartsCellPools* pools, void* stream);
-extern "C" void cell_pool_statistics_cuda(const PdartsCellPools* pools, const PdartsStatistics* to, void* stream);
+extern "C" void cell_convolutions_cuda(const PdartsConvolutions& all, const PdartsStatistics& to, cudaStream_t stream);
+extern "C" void cell_pools_cuda(const PdartsCellPools& pools, cudaStream_t stream);
+extern "C" void cell_pool_statistics_cuda(
+    const PdartsCellPools& pools, const PdartsStatistics& to, cudaStream_t stream);
 
 // Backward: grad_z; of_pointwise; the gradients of targets; of_weight of those with kernels.
-extern "C" void cell_between_gradients_cuda(const PdartsConvolutions* all, void* stream);
-extern "C" void cell_pointwise_gradients_cuda(const PdartsConvolutions* all, void* stream);
-extern "C" void cell_input_gradients_cuda(const PdartsConvolutions* all, const PdartsTargets* targets, void* stream);
-extern "C" void cell_weight_gradients_cuda(const PdartsConvolutions* all, void* stream);
+extern "C" void cell_between_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream);
+extern "C" void cell_pointwise_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream);
+extern "C" void cell_input_gradients_cuda(
+    const PdartsConvolutions& all, const PdartsTargets& targets, cudaStream_t stream);
+extern "C" void cell_weight_gradients_cuda(const PdartsConvolutions& all, cudaStream_t stream);
 
-extern "C" void cell_norm_gradients_cuda(const PdartsNormGradients* norms, void* stream);
-extern "C" void cell_sums_cuda(const PdartsSums* sums, void* stream);
-extern "C" void cell_terms_cuda(const PdartsTerms* terms, void* stream);
-extern "C" void cell_pool_gradients_cuda(const PdartsPoolGradients* pools, void* stream);
-extern "C" void cell_rows_cuda(const PdartsRows* rows, void* stream);
-extern "C" void dropout_mask_cuda(const PdartsMask* mask, void* stream);
+extern "C" void cell_norm_gradients_cuda(const PdartsNormGradients& norms, cudaStream_t stream);
+extern "C" void cell_sums_cuda(const PdartsSums& sums, cudaStream_t stream);
+extern "C" void cell_terms_cuda(const PdartsTerms& terms, cudaStream_t stream);
+extern "C" void cell_pool_gradients_cuda(const PdartsPoolGradients& pools, cudaStream_t stream);
+extern "C" void cell_rows_cuda(const PdartsRows& rows, cudaStream_t stream);
+extern "C" void dropout_mask_cuda(const PdartsMask& mask, cudaStream_t stream);

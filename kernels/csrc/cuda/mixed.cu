@@ -173,10 +173,10 @@ struct Rows {
     uint32_t image, channel, pixel;
   };
   __device__ __forceinline__ Element element_at(int64_t at) const {
-    bool last = L == kPixels || (L == kPlain && V == 1 && m.channels_last);
-    uint64_t inner = last ? m.C : m.HW, outer = last ? m.HW : m.C, i = at, rest = i / inner, image = rest / outer;
-    uint32_t a = i - rest * inner, b = rest - image * outer;
-    return {static_cast<uint32_t>(image), last ? a : b, last ? b : a};
+    uint64_t i = at, plane = i / m.HW, image = plane / m.C;
+    return {
+        static_cast<uint32_t>(image), static_cast<uint32_t>(plane - image * m.C),
+        static_cast<uint32_t>(i - plane * m.HW)};
   }
 
   // What dropout multiplies the row of candidate k by that begins there, all of it in one channel.
@@ -496,9 +496,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid [splits, 1, channels]. grad_x_k = p_k * gamma_k * invstd_k * g + b * (x_k - mean_k) + c where it is asked for,
-// in float or double, times the mask with dropout. Reads g and the candidates in `batch` once and writes the gradients,
-// the least. Splits go backwards, as in forward.
-template <bool Drops, Layout L, int V, class T>
+// in float or double. Reads g and the candidates in `batch` once and writes the gradients, the least. Splits go
+// backwards, as in forward.
+template <Layout L, int V, class T>
 __global__ void __launch_bounds__(kThreads) mixed_backward_inputs_kernel(
     PdartsMixed m, Division d, const void* g, const Accumulated<T>* coefficients, PdartsMixedGradients gradients) {
   using A = Accumulated<T>;
@@ -531,15 +531,6 @@ __global__ void __launch_bounds__(kThreads) mixed_backward_inputs_kernel(
         for (int u = 0; u < kRows; u++) {
 #pragma unroll
           for (int l = 0; l < V; l++) value[u][l] += b.v[l] * (element<A>(x[u], l) - mean.v[l]) + c.v[l];
-        }
-      }
-      if (drops<Drops>(m, k)) {
-#pragma unroll
-        for (int u = 0; u < kRows; u++) {
-          if (at[u] < 0) continue;
-          Pack<A, V> mask = rows.mask(k, rows.element_at(at[u]));
-#pragma unroll
-          for (int l = 0; l < V; l++) value[u][l] *= mask.v[l];
         }
       }
 #pragma unroll
@@ -590,7 +581,7 @@ struct Plan {
   // f(whether candidates have dropout): rows then are of one channel.
   template <class F>
   static void with_dropout(const PdartsMixed& m, F f) {
-    if constexpr (L != kPixels || V == 1) {
+    if constexpr (L != kPixels) {
       if (m.dropped) return f(std::true_type());
     }
     f(std::false_type());
@@ -603,7 +594,7 @@ template <class T, class F>
 void with_layout(const PdartsMixed& m, bool all_aligned, void* scratch, F f) {
   constexpr int V = 16 / sizeof(T);
   all_aligned = all_aligned && aligned(scratch) && aligned(m.statistics);
-  if (m.dropped) all_aligned = all_aligned && !m.channels_last && m.HW % V == 0;
+  if (m.dropped) all_aligned = all_aligned && m.HW % V == 0;
   for (int k = 0; k < m.K; k++) {
     all_aligned = all_aligned && aligned(m.x[k]) && aligned(m.gamma[k]) && aligned(m.beta[k]);
   }
@@ -666,7 +657,7 @@ void mixed_forward_cuda(const PdartsMixed* call, void* y, void* scratch, void* s
         mixed_statistics_finish_kernel<A><<<grid, kThreads, 0, stream>>>(m, plan.statistics, plan.moments);
       }
     }
-    if (!any || !y) return;
+    if (!any) return;
     divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
       P::with_dropout(
           m, [&](auto drops) { mixed_forward_kernel<drops.value, L, V, T><<<grid, kThreads, 0, stream>>>(m, d, y); });
@@ -714,10 +705,7 @@ void mixed_backward_cuda(
     }
     if (inputs && any) {
       divided(plan.elements, 1, [&](dim3 grid, const Division& d) {
-        P::with_dropout(m, [&](auto drops) {
-          mixed_backward_inputs_kernel<drops.value, L, V, T>
-              <<<grid, kThreads, 0, stream>>>(m, d, g, plan.coefficients, gradients);
-        });
+        mixed_backward_inputs_kernel<L, V, T><<<grid, kThreads, 0, stream>>>(m, d, g, plan.coefficients, gradients);
       });
     }
     if (int64_t images = plan.sums.images; gradients.probabilities && images) {

@@ -367,23 +367,13 @@ __device__ __forceinline__ double sum_of_column(int splits, F f) {
   return sum;
 }
 
-// to [n]: the sums of partial [splits][n]. Reads them once.
-template <class T, class A>
-__device__ __forceinline__ void add_up(const A* partial, int64_t n, int splits, T* to) {
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
-  double sum = sum_of_column(i < n ? splits : 0, [&](int s) { return partial[s * n + i]; });
-  if (threadIdx.x < kColumns && i < n) to[i] = static_cast<T>(sum);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Pooling
 // ---------------------------------------------------------------------------------------------------------------------
 
-// S: the stride, 3 for all that are larger: then windows have nothing in common.
+// S: the stride, 1 or 2.
 template <int S>
-constexpr int kWindows = S == 1   ? 3
-                         : S == 2 ? 2
-                                  : 1;  // rows or columns of windows that an element lies in
+constexpr int kWindows = S == 1 ? 3 : 2;  // rows or columns of windows that an element lies in
 
 // The first window that an element lies in.
 __device__ __forceinline__ int first_window(int i, int stride) { return max(0, i + stride - 2) / stride; }
@@ -405,32 +395,25 @@ __device__ __forceinline__ A join(A a, A b) {
   return b > a || b != b ? b : a;
 }
 
-// f(stride, of which 3 stands for all larger ones).
-template <class F>
-void with_stride(int stride, F f) {
-  stride == 1 ? f(Int<1>()) : stride == 2 ? f(Int<2>()) : f(Int<3>());
-}
-
 // The results of R rows from `row` on, of a feature map of H x W.
 template <bool MAX, int S, int R, class E, class A>
-__device__ __forceinline__ void pool_rows(E element, int H, int W, int stride, int row, int column, A (&results)[R]) {
-  constexpr int apart = S < 3 ? S : 3;
-  A rows[(R - 1) * apart + 3];
+__device__ __forceinline__ void pool_rows(E element, int H, int W, int row, int column, A (&results)[R]) {
+  A rows[(R - 1) * S + 3];
 #pragma unroll
-  for (int q = 0; q < (R - 1) * apart + 3; q++) {
-    int h = S < 3 ? row * S - 1 + q : (row + q / 3) * stride - 1 + q % 3;
+  for (int q = 0; q < (R - 1) * S + 3; q++) {
+    int h = row * S - 1 + q;
     rows[q] = MAX ? -static_cast<A>(INFINITY) : A(0);
 #pragma unroll
     for (int j = 0; j < 3; j++) {
-      int w = column * stride - 1 + j;
+      int w = column * S - 1 + j;
       if (h >= 0 && h < H && w >= 0 && w < W) rows[q] = join<MAX>(rows[q], static_cast<A>(element(h, w)));
     }
   }
-  A share = inverse<A>(elements(column, stride, W));
+  A share = inverse<A>(elements(column, S, W));
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    A v = join<MAX>(join<MAX>(rows[r * apart], rows[r * apart + 1]), rows[r * apart + 2]);
-    results[r] = MAX ? v : v * share * inverse<A>(elements(row + r, stride, H));
+    A v = join<MAX>(join<MAX>(rows[r * S], rows[r * S + 1]), rows[r * S + 2]);
+    results[r] = MAX ? v : v * share * inverse<A>(elements(row + r, S, H));
   }
 }
 
@@ -451,20 +434,19 @@ __device__ __forceinline__ int8_t place_of_largest(E element, int oh, int ow, in
 }
 
 // Tiles whose shared memory is for two more elements than there are results, for the windows that these lie in instead.
-template <class T>
-T in_windows(T tiles, int stride) {
+Tiles in_windows(Tiles tiles, int stride) {
   tiles.height = (tiles.height - 1) / stride + 1, tiles.width = (tiles.width - 1) / stride + 1;
   return tiles;
 }
 
 // f(row, column, which of its elements it is) of the windows, of OH x OW, that an element lies in.
 template <int S, class F>
-__device__ __forceinline__ void for_windows(int h, int w, int stride, int OH, int OW, F f) {
-  int top = first_window(h, stride), left = first_window(w, stride);
+__device__ __forceinline__ void for_windows(int h, int w, int OH, int OW, F f) {
+  int top = first_window(h, S), left = first_window(w, S);
 #pragma unroll
   for (int i = 0; i < kWindows<S> * kWindows<S>; i++) {
     int oh = top + i / kWindows<S>, ow = left + i % kWindows<S>;
-    int k = h - oh * stride + 1, j = w - ow * stride + 1;
+    int k = h - oh * S + 1, j = w - ow * S + 1;
     if (oh < OH && ow < OW && k >= 0 && j >= 0) f(oh, ow, k * 3 + j);
   }
 }

@@ -223,7 +223,7 @@ struct Cell : PdartsCell {
         H = (H + room) / op.stride + 1, W = (W + room) / op.stride + 1;
       }
     } else if (op.kind == Kind::kReduce) {
-      op.weight = check_weight(0, {-1, from.C, 1, 1}), out = weight.size(0) * 2;
+      op.weight = check_weight(0, {-1, from.C, 1, 1});
       op.pointwise = check_weight(1, {-1, from.C, 1, 1}), out = weight.size(0) + pointwise.size(0);
       TORCH_CHECK(
           weight.size(0) == out / 2, "weights[", 2 * i, "] has shape ", weight.sizes(), "; expected ", out / 2,
@@ -235,8 +235,6 @@ struct Cell : PdartsCell {
     add(i, op, out, H, W);
     return at;
   }
-
-  at::ScalarType first_type() const { return c10::typeMetaToScalarType(options.dtype()); }
 
   void add(size_t i, const PdartsOperation& op, int64_t channels, int64_t H, int64_t W) {
     if (operations.empty()) C = channels;
@@ -252,6 +250,16 @@ struct Cell : PdartsCell {
   Tensor result() const { return empty(outputs[0], C * outputs.size()); }
   Tensor empty(int64_t v, int64_t channels) const {
     return at::empty({N, channels, values[v].H, values[v].W}, options, format);
+  }
+  // t in the memory format of all; its size is to be that of value v, but for the channels.
+  Tensor like_value(const char* name, const Tensor& t, int64_t v, int64_t channels) {
+    std::vector<int64_t> sizes{N, channels, values[v].H, values[v].W};
+    TORCH_CHECK(
+        t.sizes() == sizes && t.scalar_type() == options.dtype() && t.device() == options.device(), name, " is a ",
+        t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ",
+        c10::typeMetaToScalarType(options.dtype()), " ", at::IntArrayRef(sizes), " on ", options.device());
+    kept.push_back(t.contiguous(format));
+    return kept.back();
   }
   void point_to_result(const Tensor& y) {
     for (size_t j = 0; j < outputs.size(); j++) values[outputs[j]].x = channel(y, j * C);
@@ -302,23 +310,14 @@ std::vector<Tensor> cell_backward(
   check_values("statistics", statistics, {3, size, c.C}, inputs[0]);
   c.statistics = statistics.data_ptr();
   size_t next = 0;
-  auto point_to = [&](const char* name, const Tensor& t, int64_t v, int64_t channels) {
-    TORCH_CHECK(
-        t.sizes() == at::IntArrayRef({c.N, channels, c.values[v].H, c.values[v].W}) &&
-            t.scalar_type() == c.options.dtype(),
-        name, " is a ", t.scalar_type(), " ", t.sizes(), "; expected a ", c.first_type(), " [", c.N, ",", channels, ",",
-        c.values[v].H, ",", c.values[v].W, "]");
-    c.kept.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
-    return c.kept.back();
-  };
   int64_t others = size - c.inputs() - c.outputs.size();
   TORCH_CHECK(int64_t(computed.size()) == others, "values has ", computed.size(), " tensors; expected ", others);
   for (int64_t v = c.inputs(); v < size; v++) {
-    if (!c.is_output(v)) c.values[v].x = point_to("a value", computed[next++], v, c.C).data_ptr();
+    if (!c.is_output(v)) c.values[v].x = c.like_value("a value", computed[next++], v, c.C).data_ptr();
   }
   int64_t channels = c.C * c.outputs.size();
-  c.point_to_result(point_to("y", y, c.outputs[0], channels));
-  Tensor g = point_to("grad", grad, c.outputs[0], channels);
+  c.point_to_result(c.like_value("y", y, c.outputs[0], channels));
+  Tensor g = c.like_value("grad", grad, c.outputs[0], channels);
   std::vector<const void*> of_values(size, nullptr);
   for (size_t j = 0; j < c.outputs.size(); j++) of_values[c.outputs[j]] = Cell::channel(g, j * c.C);
 
@@ -383,12 +382,10 @@ struct CellOp {
     CellInputs in = CellInputs::of(kept, inputs, operations);
     size_t size = needs.size();
     std::vector<Tensor> values(kept.begin() + size + 4, kept.end());
-    return spread(
-        op.call(
-            grad, kept[size + 1], values, in.inputs, given(in.weights), given(in.gammas), given(in.betas),
-            in.probabilities, kept[size], given(kept[size + 2]), given(kept[size + 3]), dropout.terms, program, outputs,
-            batch, list_of(needs)),
-        needs);
+    return op.call(
+        grad, kept[size + 1], values, in.inputs, given(in.weights), given(in.gammas), given(in.betas), in.probabilities,
+        kept[size], given(kept[size + 2]), given(kept[size + 3]), dropout.terms, program, outputs, batch,
+        list_of(needs));
   }
 };
 
@@ -415,23 +412,6 @@ Results cell_autograd(
   return {results[0], results[1], values};
 }
 
-std::vector<Tensor> cell_backward_autograd(
-    const Tensor& grad, const Tensor& y, at::TensorList computed, at::TensorList inputs, const OptionalTensors& weights,
-    const OptionalTensors& gammas, const OptionalTensors& betas, const Tensor& probabilities, const Tensor& statistics,
-    const OptionalTensor& key, const OptionalTensor& rates, at::IntArrayRef dropped, at::IntArrayRef program,
-    at::IntArrayRef outputs, Flags batch, Flags needs) {
-  static auto op = operator_of<decltype(cell_backward)>("pdarts::cell_backward");
-  std::vector<Tensor> all = CellInputs::of(inputs, weights, gammas, betas, probabilities).flat();
-  all.push_back(grad);
-  return not_twice(
-      below_autograd([&] {
-        return op.call(
-            grad, y, computed, inputs, weights, gammas, betas, probabilities, statistics, key, rates, dropped, program,
-            outputs, batch, needs);
-      }),
-      all);
-}
-
 }  // namespace
 }  // namespace pdarts
 
@@ -452,7 +432,4 @@ TORCH_LIBRARY_IMPL(pdarts, CPU, m) {
   m.impl("cell_backward", &pdarts::cell_backward);
 }
 
-TORCH_LIBRARY_IMPL(pdarts, Autograd, m) {
-  m.impl("cell", &pdarts::cell_autograd);
-  m.impl("cell_backward", &pdarts::cell_backward_autograd);
-}
+TORCH_LIBRARY_IMPL(pdarts, Autograd, m) { m.impl("cell", &pdarts::cell_autograd); }

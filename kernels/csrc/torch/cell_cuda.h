@@ -126,12 +126,12 @@ struct CudaCell : Cell {
           v - inputs(), " reads value ", op.source,
           "; expected, on CUDA, an input or a sum, or that of a separable "
           "convolution for another");
-      bool small = is_one_of(op.kernel, PdartsKernels()) && op.stride <= 2 && op.dilation <= 2;
+      bool small = is_one_of(op.kernel, PdartsKernels()) && op.dilation <= 2;
       TORCH_CHECK(
-          op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1)),
+          op.stride <= 2 && (op.kernel == 0 || (small && op.padding <= op.dilation * (op.kernel - 1))),
           "kernel, stride, dilation and padding of operation ", v - inputs(), " are ", op.kernel, ", ", op.stride, ", ",
           op.dilation, " and ", op.padding,
-          "; expected, on CUDA, one of CUDA_KERNEL_SIZES, 1 or 2, 1 or 2 and no more than the kernel's reach");
+          "; expected, on CUDA, 0 or one of CUDA_KERNEL_SIZES, 1 or 2, 1 or 2 and no more than the kernel's reach");
       const Tensor &weight = in.weights[2 * (v - inputs())], &pointwise = in.weights[2 * (v - inputs()) + 1];
       if (separable)
         add_part(v, 1, 0, op.kernel, op.padding, op.kernel ? op.stride : 1, op.dilation, weight, pointwise);
@@ -146,7 +146,7 @@ struct CudaCell : Cell {
   Streams* streams = nullptr;
   bool aside = false;  // whether launches go beside the current stream
 
-  void* stream() {
+  cudaStream_t stream() {
     if (!aside) return streams->main;
     streams->fork();
     return streams->beside;
@@ -250,7 +250,7 @@ struct CudaCell : Cell {
   // The sum v as a mixed operation; its statistics are gathered where a term may have a norm.
   PdartsMixed mixed(int64_t v) {
     const PdartsOperation& op = operation(v);
-    PdartsMixed m{N, C, HW(v), HW(v) == 1, type, int32_t(op.terms.size()), per_image, eps, 0};
+    PdartsMixed m{N, C, HW(v), 0, type, int32_t(op.terms.size()), per_image, eps, 0};
     m.probabilities = probability(op.first), m.first_term = op.first, m.key = key;
     PdartsRows rows{count(), C, type, m.K, of_values.data_ptr(), nullptr, {}};
     bool any = false;
@@ -264,7 +264,7 @@ struct CudaCell : Cell {
     }
     if (any) {
       alive.push_back(at::empty({2, m.K, C}, wide)), m.statistics = rows.to = alive.back().data_ptr();
-      cell_rows_cuda(&rows, stream());
+      cell_rows_cuda(rows, stream());
     }
     return m;
   }
@@ -288,7 +288,7 @@ struct CudaCell : Cell {
   }
 
   void finish_targets() {
-    for (auto& [_, all] : pending) cell_terms_cuda(&all, stream());
+    for (auto& [_, all] : pending) cell_terms_cuda(all, stream());
     pending.clear(), pending_terms.clear();
   }
 
@@ -351,7 +351,7 @@ struct CudaCell : Cell {
   }
 
   void convolve(const std::vector<Part*>& group, PdartsConvolutions& all) {
-    int64_t splits = cell_convolution_splits_cuda(&all);
+    int64_t splits = cell_convolution_splits_cuda(all);
     PdartsStatistics to = statistics_of(group[0]->value);
     for (size_t i = 0; i < group.size(); i++) {
       const Part& part = *group[i];
@@ -359,8 +359,7 @@ struct CudaCell : Cell {
       all.at[i].moments = memory(splits * 2 * part.d.out * sizeof(double), alive);
       to.at[to.count++] = {all.at[i].moments, from(of_values, part.value * C + part.first), part.d.out};
     }
-    cell_convolutions_cuda(&all, stream());
-    if (to.count) cell_convolution_statistics_cuda(&all, &to, stream());
+    cell_convolutions_cuda(all, to, stream());
   }
 
   void pool(const std::vector<int64_t>& group) {
@@ -369,7 +368,7 @@ struct CudaCell : Cell {
     PdartsCellPools all;
     all.N = N, all.C = C, all.H = x.H, all.W = x.W, all.OH = y.H, all.OW = y.W, all.stride = op.stride;
     all.type = type, all.count = group.size();
-    int64_t splits = cell_pool_splits_cuda(&all);
+    int64_t splits = cell_pool_splits_cuda(all);
     PdartsStatistics to = statistics_of(group[0]);
     std::vector<std::pair<int64_t, int64_t>> others;  // that are computed, and that are the same
     for (size_t i = 0; i < group.size(); i++) {
@@ -382,13 +381,13 @@ struct CudaCell : Cell {
       }
       if (with_moments) d.moments = memory(splits * 2 * C * sizeof(double), alive);
     }
-    cell_pools_cuda(&all, stream());
+    cell_pools_cuda(all, stream());
     for (size_t i = 0; i < others.size(); i++) {
       auto [v, other] = others[i];
       const PdartsCellPool& d = all.at[std::find(group.begin(), group.end(), v) - group.begin()];
       to.at[to.count++] = {d.moments, from(of_values, other * C), C};
       if (to.count < kPdartsTogether && i + 1 < others.size()) continue;
-      cell_pool_statistics_cuda(&all, &to, stream()), to.count = 0;
+      cell_pool_statistics_cuda(all, to, stream()), to.count = 0;
     }
   }
 
@@ -396,18 +395,13 @@ struct CudaCell : Cell {
   // Backward
   // -------------------------------------------------------------------------------------------------------------------
 
-  // What is asked for, undefined where it is not.
-  struct Gradients {
-    std::vector<Tensor> inputs, weights, gammas, betas;
-    Tensor probabilities;
-  };
-
   std::vector<bool> wanted;              // values whose gradient something depends on
   std::vector<Tensor> gradients;         // of inputs and sums, and of what convolutions read of another's result
   std::vector<PdartsIncoming> incoming;  // of what steps compute, but for the norm, see incoming_of
   std::vector<PdartsSum> sums;           // to be added up in the end
 
-  void backward(const Tensor& grad, Gradients& to) {
+  // to: what is asked for, undefined where it is not.
+  void backward(const Tensor& grad, const CellInputs& to) {
     Streams both;
     streams = &both;
     wanted.assign(count(), false), gradients.resize(count()), incoming.resize(count());
@@ -464,7 +458,7 @@ struct CudaCell : Cell {
       PdartsSums some;
       some.type = type, some.count = std::min<size_t>(sums.size() - i, kPdartsTogether);
       std::copy_n(sums.begin() + i, some.count, some.at);
-      cell_sums_cuda(&some, stream());
+      cell_sums_cuda(some, stream());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -508,7 +502,7 @@ struct CudaCell : Cell {
         if (first) targets.at[targets.count++] = {i, i, there[v], gradients[v].data_ptr(), nullptr}, there[v] = true;
         targets.at[targets.count - 1].last++;
       }
-      cell_input_gradients_cuda(&all, &targets, stream());
+      cell_input_gradients_cuda(all, targets, stream());
       for (Part* part : group) held.push_back(std::move(part->grad_z));
     });
     for (int64_t v : states) {
@@ -519,7 +513,7 @@ struct CudaCell : Cell {
   void differentiate_pools(int64_t v, const std::vector<int64_t>& users, std::vector<bool>& there) {
     std::map<int64_t, PdartsPoolGradients> by_stride;
     auto finish = [&](PdartsPoolGradients& all) {
-      all.add = there[v], cell_pool_gradients_cuda(&all, stream()), there[v] = true, all.count = 0;
+      all.add = there[v], cell_pool_gradients_cuda(all, stream()), there[v] = true, all.count = 0;
     };
     for (int64_t user : users) {
       if (!is_pool(user) || !wanted[user]) continue;
@@ -535,7 +529,7 @@ struct CudaCell : Cell {
     }
   }
 
-  void differentiate_sum(int64_t v, Gradients& to) {
+  void differentiate_sum(int64_t v, const CellInputs& to) {
     const PdartsOperation& op = operation(v);
     PdartsMixed m = mixed(v);
     PdartsMixedGradients asked{};
@@ -573,7 +567,7 @@ struct CudaCell : Cell {
     return in;
   }
 
-  bool with_kernel(const Part& part, const Gradients& to) const {
+  bool with_kernel(const Part& part, const CellInputs& to) const {
     return part.weight.defined() && to.weights[2 * (part.value - inputs())].defined();
   }
 
@@ -586,17 +580,17 @@ struct CudaCell : Cell {
   }
 
   // Through the pointwise products.
-  void differentiate_pointwise(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_pointwise(const std::vector<Part*>& group, const CellInputs& to) {
     for (Part* part : group) {
       if (!with_kernel(*part, to) && !wanted[operation(part->value).source]) continue;
       part->grad_z = empty_between(*part), part->d.grad_z = part->grad_z.data_ptr();
     }
     with(
         group, [](Part* part) { return part->d.grad_z; },
-        [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(&these, stream()); });
+        [&](auto&, PdartsConvolutions these) { cell_between_gradients_cuda(these, stream()); });
   }
 
-  void differentiate_weights(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_weights(const std::vector<Part*>& group, const CellInputs& to) {
     auto add_up = [&](const Tensor& of, int64_t splits) {  // returns where the partial sums are to be
       void* partial = memory(splits * of.numel() * size, lasting);
       sums.push_back({partial, of.data_ptr(), of.numel(), int32_t(splits)});
@@ -606,23 +600,23 @@ struct CudaCell : Cell {
     with(
         group, [&](Part* part) { return of_pointwise(part).defined(); },
         [&](auto& some, PdartsConvolutions these) {
-          int64_t splits = cell_pointwise_splits_cuda(&these);
+          int64_t splits = cell_pointwise_splits_cuda(these);
           for (size_t j = 0; j < some.size(); j++) these.at[j].of_pointwise = add_up(of_pointwise(some[j]), splits);
-          cell_pointwise_gradients_cuda(&these, stream());
+          cell_pointwise_gradients_cuda(these, stream());
         });
     with(
         group, [&](Part* part) { return with_kernel(*part, to); },
         [&](auto& some, PdartsConvolutions these) {
-          int64_t splits = cell_weight_splits_cuda(&these);
+          int64_t splits = cell_weight_splits_cuda(these);
           for (size_t j = 0; j < some.size(); j++) {
             these.at[j].of_weight = add_up(to.weights[2 * (some[j]->value - inputs())], splits);
           }
-          cell_weight_gradients_cuda(&these, stream());
+          cell_weight_gradients_cuda(these, stream());
         });
   }
 
   // What convolutions read of another's result, and its norm.
-  void differentiate_chained(const std::vector<Part*>& group, const Gradients& to) {
+  void differentiate_chained(const std::vector<Part*>& group, const CellInputs& to) {
     auto is = [&](Part* part) {
       int64_t source = operation(part->value).source;
       return !is_state(source) && wanted[source];
@@ -630,7 +624,7 @@ struct CudaCell : Cell {
     with(group, is, [&](auto& some, PdartsConvolutions these) {
       PdartsTargets targets;
       PdartsNormGradients norms;
-      norms.elements = double(N) * these.H * these.W, norms.C = C, norms.splits = cell_input_splits_cuda(&these);
+      norms.elements = double(N) * these.H * these.W, norms.C = C, norms.splits = cell_input_splits_cuda(these);
       norms.type = type, norms.count = 0, targets.count = some.size();
       for (size_t j = 0; j < some.size(); j++) {
         int64_t v = operation(some[j]->value).source;
@@ -645,8 +639,8 @@ struct CudaCell : Cell {
         norms.at[norms.count++] = {target.sums,         norm(v), from(both, 0), from(both, C), from(to.gammas[v], 0),
                                    from(to.betas[v], 0)};
       }
-      cell_input_gradients_cuda(&these, &targets, stream());
-      if (norms.count) cell_norm_gradients_cuda(&norms, stream());
+      cell_input_gradients_cuda(these, targets, stream());
+      if (norms.count) cell_norm_gradients_cuda(norms, stream());
     });
   }
 
@@ -719,31 +713,22 @@ std::vector<Tensor> cell_backward(
   check_values("statistics", statistics, {3, count, c.C}, inputs[0]);
   c.of_values = statistics;
   for (int64_t v = 0; v < c.inputs(); v++) c.set_value(v, c.kept[v]);
-  auto check = [&](const char* name, const Tensor& t, at::IntArrayRef expected) {
-    TORCH_CHECK(
-        t.sizes() == expected && t.scalar_type() == c.options.dtype() && t.device() == c.options.device(), name,
-        " is a ", t.scalar_type(), " ", t.sizes(), " on ", t.device(), "; expected a ", c.first_type(), " ", expected,
-        " on ", c.options.device());
-    return t.contiguous();
-  };
   size_t next = 0;
-  auto next_of = [&](int64_t channels, int64_t H, int64_t W) {
+  auto next_of = [&](int64_t v, int64_t channels) {
     TORCH_CHECK(next < computed.size(), "values has ", computed.size(), " tensors; expected more");
-    return check("a value", computed[next++], {c.N, channels, H, W});
+    return c.like_value("a value", computed[next++], v, channels);
   };
-  const PdartsValue& first = c.values[outputs[0]];
-  int64_t channels = c.C * outputs.size();
-  Tensor g = check("grad", grad, {c.N, channels, first.H, first.W});
+  Tensor g = c.like_value("grad", grad, outputs[0], c.C * outputs.size());
   for (int64_t v = c.inputs(); v < count; v++) {
     bool result = outputs.size() == 1 && v == outputs[0];
     if (c.same[v] != v) {
       c.set_value(v, c.tensors[c.same[v]]);
       continue;
     }
-    c.set_value(v, result ? check("y", y, {c.N, c.C, first.H, first.W}) : next_of(c.C, c.values[v].H, c.values[v].W));
+    c.set_value(v, result ? c.like_value("y", y, v, c.C) : next_of(v, c.C));
   }
   for (CudaCell::Part& part : c.parts) {
-    if (c.keeps_between(part)) part.z = next_of(part.d.C, part.OH, part.OW);
+    if (c.keeps_between(part)) part.z = next_of(part.value, part.d.C);
   }
   TORCH_CHECK(next == computed.size(), "values has ", computed.size(), " tensors; expected ", next);
 
@@ -754,8 +739,7 @@ std::vector<Tensor> cell_backward(
     if (needed[i]) to[i] = at::empty(flat[i].sizes(), i < inputs.size() ? c.options : c.wide);
   }
   CellInputs asked = CellInputs::of(to, inputs.size(), in.weights.size() / 2);
-  CudaCell::Gradients gradients{asked.inputs, asked.weights, asked.gammas, asked.betas, asked.probabilities};
-  c.backward(g, gradients);
+  c.backward(g, asked);
   std::vector<Tensor> wide, as_given;
   for (size_t i = 0; i < flat.size(); i++) {
     if (!needed[i] || to[i].scalar_type() == flat[i].scalar_type()) continue;

@@ -143,58 +143,14 @@ inline bool differentiated(at::TensorList tensors) {
          std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
-// An operator of `inputs`, which are undefined where it was given None. Op holds its other arguments and has
-//     variable_list forward(inputs)           the results, of which the first can be differentiated
-//     vector<Tensor> keep(inputs, results)    what `backward` needs
-//     vector<Tensor> backward(grad, kept, needs)    the gradients of the inputs, undefined where they are not needed
-template <class Op>
-struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
-  struct Held : torch::CustomClassHolder {
-    Op op;
-    std::vector<bool> given, kept;  // inputs, and what is kept, that are defined
-    Held(const Op& op) : op(op) {}
-  };
-
-  static variable_list forward(AutogradContext* ctx, at::TensorList, const Op& op, const std::vector<Tensor>& inputs) {
-    auto held = c10::make_intrusive<Held>(op);
-    variable_list results = op.forward(inputs);
-    std::vector<Tensor> kept = op.keep(inputs, results);
-    for (const Tensor& t : inputs) held->given.push_back(t.defined());
-    for (const Tensor& t : kept) held->kept.push_back(t.defined());
-    ctx->save_for_backward(defined(kept));
-    ctx->saved_data["held"] = at::IValue::make_capsule(held);
-    ctx->mark_non_differentiable(variable_list(results.begin() + 1, results.end()));
-    ctx->set_materialize_grads(false);
-    return results;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    auto held = c10::static_intrusive_pointer_cast<Held>(ctx->saved_data["held"].toCapsule());
-    size_t count = std::count(held->given.begin(), held->given.end(), true), next = 0;
-    variable_list all(count + 2);  // with the other two arguments of `forward`
-    if (!grad[0].defined()) return all;
-    variable_list saved = ctx->get_saved_variables();
-    std::vector<Tensor> kept;
-    std::vector<bool> needs;
-    for (bool is : held->kept) kept.push_back(is ? saved[next++] : Tensor());
-    next = 0;
-    for (bool is : held->given) needs.push_back(is && ctx->needs_input_grad(next++));  // of this call: others ask more
-    std::vector<Tensor> grads = held->op.backward(grad[0], kept, needs);
-    next = 0;
-    for (size_t i = 0; i < grads.size(); i++) {
-      if (held->given[i]) all[next++] = grads[i];
-    }
-    return all;
-  }
-};
-
-template <class Op>
-variable_list run(const Op& op, const std::vector<Tensor>& inputs) {
-  variable_list tensors = defined(inputs);
-  if (!differentiated(tensors)) return op.forward(inputs);
-  return Differentiable<Op>::apply(at::TensorList(tensors), op, inputs);  // the type says what results depend on
+// `call` with the dispatcher below autograd.
+template <class F>
+auto below_autograd(F call) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
 }
 
+// Gradients that raise an error when they are differentiated in their turn; the tensors are what they depend on.
 struct NotTwice : torch::autograd::Function<NotTwice> {
   static variable_list forward(AutogradContext*, const variable_list& gradients, at::TensorList) { return gradients; }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -205,27 +161,56 @@ struct NotTwice : torch::autograd::Function<NotTwice> {
   }
 };
 
-// The gradients, which raise an error when they are differentiated in their turn.
-inline variable_list not_twice(const variable_list& gradients, const std::vector<Tensor>& inputs) {
-  variable_list tensors = defined(inputs);
-  if (!at::GradMode::is_enabled() || !differentiated(tensors)) return gradients;
-  return NotTwice::apply(gradients, at::TensorList(tensors));
-}
+// An operator of `inputs`, which are undefined where it was given None. Op holds its other arguments and has
+//     variable_list forward(inputs)           the results, of which the first can be differentiated
+//     vector<Tensor> keep(inputs, results)    what `backward` needs, undefined where it was given None
+//     vector<Tensor> backward(grad, kept, needs)    the gradients of those inputs that need them
+template <class Op>
+struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
+  struct Held : torch::CustomClassHolder {
+    Op op;
+    std::vector<bool> given;  // inputs that are defined
+    Held(const Op& op) : op(op) {}
+  };
 
-// `call` with the dispatcher below autograd.
-template <class F>
-auto below_autograd(F call) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return call();
-}
-
-// Gradients in a list that has one entry for each that is needed -> one for each input.
-inline std::vector<Tensor> spread(const std::vector<Tensor>& some, const std::vector<bool>& needs) {
-  std::vector<Tensor> all(needs.size());
-  for (size_t i = 0, next = 0; i < needs.size(); i++) {
-    if (needs[i]) all[i] = some[next++];
+  static variable_list forward(AutogradContext* ctx, at::TensorList, const Op& op, const std::vector<Tensor>& inputs) {
+    auto held = c10::make_intrusive<Held>(op);
+    for (const Tensor& t : inputs) held->given.push_back(t.defined());
+    variable_list results = op.forward(inputs);
+    ctx->save_for_backward(op.keep(inputs, results));
+    ctx->saved_data["held"] = at::IValue::make_capsule(held);
+    ctx->mark_non_differentiable(variable_list(results.begin() + 1, results.end()));
+    ctx->set_materialize_grads(false);
+    return results;
   }
-  return all;
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    auto held = c10::static_intrusive_pointer_cast<Held>(ctx->saved_data["held"].toCapsule());
+    std::vector<bool> needs, of_given;
+    for (bool is : held->given) {
+      needs.push_back(is && ctx->needs_input_grad(of_given.size()));  // of this call: others ask more
+      if (is) of_given.push_back(needs.back());
+    }
+    variable_list all(of_given.size() + 2);  // with the other two arguments of `forward`
+    if (!grad[0].defined()) return all;
+    variable_list kept = ctx->get_saved_variables();
+    variable_list some = below_autograd([&] { return held->op.backward(grad[0], kept, needs); });
+    if (at::GradMode::is_enabled()) {
+      kept.push_back(grad[0]);
+      some = NotTwice::apply(some, at::TensorList(defined(kept)));
+    }
+    for (size_t i = 0, next = 0; i < of_given.size(); i++) {
+      if (of_given[i]) all[i] = some[next++];
+    }
+    return all;
+  }
+};
+
+template <class Op>
+variable_list run(const Op& op, const std::vector<Tensor>& inputs) {
+  variable_list tensors = defined(inputs);
+  if (!differentiated(tensors)) return op.forward(inputs);
+  return Differentiable<Op>::apply(at::TensorList(tensors), op, inputs);  // the type says what results depend on
 }
 
 }  // namespace pdarts

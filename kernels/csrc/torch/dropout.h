@@ -53,7 +53,7 @@ Tensor dropout_masks(const Tensor& key, const Tensor& rates, at::IntArrayRef ter
           size[2] * size[3],
           each,
           masks.data_ptr<float>() + i * each};
-      dropout_mask_cuda(&mask, c10::cuda::getCurrentCUDAStream());
+      dropout_mask_cuda(mask, c10::cuda::getCurrentCUDAStream());
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return masks;

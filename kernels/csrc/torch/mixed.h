@@ -252,11 +252,9 @@ struct Mixed {
   std::vector<Tensor> backward(
       const Tensor& grad, const std::vector<Tensor>& kept, const std::vector<bool>& needs) const {
     static auto op = operator_of<decltype(mixed_backward)>("pdarts::mixed_backward");
-    return spread(
-        op.call(
-            grad, given(part(kept, 0, K)), kept[K], given(part(kept, K + 1, K)), given(part(kept, 2 * K + 1, K)),
-            given(kept.back()), batch, list_of(needs)),
-        needs);
+    return op.call(
+        grad, given(part(kept, 0, K)), kept[K], given(part(kept, K + 1, K)), given(part(kept, 2 * K + 1, K)),
+        given(kept.back()), batch, list_of(needs));
   }
 };
 
@@ -271,19 +269,6 @@ std::tuple<Tensor, Tensor> mixed_autograd(
   flags_of("batch", batch, K);
   variable_list results = run(Mixed{K, statistics, batch, eps}, inputs);
   return {results[0], results[1]};
-}
-
-std::vector<Tensor> mixed_backward_autograd(
-    const Tensor& grad, const OptionalTensors& outputs, const Tensor& probabilities, const OptionalTensors& gammas,
-    const OptionalTensors& betas, const OptionalTensor& statistics, Flags batch, Flags needs) {
-  static auto op = operator_of<decltype(mixed_backward)>("pdarts::mixed_backward");
-  size_t K = outputs.size();
-  std::vector<Tensor> inputs = tensors_of("outputs", outputs, K);
-  inputs.push_back(grad), inputs.push_back(probabilities);
-  for (const Tensor& t : tensors_of("gammas", gammas, K)) inputs.push_back(t);
-  return not_twice(
-      below_autograd([&] { return op.call(grad, outputs, probabilities, gammas, betas, statistics, batch, needs); }),
-      inputs);
 }
 
 }  // namespace
@@ -316,7 +301,4 @@ TORCH_LIBRARY_IMPL(pdarts, CUDA, m) {
 }
 #endif
 
-TORCH_LIBRARY_IMPL(pdarts, Autograd, m) {
-  m.impl("mixed", &pdarts::mixed_autograd);
-  m.impl("mixed_backward", &pdarts::mixed_backward_autograd);
-}
+TORCH_LIBRARY_IMPL(pdarts, Autograd, m) { m.impl("mixed", &pdarts::mixed_autograd); }
