@@ -10,6 +10,7 @@ import torch
 
 from harness.devices import keep_freed_memory, pick_device
 from harness.measure import elsewhere, gpu_report
+from harness.measure import model as modelling
 from harness.measure import traffic as counting
 from harness.measure.claims import Claims
 from harness.measure.options import Parser, add_command, run_command
@@ -36,6 +37,14 @@ def traffic(args):
     harness/measure/traffic.py.
     """
     return counting.print_table(args)
+
+
+def model(args):
+    """The time of a step and of the paper's search on an H200, from launches, bytes and instructions: a model.
+
+    Nothing is measured. See the head of harness/measure/model.py, and docs/PERFORMANCE.md.
+    """
+    return modelling.print_table(args)
 
 
 def claims(args):
@@ -82,6 +91,8 @@ def main(arguments: list[str]) -> int:
     add_command(commands, gpu, "device", "out", "parts", "minutes", "seconds", "rounds", "official", *steps, seconds=2)
     commands.choices["gpu"].set_defaults(compile=True)
     add_command(commands, traffic, "json", "batch", "channels", "stages", "search", batch=96, device="cpu")
+    model_parser = add_command(commands, model, "json", "batch", "channels", "stages", "search", batch=96, device="cpu")
+    model_parser.add_argument("--sass", metavar="FILE", help="the SASS of the kernels, to count instructions in")
     claims_parser = add_command(commands, claims, "device", "out", "scale", "seeds")
     claims_parser.add_argument("--data", metavar="DIR", required=True, help="the folder of CIFAR-10")
     versions_parser = add_command(commands, versions, "out")

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import typing
 from unittest import mock
 
 import torch
@@ -32,10 +33,33 @@ SIDES = {"torch's": ("mixed",), "cells": ("mixed", "cell")}  # the operations th
 RATE = 0.3  # of the skip dropout
 
 
+class Part(typing.NamedTuple):
+    """A convolution of a launch: what its pointwise product reads, and the kernel and stride before it."""
+
+    n: int
+    channels: int
+    height: int
+    width: int
+    out: int
+    kernel: int
+    stride: int
+
+
+class Launch(typing.NamedTuple):
+    kernel: str  # without cell_ and _kernel, or torch's operation
+    bytes: float
+    parts: tuple = ()
+
+
+def launched(kernel, count, moved):
+    """Return as many launches, of which the first moves all bytes."""
+    return [Launch(kernel, moved if not i else 0.0) for i in range(count)]
+
+
 def mixed(call, size):
     outputs, *_, batch, _ = call.arguments
     again = sum(size(x) for x, of in zip(outputs, batch) if of)
-    return 3 if any(batch) else 1, size(outputs) + again + size(call.results[0])
+    return launched("mixed", 3 if any(batch) else 1, size(outputs) + again + size(call.results[0]))
 
 
 def mixed_backward(call, size):
@@ -44,36 +68,36 @@ def mixed_backward(call, size):
     of_p = needs[len(outputs)]
     sums = [x for x, of in zip(outputs, batch) if x is not None and (of_p or of)]
     again = [x for x, of in zip(outputs, batch) if of and x is not None]
-    launches = (bool(sums) or of_p) + any(batch) + bool(inputs) + of_p
+    count = (bool(sums) or of_p) + any(batch) + bool(inputs) + of_p
     moved = bool(sums) * size(grad) + size(sums) + size(grad) + size(again) + size(call.results)
-    return launches, moved
+    return launched("mixed", count, moved)
 
 
 def convolution_backward(call, size):
     grad, x, *_, mask = call.arguments
-    return sum(mask[:2]), sum(mask[:2]) * (size(grad) + size(x))
+    return launched("convolution_backward", sum(mask[:2]), sum(mask[:2]) * (size(grad) + size(x)))
 
 
 def batch_norm(call, size):
     x = call.arguments[0]
     training = call.arguments[5]
-    return 1 + training, (2 + training) * size(x)
+    return launched("batch_norm", 1 + training, (2 + training) * size(x))
 
 
 def batch_norm_backward(call, size):
-    return 2, 2 * size(call.arguments[:2]) + size(call.results[0])
+    return launched("batch_norm", 2, 2 * size(call.arguments[:2]) + size(call.results[0]))
 
 
 def max_pool_backward(call, size):
     grad, x, *_, indices = call.arguments
-    return 2, size(grad) + size(indices) + 2 * size(x)  # cleared and then added to
+    return launched("max_pool", 2, size(grad) + size(indices) + 2 * size(x))  # cleared and then added to
 
 
 class Launches:
     """The launches of a cell, level by level, and the bytes that they move."""
 
     def __init__(self, inputs, weights, program, outputs, batch, size):
-        self.batch, self.outputs, self.size, self.count, self.bytes = batch, outputs, size, 0, 0
+        self.batch, self.outputs, self.size, self.launches = batch, outputs, size, []
         self.shapes, self.inputs = [x.shape for x in inputs], len(inputs)
         # Of each value: kind, sources, parts, stride, whether there is one that is computed alike.
         self.operations = [("input", [], (), 1, False)] * len(inputs)
@@ -90,15 +114,16 @@ class Launches:
             return
         kind, (stride, padding, dilation) = kinds[kind], (next(numbers) for _ in range(3))
         n, c, *size = self.shapes[source]
-        parts = []  # (shape of what the pointwise convolution reads, whether it is written, how a launch is found)
+        parts = []  # (shape of what the pointwise convolution reads, whether it is written, results, size of the kernel)
         if kind == "separable":
             kernel = 1 if weight is None else weight.shape[2]
             size = [(s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size] if kernel > 1 else size
-            parts = [((n, c, *size), kernel > 1, weight is not None)]
+            parts = [((n, c, *size), kernel > 1, len(pointwise), kernel)]
             c = len(pointwise)
         elif kind == "reduce":
             size, stride = [(s + 1) // 2 for s in size], 2
-            parts, c = [((n, c, *size), True, False)] * 2, len(weight) + len(pointwise)
+            parts = [((n, c, *size), True, len(w), 1) for w in (weight, pointwise)]
+            c = len(weight) + len(pointwise)
         else:
             size = [(s - 1) // stride + 1 for s in size]
         there = [(op[0], op[1], op[3]) for op in self.operations[self.inputs :]]
@@ -108,7 +133,7 @@ class Launches:
 
     def saved(self):
         """Return the bytes that are saved on CUDA, less those on the CPU."""
-        between = [z for _, _, parts, *_ in self.operations for z, written, _ in parts if written]
+        between = [z for _, _, parts, *_ in self.operations for z, written, *_ in parts if written]
         outputs = [self.shapes[v] for v in self.outputs if len(self.outputs) > 1]
         alike = [shape for shape, (*_, alike) in zip(self.shapes, self.operations) if alike]
         return sum(map(self.of, between + outputs)) - sum(map(self.of, alike))
@@ -116,9 +141,15 @@ class Launches:
     def of(self, shape):
         return self.size(torch.empty(shape, device="meta"))
 
-    def launch(self, *shapes, times=1):
-        self.count += times
-        self.bytes += sum(map(self.of, shapes))
+    def launch(self, kernel, *shapes, values=()):
+        parts = [
+            Part(*z, out, size, self.operations[v][3]) for v in values for z, _, out, size in self.operations[v][2]
+        ]
+        self.launches.append(Launch(kernel, sum(map(self.of, shapes)), tuple(parts)))
+
+    def small(self, kernel, count=1):
+        """Add launches that move next to nothing."""
+        self.launches += launched(kernel, count, 0.0)
 
     def is_state(self, v):
         return v < self.inputs or self.operations[v][0] == "sum"
@@ -141,21 +172,24 @@ class Launches:
         shapes, level = self.shapes, [0] * self.inputs
         for _, sources, *_ in self.operations[self.inputs :]:
             level.append(1 + max(level[v] for v in sources))
-        self.count += 2 * any(self.batch)  # statistics are cleared
+        self.small("clear", 2 * any(self.batch))  # statistics
         for values in self.levels(level)[1:]:
             kind = {v: self.operations[v][0] for v in values}
             for group in self.grouped(v for v in values if kind[v] in ("separable", "reduce")):
-                between = [z for v in group for z, saved, _ in self.operations[v][2] if save and saved]
-                self.launch(*self.reads(group), *(shapes[v] for v in group), *between)
-                self.count += any(self.batch[v] for v in group)
+                between = [z for v in group for z, saved, *_ in self.operations[v][2] if save and saved]
+                moved = *self.reads(group), *(shapes[v] for v in group), *between
+                self.launch("convolution", *moved, values=group)
+                self.small("statistics", any(self.batch[v] for v in group))
             for group in self.grouped(v for v in values if kind[v] in ("max", "avg") and not self.operations[v][4]):
-                self.launch(*self.reads(group), *(shapes[v] for v in group))
-                self.count += any(self.batch[v] for v in group)
+                self.launch("pool", *self.reads(group), *(shapes[v] for v in group))
+                self.small("statistics", any(self.batch[v] for v in group))
             for v in values:
                 if kind[v] == "sum":
                     terms = self.operations[v][1]
-                    self.launch(*(shapes[u] for u in terms), shapes[v], times=2 - all(map(self.is_state, terms)))
-        self.launch(*(shapes[v] for v in 2 * self.outputs), times=len(self.outputs) > 1)
+                    self.small("rows", not all(map(self.is_state, terms)))
+                    self.launch("mixed_forward", *(shapes[u] for u in terms), shapes[v])
+        if len(self.outputs) > 1:
+            self.launch("cat", *(shapes[v] for v in 2 * self.outputs))
 
     def backward(self, needs):
         shapes, count = self.shapes, len(self.shapes)
@@ -179,57 +213,65 @@ class Launches:
             steps = [v for v in values if wanted[v] and self.operations[v][0] in ("separable", "reduce")]
             for group in self.grouped(steps):
                 weights += self.convolution_gradients(group, users, of_weights, wanted)
-        self.count += math.ceil(weights / 64)  # the sums over blocks
+        self.small("sums", math.ceil(weights / 64))  # over blocks
 
     def gather(self, states, users, wanted):
-        sizes, readers = set(), []
+        terms, pools, readers = collections.defaultdict(list), [], []
         for v in states:
-            read = [u for u in users[v] if wanted[u]]
+            shape, read = self.shapes[v], [u for u in users[v] if wanted[u]]
             kinds = [self.operations[u][0] for u in read]
-            moved = [self.shapes[v]] * (2 * (v in self.outputs) + kinds.count("sum"))
-            self.count += v in self.outputs and len(self.outputs) > 1  # its part of the gradient is copied
-            sizes |= {self.shapes[v]} if moved else set()
-            self.launch(*moved, self.shapes[v], times=0)
-            pools = [u for u in read if self.operations[u][0] in ("max", "avg")]
-            self.launch(*(self.shapes[u] for u in pools), times=bool(pools))  # of each what the sum's gradient is
-            own = [u for u in pools if not self.operations[u][4]]
-            self.launch(*(self.shapes[u] for u in own), *[self.shapes[v]] * (3 * bool(pools)), times=0)
+            if v in self.outputs and len(self.outputs) > 1:  # its part of the gradient is copied
+                self.launch("copy", shape, shape)
+            # Its gradient is written, and the parts of which it is a sum are read.
+            if count := (v in self.outputs) + kinds.count("sum"):
+                terms[shape] += [shape] * (count + 1)
+            of_pools = [u for u in read if self.operations[u][0] in ("max", "avg")]
+            if of_pools:  # what the gradients of their sums are, and their results
+                own = [u for u in of_pools if not self.operations[u][4]]
+                pools.append([*(self.shapes[u] for u in of_pools + own), *[shape] * 3])
             readers += [u for u in read if self.operations[u][0] in ("separable", "reduce")]
-        self.count += len(sizes)
+        for shapes in terms.values():
+            self.launch("terms", *shapes)
+        for shapes in pools:
+            self.launch("pool_input", *shapes)
         for group in self.grouped(readers):
-            between = [z for u in group for z, *_ in self.operations[u][2]]
-            self.launch(*between, *3 * self.reads(group))
+            self.launch("input", *self.between(group), *3 * self.reads(group), values=group)
 
     def sum_gradients(self, v, of_probabilities, wanted):
         terms = self.operations[v][1]
         normed = [u for u in terms if self.batch[u] and wanted[u]]
         read = terms if of_probabilities else normed
+        self.small("rows", not all(map(self.is_state, terms)))
         if read:
-            self.launch(*(self.shapes[u] for u in read), self.shapes[v])
-        self.count += bool(normed) + of_probabilities + (not all(map(self.is_state, terms)))
+            self.launch("mixed_backward_sums", *(self.shapes[u] for u in read), self.shapes[v])
+        self.small("mixed_channels", bool(normed))
+        self.small("mixed_probabilities", of_probabilities)
 
     def convolution_gradients(self, group, users, of_weights, wanted):
         """Count the launches; return the number of weights that have gradients."""
         shapes = self.shapes
-        parts = [(v, i, *part) for v in group for i, part in enumerate(self.operations[v][2])]
         asked = {v: of_weights[2 * (v - self.inputs) :][:2] for v in group}
+        separable = [v for v in group if self.operations[v][0] == "separable"]
         # Terms of a sum read one gradient; and those with a norm read themselves.
         incoming = [*{u: shapes[v] for v in group for u in users[v]}.values()]
         incoming += [shapes[v] for v in group if self.batch[v]]
-        passed = [p for p in parts if wanted[self.operations[p[0]][1][0]] or (p[4] and asked[p[0]][0])]
+        kernels = [v for v in separable if self.operations[v][2][0][3] > 1 and asked[v][0]]
+        passed = [v for v in group if wanted[self.operations[v][1][0]] or v in kernels]
         if passed:
-            self.launch(*incoming, *(z for _, _, z, *_ in passed))
-        pointwise = [p for p in parts if asked[p[0]][1 if self.operations[p[0]][0] == "separable" else p[1]]]
+            self.launch("between", *incoming, *self.between(passed), values=passed)
+        pointwise = [v for v in group if asked[v][1] or (v not in separable and asked[v][0])]
         if pointwise:
-            self.launch(*incoming, *(z for _, _, z, *_ in pointwise))
-        kernels = [p for p in parts if p[4] and asked[p[0]][0]]
+            self.launch("pointwise", *incoming, *self.between(pointwise), values=pointwise)
         if kernels:
-            self.launch(*(z for _, _, z, *_ in kernels), *self.reads(p[0] for p in kernels))
+            self.launch("weight", *self.between(kernels), *self.reads(kernels), values=kernels)
         chained = [v for v in group if not self.is_state(self.operations[v][1][0]) and wanted[self.operations[v][1][0]]]
         if chained:
-            between = [z for v in chained for z, *_ in self.operations[v][2]]
-            self.launch(*between, *2 * self.reads(chained), times=2)
-        return len(pointwise) + len(kernels)
+            self.launch("input", *self.between(chained), *2 * self.reads(chained), values=chained)
+            self.small("norm")
+        return sum(len(self.operations[v][2]) for v in pointwise) + len(kernels)
+
+    def between(self, values):
+        return [z for v in values for z, *_ in self.operations[v][2]]
 
 
 def forward_of(call, size):
@@ -240,14 +282,14 @@ def forward_of(call, size):
 def cell(call, size):
     launches = forward_of(call, size)
     launches.forward(save=call.arguments[-1])
-    return launches.count, launches.bytes
+    return launches.launches
 
 
 def cell_backward(call, size):
     _, _, _, inputs, weights, *_, program, outputs, batch, needs = call.arguments
     launches = Launches(inputs, weights, program, outputs, batch, size)
     launches.backward(needs)
-    return launches.count, launches.bytes
+    return launches.launches
 
 
 KNOWN = {
@@ -255,7 +297,9 @@ KNOWN = {
     "pdarts::cell_backward": cell_backward,
     "pdarts::mixed": mixed,
     "pdarts::mixed_backward": mixed_backward,
-    "pdarts::update_running": lambda call, size: (2 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)),
+    "pdarts::update_running": lambda call, size: launched(
+        "update_running", 2 * math.ceil(len(call.arguments[0]) / 48), 2 * size(call.arguments)
+    ),
     "aten::convolution_backward": convolution_backward,
     "aten::native_batch_norm": batch_norm,
     "aten::native_batch_norm_backward": batch_norm_backward,
@@ -283,6 +327,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.images, self.factor = images, batch / images
         self.launches, self.bytes, self.saved = collections.Counter(), collections.Counter(), 0.0
+        self.each = []  # all of them, in order
 
     def size(self, tensors) -> float:
         every = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
@@ -294,13 +339,15 @@ class Traffic(TorchDispatchMode):
         if function.is_view or name.startswith(KERNELLESS):
             return results
         if name in KNOWN:
-            launches, moved = KNOWN[name](Call(args, results), self.size)
+            each = KNOWN[name](Call(args, results), self.size)
         else:
             lists = [len(a) for a in args if isinstance(a, (list, tuple)) and name.startswith("aten::_foreach")]
-            launches = math.ceil(max(lists, default=1) / 48)  # about as many tensors as torch gives to one kernel
+            count = math.ceil(max(lists, default=1) / 48)  # about as many tensors as torch gives to one kernel
             moved = self.size([args, list((kwargs or {}).values()), results])
-        self.launches[name] += launches
-        self.bytes[name] += moved
+            each = launched(name.partition("::")[2], count, moved)
+        self.each += each
+        self.launches[name] += len(each)
+        self.bytes[name] += sum(launch.bytes for launch in each)
         self.saved += MORE_SAVED[name](Call(args, results), self.size) if name in MORE_SAVED else 0
         return results
 
@@ -334,13 +381,13 @@ def first_step(optimizer):
     optimizer.step()
 
 
-def rows(stages, channels: int, batch: int, number: int = 1):
+def rows(stages, channels: int, batch: int, number: int = 1, sides=tuple(SIDES)):
     """Yield a row for every stage, kind of step and side, and the counts of its operations."""
     config = dataclasses.replace(pdarts.CIFAR10, channels=channels)
     ((images, labels),) = batches(1, IMAGES, torch.device("cpu"))
     for stage in stages:
-        for name, operations in SIDES.items():
-            with side(operations):
+        for name in sides:
+            with side(SIDES[name]):
                 step = OurStep(stage, config, images, labels, number=number)
                 step.network.set_skip_dropout(RATE)
                 saved = Traffic(IMAGES, batch).saved_by(step.forward)
@@ -356,14 +403,19 @@ def rows(stages, channels: int, batch: int, number: int = 1):
                     yield {**about, **numbers, **floors}, counted
 
 
-def print_table(args):
-    """Print the table, each row when it is counted, and return the rows."""
+def counted_rows(args, sides=tuple(SIDES)):
+    """Return the rows that the options ask for, having said what they are of."""
     kernels.use("on")
     torch.set_num_threads(1)  # the tensors are small
     print(f"float32, batch {args.batch}, C = {args.channels}; counted, not measured")
     print(f"candidates of stages 2 and 3: those of search {args.search} of testdata/derive.json", flush=True)
+    return rows(args.stages, args.channels, args.batch, args.search, sides)
+
+
+def print_table(args):
+    """Print the table, each row when it is counted, and return the rows."""
     table = []
-    for row, counted in rows(args.stages, args.channels, args.batch, args.search):
+    for row, counted in counted_rows(args):
         if not table:
             print("\n| " + " | ".join(row) + " | most launches |\n|" + " --- |" * (len(row) + 1))
         most = ", ".join(f"{n} {name.partition('::')[2]}" for name, n in counted.launches.most_common(6))
