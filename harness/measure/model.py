@@ -108,7 +108,8 @@ def blocks_of(sass: str):
     """Yield the kernel, address, instructions, multiply-adds, loads and stores of each block of code between jumps."""
     for body in sass.split("Function : ")[1:]:
         code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)]
-        jumps = {at: re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text) for at, text in code if re.search(r"BRA|EXIT|RET", text)}
+        ends = [(at, text) for at, text in code if re.search(r"BRA|EXIT|RET", text)]
+        jumps = {at: re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text) for at, text in ends}
         starts = {at + 16 for at in jumps} | {int(to[1], 16) for to in jumps.values() if to}
         block = []
         for at, text in [*code, (None, "")]:

@@ -114,7 +114,7 @@ class Launches:
             return
         kind, (stride, padding, dilation) = kinds[kind], (next(numbers) for _ in range(3))
         n, c, *size = self.shapes[source]
-        parts = []  # (shape of what the pointwise convolution reads, whether it is written, results, size of the kernel)
+        parts = []  # (shape of what the pointwise product reads, whether it is written, results, size of the kernel)
         if kind == "separable":
             kernel = 1 if weight is None else weight.shape[2]
             size = [(s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size] if kernel > 1 else size
