@@ -17,7 +17,6 @@ namespace {
 constexpr int kResults = 64;  // of a thread, in registers
 constexpr int kChannels = 4;  // whose tiles are in shared memory together
 constexpr int kMaps = 2;      // gradients of convolutions whose tiles are
-constexpr int kAhead = 4;     // loads of a thread that are in flight while it computes
 
 // Taps of the largest kernel, and what keeps 16 bytes aligned.
 template <int... K>
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
     plan.x = static_cast<const T*>(d.x) + static_cast<int64_t>(n) * d.C * plane;
   }
   clear(tiles, together * t.images * t.image);
-  int size = all.OH * all.OW, pixel = at.row * all.OW + at.column;
+  int size = all.OH * all.OW, pixel = at.row * all.OW + at.column, offset = at.offset(t, R, S);
   bool works = at.image < t.images && n + at.image < all.N && at.column < all.OW;
   int rows = works ? max(0, min(R, all.OH - at.row)) : 0;
   A sum[R][O] = {};
@@ -188,39 +187,42 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) cell_convolution_kerne
     gather_norms(c0 + together);
     __syncthreads();
     if (!rows) continue;
-    for (int i = 0; i < channels; i++) {
-      const A* from = tiles + i * t.images * t.image + at.offset(t, R, S);
-      A z[R] = {};
-      with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
-        constexpr bool fits = K.value <= 5;  // into registers; else each is loaded where it is used
+    T* to_z = nullptr;
+    if (d.z && !first) to_z = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0) * size + pixel;
+    with_taps(d.kernel, d.dilation, [&](auto K, auto D) {
+#pragma unroll 1
+      for (int i = 0; i < channels; i++) {
+        constexpr bool fits = K.value <= 5 || R == 1;  // into registers; else each is loaded where it is used
         std::conditional_t<fits, A[quotient_up(K.value * K.value, V) * V], const volatile A*> w;
         if constexpr (fits) {
           load_packs(weight + i * kTaps, w);
         } else {
           w = weight + i * kTaps;
         }
+        const A* from = tiles + i * t.images * t.image + offset;
+        A z[R] = {};
         for_taps<K.value, S, D.value, R>(elements_of<S>(from, t.pitch), [&](int r, int row, int column, A v) {
           z[r] += w[row * K.value + column] * v;
         });
-      });
-      if (d.z && !first) {
-        T* to = static_cast<T*>(d.z) + (static_cast<int64_t>(n + at.image) * d.C + c0 + i) * size + pixel;
+        if (to_z) {
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-          if (r < rows) to[r * all.OW] = static_cast<T>(z[r]);
+          for (int r = 0; r < R; r++) {
+            if (R == 1 || r < rows) to_z[r * all.OW] = static_cast<T>(z[r]);
+          }
+          to_z += size;
+        }
+#pragma unroll
+        for (int o = 0; o < O; o += V) {
+          A p[V];
+          load_packs(pointwise + i * O + o, p);
+#pragma unroll
+          for (int l = 0; l < V; l++) {
+#pragma unroll
+            for (int r = 0; r < R; r++) sum[r][o + l] += p[l] * z[r];
+          }
         }
       }
-#pragma unroll
-      for (int o = 0; o < O; o += V) {
-        A p[V];
-        load_packs(pointwise + i * O + o, p);
-#pragma unroll
-        for (int l = 0; l < V; l++) {
-#pragma unroll
-          for (int r = 0; r < R; r++) sum[r][o + l] += p[l] * z[r];
-        }
-      }
-    }
+    });
   }
   T* to = static_cast<T*>(d.y) + (static_cast<int64_t>(n + at.image) * d.channels + first) * size + pixel;
 #pragma unroll
@@ -317,7 +319,7 @@ __global__ void __launch_bounds__(kThreads) cell_rows_kernel(const __grid_consta
 template <class A>
 struct Coefficients {
   A a, b, mean, c;
-  __device__ __forceinline__ A gradient(A p, A g, A y) const { return a * p * g + b * (y - mean) + c; }
+  __device__ __forceinline__ A gradient(A p, A g, A y) const { return a * p * g + (b * (y - mean) + c); }
 };
 
 template <class A>
@@ -332,77 +334,62 @@ __device__ __forceinline__ A of_image(const PdartsIncoming& d, int64_t n) {
   return d.per_image ? static_cast<const A*>(d.p)[n] : A(1);
 }
 
-// V elements, of which `count` are there; -1: all of them, aligned.
+// V elements, aligned.
 template <int V, class T>
-__device__ __forceinline__ Pack<T, V> load(const void* from, int64_t i, int count) {
-  const T* p = static_cast<const T*>(from) + i;
-  if (count < 0) return *reinterpret_cast<const Pack<T, V>*>(p);
-  Pack<T, V> pack = {};
-#pragma unroll
-  for (int v = 0; v < V; v++) {
-    if (v < count) pack.v[v] = p[v];
-  }
-  return pack;
+__device__ __forceinline__ Pack<T, V> load(const void* from, int64_t i) {
+  return *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from) + i);
 }
 
 template <int V, class T>
-__device__ __forceinline__ void store(void* to, int64_t i, int count, const Pack<T, V>& pack) {
-  T* p = static_cast<T*>(to) + i;
-  if (count < 0) {
-    *reinterpret_cast<Pack<T, V>*>(p) = pack;
-    return;
-  }
-#pragma unroll
-  for (int v = 0; v < V; v++) {
-    if (v < count) p[v] = pack.v[v];
-  }
+__device__ __forceinline__ void store(void* to, int64_t i, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(to) + i) = pack;
 }
 
-// Grid [blocks, convolutions, channels by I]. grad_z = pointwise^T g: a thread has some pixels side by side and I
+// Grid [blocks, convolutions, channels by I]. grad_z = pointwise^T g: a thread has P pixels side by side and I
 // channels. Reads g and y for each I channels and writes grad_z once: the least for one of them, if I is enough.
-template <int I, class T>
+template <int I, int P, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    cell_between_kernel(const __grid_constant__ PdartsConvolutions all, bool vectors) {
+    cell_between_kernel(const __grid_constant__ PdartsConvolutions all) {
   using A = Accumulated<T>;
-  constexpr int P = kResults / I, some = 16;
-  static_assert(some % kAhead == 0);
+  constexpr int some = 16, ahead = P == 1 ? 4 : 2;
   alignas(16) __shared__ A pointwise[some * I];
   __shared__ Coefficients<A> coefficients[some];
   const PdartsConvolution& d = all.at[blockIdx.y];
-  int first = blockIdx.z * I;
+  int first = blockIdx.z * I, out = d.out, size = all.OH * all.OW;
   if (first >= d.C) return;
-  int64_t size = static_cast<int64_t>(all.OH) * all.OW, per_image = (size + P - 1) / P;
-  int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, n = id / per_image;
-  int64_t pixel = (id - n * per_image) * P;
+  unsigned id = blockIdx.x * kThreads + threadIdx.x, per_image = size / P, n = id / per_image;
   bool works = n < all.N;
-  int count = vectors ? -1 : static_cast<int>(min(size - pixel, static_cast<int64_t>(P)));
-  A sum[I][P] = {}, p = works ? of_image<A>(d.incoming, n) : A(0);
-  Pack<T, P> g[kAhead], y[kAhead] = {};  // of the next results, in flight while these are computed
-  int left = works ? d.out : 0;
-  int64_t from = n * d.channels * size + pixel;
-  auto fetch = [&](int u) {
-    if (left-- <= 0) return;
-    g[u] = load<P, T>(d.incoming.g, from, count);
-    if (d.incoming.b) y[u] = load<P, T>(d.incoming.y, from, count);
-    from += size;
+  if (!works) n = 0, id = 0;
+  int64_t pixel = (id - n * per_image) * P;
+  A sum[I][P] = {}, p = of_image<A>(d.incoming, n);
+  Pack<T, P> g[ahead], y[ahead];  // of the next results, in flight while these are computed
+  int64_t from = static_cast<int64_t>(n) * d.channels * size + pixel;
+  const T* next_g = static_cast<const T*>(d.incoming.g) + from;
+  const T* next_y = static_cast<const T*>(d.incoming.b ? d.incoming.y : d.incoming.g) + from;
+  int left = out;
+  auto fetch = [&](int u) {  // after the last result that again
+    g[u] = load<P, T>(next_g, 0), y[u] = load<P, T>(next_y, 0);
+    int step = --left > 0 ? size : 0;
+    next_g += step, next_y += step;
   };
 #pragma unroll
-  for (int u = 0; u < kAhead; u++) fetch(u);
-  for (int o0 = 0; o0 < d.out; o0 += some) {
-    int outs = min(some, d.out - o0);
+  for (int u = 0; u < ahead; u++) fetch(u);
+  for (int o0 = 0; o0 < out; o0 += some) {
     if (o0) __syncthreads();
-    for (int i = threadIdx.x; i < outs * I; i += kThreads) {
-      int c = first + i % I;
-      pointwise[i] = c < d.C ? static_cast<const A*>(d.pointwise)[static_cast<int64_t>(o0 + i / I) * d.C + c] : A(0);
-    }
-    if (threadIdx.x < outs) coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, o0 + threadIdx.x);
-    __syncthreads();
-    if (!works) continue;
 #pragma unroll 1
-    for (int j = 0; j < outs; j += kAhead) {
+    for (int i = threadIdx.x; i < some * I; i += kThreads) {
+      int o = o0 + i / I, c = first + i % I;
+      pointwise[i] = o < out && c < d.C ? static_cast<const A*>(d.pointwise)[static_cast<int64_t>(o) * d.C + c] : A(0);
+    }
+    if (threadIdx.x < some) {
+      int o = o0 + threadIdx.x;
+      coefficients[threadIdx.x] = o < out ? coefficients_of<A>(d.incoming, o) : Coefficients<A>{};
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int j = 0; j < min(some, out - o0); j += ahead) {
 #pragma unroll
-      for (int u = 0; u < kAhead; u++) {
-        if (j + u >= outs) break;
+      for (int u = 0; u < ahead; u++) {
         Coefficients<A> of = coefficients[j + u];
         A of_y[P];
 #pragma unroll
@@ -418,81 +405,69 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     }
   }
   if (!works) return;
+  T* to = static_cast<T*>(d.grad_z) + (static_cast<int64_t>(n) * d.C + first) * size + pixel;
 #pragma unroll
   for (int i = 0; i < I; i++) {
     Pack<T, P> pack;
 #pragma unroll
     for (int q = 0; q < P; q++) pack.v[q] = static_cast<T>(sum[i][q]);
-    if (first + i < d.C) store<P, T>(d.grad_z, (n * d.C + first + i) * size + pixel, count, pack);
+    if (first + i < d.C) store<P, T>(to, 0, pack);
+    to += size;
   }
 }
 
-// Grid [splits * blocks of B x B weights, convolutions]. of_pointwise [splits][out][C] = g z^T: pixels go through
-// shared memory, a warp takes some of them, and a lane has (B/8) x (B/4) of the sums. Reads g, y and z once for each B
-// channels of the other side: the least, if B is enough.
-template <int B, class T>
+// Grid [splits * blocks of B x B weights, convolutions]. of_pointwise [splits][out][C] = g z^T: Q pixels at a time go
+// through shared memory, W side by side for each load; a warp takes some of them, and a lane has (B/8) x (B/4) of the
+// sums. Reads g, y and z once for each B channels of the other side: the least, if B is enough.
+template <int B, int W, class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    cell_pointwise_kernel(const __grid_constant__ PdartsConvolutions all, int splits, bool vectors) {
+    cell_pointwise_kernel(const __grid_constant__ PdartsConvolutions all, int splits) {
   using A = Accumulated<T>;
   constexpr int V = 16 / sizeof(A), Q = 512 / sizeof(A), pitch = Q + V, M = B / 8, N = B / 4;
   alignas(16) __shared__ A shared[2 * B * pitch];
   __shared__ Coefficients<A> coefficients[B];
+  __shared__ Norm<A> norms[B];
   const PdartsConvolution& d = all.at[blockIdx.y];
   int split = blockIdx.x % splits, across = (d.C + B - 1) / B;
   int c0 = static_cast<int>(blockIdx.x / splits) % across * B, o0 = static_cast<int>(blockIdx.x / splits) / across * B;
   if (o0 >= d.out) return;
-  if (threadIdx.x < B && o0 + threadIdx.x < d.out) {
-    coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, o0 + threadIdx.x);
+  if (threadIdx.x < B) {
+    coefficients[threadIdx.x] = coefficients_of<A>(d.incoming, min(o0 + static_cast<int>(threadIdx.x), d.out - 1));
+    norms[threadIdx.x] = norm_of<A>(d.norm, min(c0 + static_cast<int>(threadIdx.x), d.C - 1));
   }
   __syncthreads();
-  int size = all.OH * all.OW, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t pixels = all.N * size;
+  int size = all.OH * all.OW, pixels = all.N * size, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const T* z_or_x = static_cast<const T*>(d.z ? d.z : d.x);
+  const T* y_or_g = static_cast<const T*>(d.incoming.b ? d.incoming.y : d.incoming.g);  // without a norm b is 0
   A sum[M][N] = {};
-  for (int64_t start = static_cast<int64_t>(split) * Q; start < pixels; start += static_cast<int64_t>(splits) * Q) {
-    int64_t image = start / size;
-    int begin = static_cast<int>(start - image * size);
-    for (int i = threadIdx.x; i < 2 * B * (Q / V); i += kThreads) {
-      int row = i / (Q / V), q = i % (Q / V) * V;
-      bool of_g = row < B;
-      int channel = of_g ? o0 + row : c0 + row - B;
-      Pack<A, V> pack = {};
-      if (channel < (of_g ? d.out : d.C)) {
-        auto value = [&](int64_t n, int pixel, int count) {
-          Pack<A, V> result;
-          Pack<T, V> v, y = {};
-          if (of_g) {
-            int64_t from = (n * d.channels + channel) * size + pixel;
-            v = load<V, T>(d.incoming.g, from, count);
-            if (d.incoming.b) y = load<V, T>(d.incoming.y, from, count);
-            A p = of_image<A>(d.incoming, n);
+  for (int start = split * Q; start < pixels; start += splits * Q) {
 #pragma unroll
-            for (int l = 0; l < V; l++) {
-              result.v[l] = coefficients[row].gradient(p, element<A>(v, l), element<A>(y, l));
-            }
-          } else {
-            v = load<V, T>(d.z ? d.z : d.x, (n * d.C + channel) * size + pixel, count);
+    for (int l = 0; l < V / W; l++) {
+      int q = (lane + 32 * l) * W;
+      bool inside = start + q < pixels;
+      unsigned at = inside ? start + q : 0, n = at / static_cast<unsigned>(size), pixel = at - n * size;
+      A p = of_image<A>(d.incoming, n);
+      Pack<T, W> g[M], y[M], z[M];
 #pragma unroll
-            for (int l = 0; l < V; l++) result.v[l] = element<A>(v, l);
-            if (!d.z) {
-              Norm<A> norm = norm_of<A>(d.norm, channel);
-#pragma unroll
-              for (int l = 0; l < V; l++) result.v[l] = norm.rectified(result.v[l]);
-            }
-          }
-          return result;
-        };
-        if (vectors) {
-          int64_t n = image + (begin + q) / size;
-          if (n < all.N) pack = value(n, (begin + q) % size, -1);
-        } else {
-#pragma unroll
-          for (int l = 0; l < V; l++) {
-            int64_t n = image + (begin + q + l) / size;
-            if (n < all.N) pack.v[l] = value(n, (begin + q + l) % size, 1).v[0];
-          }
-        }
+      for (int i = 0; i < M; i++) {  // of channels that are not there others are loaded, whose sums nobody reads
+        int o = min(o0 + warp + 8 * i, d.out - 1), c = min(c0 + warp + 8 * i, d.C - 1);
+        int64_t from = (static_cast<int64_t>(n) * d.channels + o) * size + pixel;
+        g[i] = load<W, T>(d.incoming.g, from), y[i] = load<W, T>(y_or_g, from);
+        z[i] = load<W, T>(z_or_x, (static_cast<int64_t>(n) * d.C + c) * size + pixel);
       }
-      *reinterpret_cast<Pack<A, V>*>(shared + row * pitch + q) = pack;
+#pragma unroll
+      for (int i = 0; i < M; i++) {
+        int row = warp + 8 * i;
+        Pack<A, W> of_g, of_z;
+#pragma unroll
+        for (int k = 0; k < W; k++) {
+          of_g.v[k] = coefficients[row].gradient(p, element<A>(g[i], k), element<A>(y[i], k));
+          of_z.v[k] = d.z ? element<A>(z[i], k) : norms[row].rectified(element<A>(z[i], k));
+          if (!inside) of_z.v[k] = 0;
+        }
+        store<W, A>(shared, row * pitch + q, of_g);
+        store<W, A>(shared, (B + row) * pitch + q, of_z);
+      }
     }
     __syncthreads();
 #pragma unroll
@@ -500,13 +475,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       int q = (warp * (Q / V / kWarps) + step) * V;
       Pack<A, V> g[M], z[N];
 #pragma unroll
-      for (int i = 0; i < M; i++) {
-        g[i] = *reinterpret_cast<const Pack<A, V>*>(shared + (lane % 8 + 8 * i) * pitch + q);
-      }
+      for (int i = 0; i < M; i++) g[i] = load<V, A>(shared, (lane % 8 + 8 * i) * pitch + q);
 #pragma unroll
-      for (int j = 0; j < N; j++) {
-        z[j] = *reinterpret_cast<const Pack<A, V>*>(shared + (B + lane / 8 + 4 * j) * pitch + q);
-      }
+      for (int j = 0; j < N; j++) z[j] = load<V, A>(shared, (B + lane / 8 + 4 * j) * pitch + q);
 #pragma unroll
       for (int l = 0; l < V; l++) {
 #pragma unroll
@@ -673,7 +644,7 @@ __global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_const
 #pragma unroll 4
     for (int k = target.first; k < target.last; k++) {
       const PdartsTerm& d = all.at[k];
-      Pack<T, V> x = load<V, T>(d.x, n * size + i, -1);
+      Pack<T, V> x = load<V, T>(d.x, n * size + i);
       A p = d.p ? static_cast<const A*>(d.p)[d.per_image ? n : 0] : A(1);
       A values[V];
 #pragma unroll
@@ -689,7 +660,7 @@ __global__ void __launch_bounds__(kThreads) cell_terms_kernel(const __grid_const
     Pack<T, V> pack;
 #pragma unroll
     for (int v = 0; v < V; v++) pack.v[v] = static_cast<T>(sum[v]);
-    store<V, T>(target.to, n * size + i, -1, pack);
+    store<V, T>(target.to, n * size + i, pack);
   }
 }
 
@@ -711,8 +682,11 @@ __global__ void __launch_bounds__(kThreads)
   int size = t.images * t.image;
   A *of_largest = reinterpret_cast<A*>(memory), *of_mean = of_largest + size;
   int8_t* places = reinterpret_cast<int8_t*>(of_mean + size);
+  __shared__ Coefficients<A> coefficients[kPdartsTogether];
   int OH = all.OH, OW = all.OW;
   Place at(t, kRows);
+  if (threadIdx.x < all.count) coefficients[threadIdx.x] = coefficients_of<A>(all.at[threadIdx.x].incoming, at.c);
+  __syncthreads();
   int row = first_window(at.tile_row, S), column = first_window(at.tile_column, S);
   Divisor by_width(t.width), by_height(t.height);
   int64_t n = at.group * t.images;
@@ -729,7 +703,7 @@ __global__ void __launch_bounds__(kThreads)
       const PdartsIncoming& d = all.at[k].incoming;
       A y = d.b ? static_cast<A>(static_cast<const T*>(d.y)[window]) : A(0);
       A g = static_cast<A>(static_cast<const T*>(d.g)[window]);
-      g = coefficients_of<A>(d, at.c).gradient(of_image<A>(d, n + image), g, y);
+      g = coefficients[k].gradient(of_image<A>(d, n + image), g, y);
       largest += all.at[k].max ? g : A(0), mean += all.at[k].max ? A(0) : g, any = any || all.at[k].max;
     }
     int to = image * t.image + r * t.pitch + ow - column;
@@ -867,7 +841,6 @@ int pointwise_blocks(const PdartsConvolutions& all, int B) {
 }
 
 // Whether pixels can be loaded V at a time.
-template <class T>
 bool pixels_aligned(const PdartsConvolutions& all, int V) {
   bool fits = static_cast<int64_t>(all.OH) * all.OW % V == 0;
   for_each(all, [&](const PdartsConvolution& d) {
@@ -966,9 +939,15 @@ void cell_between_gradients_cuda(const PdartsConvolutions& all, cudaStream_t str
     with_channels<decltype(type)>(C, [&](auto channels) {
       using T = decltype(type);
       constexpr int I = channels.value, P = kResults / I;
-      int64_t threads = all.N * quotient_up(int64_t(all.OH) * all.OW, P);
-      dim3 grid(static_cast<unsigned>(quotient_up(threads, kThreads)), all.count, quotient(C, I));
-      cell_between_kernel<I, T><<<grid, kThreads, 0, stream>>>(all, pixels_aligned<T>(all, P));
+      auto grid = [&](int each) {
+        int64_t threads = all.N * all.OH * all.OW / each;
+        return dim3(static_cast<unsigned>(quotient_up(threads, kThreads)), all.count, quotient(C, I));
+      };
+      if (pixels_aligned(all, P)) {
+        cell_between_kernel<I, P, T><<<grid(P), kThreads, 0, stream>>>(all);
+      } else {
+        cell_between_kernel<I, 1, T><<<grid(1), kThreads, 0, stream>>>(all);
+      }
     });
   });
 }
@@ -977,10 +956,13 @@ void cell_pointwise_gradients_cuda(const PdartsConvolutions& all, cudaStream_t s
   int splits = cell_pointwise_splits_cuda(all);
   with_pointwise(all, [&](auto type, auto side) {
     using T = decltype(type);
-    constexpr int B = side.value;
+    constexpr int B = side.value, V = 16 / sizeof(Accumulated<T>);
     dim3 grid(splits * pointwise_blocks(all, B), all.count);
-    cell_pointwise_kernel<B, T>
-        <<<grid, kThreads, 0, stream>>>(all, splits, pixels_aligned<T>(all, 16 / sizeof(Accumulated<T>)));
+    if (pixels_aligned(all, V)) {
+      cell_pointwise_kernel<B, V, T><<<grid, kThreads, 0, stream>>>(all, splits);
+    } else {
+      cell_pointwise_kernel<B, 1, T><<<grid, kThreads, 0, stream>>>(all, splits);
+    }
   });
 }
 

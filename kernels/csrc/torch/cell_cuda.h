@@ -95,8 +95,8 @@ struct CudaCell : Cell {
     for (int64_t v = 0; v < count(); v++) {
       const PdartsValue& x = values[v];
       TORCH_CHECK(
-          N && x.C && x.H * x.W < int64_t(1) << 30, "value ", v, " has shape [", N, ",", x.C, ",", x.H, ",", x.W,
-          "]; expected, on CUDA, an image, a channel and fewer than 2^30 pixels");
+          N && x.C && N * x.H * x.W < int64_t(1) << 30, "value ", v, " has shape [", N, ",", x.C, ",", x.H, ",", x.W,
+          "]; expected, on CUDA, an image, a channel and fewer than 2^30 pixels in all");
       int64_t reads = std::count(outputs.begin(), outputs.end(), v);
       for (const PdartsOperation& op : operations) {
         reads += std::count(op.terms.begin(), op.terms.end(), v);
