@@ -11,6 +11,7 @@
 
     python -m harness.measure gpu --out DIR                # all of that and more on a GPU, in half an hour
     python -m harness.measure traffic                      # launches and bytes of a step on CUDA, counted without one
+    python -m harness.measure model                        # and from these its time on an H200, modelled
     python -m harness.measure claims --data DIR --out DIR  # the paper's claims, in hours
 """
 

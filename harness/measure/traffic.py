@@ -345,7 +345,9 @@ class Traffic(TorchDispatchMode):
             count = math.ceil(max(lists, default=1) / 48)  # about as many tensors as torch gives to one kernel
             moved = self.size([args, list((kwargs or {}).values()), results])
             each = launched(name.partition("::")[2], count, moved)
-        self.each += each
+        for launch in each:
+            parts = tuple(part._replace(n=round(part.n * self.factor)) for part in launch.parts)
+            self.each.append(launch._replace(parts=parts))
         self.launches[name] += len(each)
         self.bytes[name] += sum(launch.bytes for launch in each)
         self.saved += MORE_SAVED[name](Call(args, results), self.size) if name in MORE_SAVED else 0
