@@ -31,6 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start, several at a ti
 ROOT = pathlib.Path(pdarts.__file__).parent
 ONE_NODE = SearchSpace(nodes=1)  # cells of 2 edges instead of 14: fast, where it does not matter what is found
 POOLS = SearchSpace(("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect"), nodes=2)  # edges without weights
+FUSED = SearchSpace(("none", "skip_connect", "sep_conv_3x3"), nodes=1)  # what is fastest to fuse of all kinds
 FASTEST = SearchSpace(("none", "avg_pool_3x3", "skip_connect"), nodes=1)
 TINY = SearchSettings(
     dataset="shapes",
@@ -50,6 +51,7 @@ fast_search = functools.partial(search, space=FASTEST)
 FAST_SEARCH = "--primitives none avg_pool_3x3 skip_connect --nodes 1 --depths 3 --keep 3 --skip-dropout 0.1".split()
 PAIRS = [("skip_connect", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 0), ("dil_conv_3x3", 2)]
 CELL = pdarts.Genotype(PAIRS, [2, 3], PAIRS, [2, 3])  # for fast tests
+SMALL_CELL = pdarts.Genotype(PAIRS[:2], [2], PAIRS[:2], [2])  # for the fastest, where any cell will do
 
 
 def random_images(shape=(10, 12, 3), classes=5, n=16) -> Images:

@@ -396,7 +396,7 @@ def test_random_command_lines_mean_what_they_say_or_are_refused(tmp_path, genera
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # as in the process of a command
     before = set(tmp_path.rglob("*"))
-    for number, rng in cases(500):
+    for number, rng in cases(400):
         kind = rng.choice((SearchSettings, EvaluateSettings))
         settings = {f.name: f for f in dataclasses.fields(kind) if f.name != "dataset"}
         genotype, given = rng.choice(["PDARTS", "here/cell.json", rng.choice(VALUES)]), {}

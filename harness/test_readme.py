@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
 
     class Search(pdarts.Search):  # on the CPU, of small cells
         def __init__(self, config, data, device=None, space=None, **options):
-            super().__init__(config, data, "cpu", pdarts.SearchSpace(nodes=2), **options)
+            super().__init__(config, data, "cpu", pdarts.SearchSpace(nodes=1), **options)
 
     search_data = pdarts.search_data
     monkeypatch.setattr(pdarts, "search_data", lambda *arguments, device=None: search_data(*arguments))

@@ -26,10 +26,12 @@ from harness.conftest import (
     CELL,
     ENVIRONMENT,
     FAST_SEARCH,
+    FUSED,
     ONE_NODE,
     ONE_STAGE,
     POOLS,
     ROOT,
+    SMALL_CELL,
     TINY,
     TWO_STAGES,
     assert_same_run,
@@ -165,7 +167,7 @@ def test_an_evaluation_writes_its_log_and_weights_with_kernels_and_without(image
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_the_network_of_an_evaluation_is_plain_and_can_be_saved_and_traced(images, tmp_path):
-    result = evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
+    result = evaluate(SMALL_CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
     assert {type(module).__module__.partition(".")[0] for module in result.network.modules()} <= {"pdarts", "torch"}
     assert count(result.network, (10, 12)) == (result.parameters, result.multiply_adds)
     fused = kernels.fuse(copy.deepcopy(result.network))
@@ -357,13 +359,15 @@ def test_a_search_killed_at_any_write_goes_on_as_if_nothing_had_happened(
 def test_a_search_that_is_asked_to_stop_finishes_its_step_and_saves(
     unbroken, images, steps, tmp_path, number, kernels, instants
 ):
+    config, space = TWO_STAGES, ONE_NODE
     if kernels == "on":
-        search(TWO_STAGES, images, unbroken := tmp_path / "unbroken", space=ONE_NODE, kernels=kernels)
+        config, space = dataclasses.replace(TWO_STAGES, keep=(3, 3)), FUSED
+        search(config, images, unbroken := tmp_path / "unbroken", space=space, kernels=kernels)
     handler, folder, stops = signal.getsignal(number), {"out": tmp_path / "run"}, 0
     for skipped in (*instants, 99):
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), number)]
         try:
-            search(TWO_STAGES, images, **folder, space=ONE_NODE, kernels=kernels)
+            search(config, images, **folder, space=space, kernels=kernels)
         except Stopped as stopped:
             stops += 1
             assert (stopped.signal_number, stopped.saved) == (number, True)
@@ -434,12 +438,12 @@ def test_a_run_in_another_thread_gets_no_signals_and_works(images):
 
 
 def test_an_evaluation_goes_on_wherever_it_stopped(images, steps, tmp_path):
-    evaluate(CELL, TRAINING, images, tmp_path / "whole", kernels="on")
+    evaluate(SMALL_CELL, TRAINING, images, tmp_path / "whole", kernels="on")
     folder, stops = {"out": tmp_path / "stopped"}, 0
     for skipped in 1, 0, 1, 99:  # steps; an epoch has 3
         steps[:] = [lambda: None] * skipped + [lambda: os.kill(os.getpid(), signal.SIGTERM)]
         try:
-            evaluate(CELL, TRAINING, images, **folder, kernels="on")
+            evaluate(SMALL_CELL, TRAINING, images, **folder, kernels="on")
         except Stopped:
             stops += 1
         folder = {"resume": tmp_path / "stopped"}
@@ -485,7 +489,7 @@ def test_a_search_killed_at_random_instants_ends_with_the_same_bits(tmp_path):
 
 
 def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch):
-    config, types = dataclasses.replace(ONE_STAGE, keep=(8,), dtype="bfloat16"), collections.defaultdict(set)
+    config, types = dataclasses.replace(ONE_STAGE, dtype="bfloat16"), collections.defaultdict(set)
 
     def see(cell, arguments, output):
         types["maps"].update(x.dtype for x in (*arguments[:2], output))
@@ -499,7 +503,7 @@ def test_bfloat16_changes_the_feature_maps_only(images, monkeypatch):
 
     begin_stage = Search.begin_stage
     monkeypatch.setattr(Search, "begin_stage", begin)
-    result = search(config, images, kernels="on", space=ONE_NODE)
+    result = search(config, images, kernels="on", space=FUSED)
     assert types == {"maps": {torch.bfloat16}, "probabilities": {torch.float32}, "stored": {torch.float32}}
     assert result.stages[0].alphas_normal.dtype == torch.float32
 
@@ -528,7 +532,7 @@ def test_the_kernels_are_fused_into_the_networks_of_a_run(images, monkeypatch):
     fast_search(ONE_STAGE, images, kernels="off")
     assert not seen
     fast_search(ONE_STAGE, images, kernels="on")
-    evaluate(CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
+    evaluate(SMALL_CELL, dataclasses.replace(TRAINING, epochs=1), images, kernels="on")
     assert len(seen) == 2
     skips = [module for module in seen[0].modules() if isinstance(module, SkipDropout)]
     assert skips and all(float(skip.rate) > 0 for skip in skips)  # set in the fused network

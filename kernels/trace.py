@@ -36,6 +36,8 @@ UNUSED |= {STATE, "_non_persistent_buffers_set"}
 OF_EVERY_MODULE = nn.Module().__dict__.keys()
 END = object()
 CONTAINERS = list, tuple, set, dict, collections.deque
+# They hold nothing that is looked into, and most attributes are of them.
+PLAIN = {type(None), bool, int, float, str, types.FunctionType, torch.Tensor, nn.Parameter}
 
 lock = threading.RLock()  # fx exchanges methods of nn.Module while it traces
 
@@ -326,7 +328,7 @@ class Holdings:
     def __init__(self, modules):
         self.modules = list(modules)
         self.own = set(map(id, self.modules))
-        kinds = {kind for m in self.modules for kind in type(m).__mro__} - {nn.Module, object}
+        kinds = {kind for of_module in set(map(type, self.modules)) for kind in of_module.__mro__} - {nn.Module, object}
         self.dicts = [m.__dict__ for m in self.modules] + [vars(kind) for kind in kinds]
         self.full, self.empty, self.arrays, known = [], [], [], set(map(id, self.dicts))
         self.keyed = [m.__dict__ for m in self.modules if not is_torchs(type(m))]  # whose keys are compared too
@@ -334,6 +336,8 @@ class Holdings:
         array = getattr(sys.modules.get("numpy"), "ndarray", ())
         waiting = [value for d in self.dicts for name, value in d.items() if name not in UNUSED]
         for value in waiting:
+            if type(value) in PLAIN:
+                continue
             if len(waiting) < MOST_HELD and self.looks_into(value):
                 value = vars(value)
             if isinstance(value, CONTAINERS) and id(value) not in known:
