@@ -7,33 +7,32 @@ import dataclasses
 import pdarts
 from pdarts import setting
 
-DATASET = "shapes, cifar10, cifar100 or imagenet; own data: --data"
-IMAGES = "training images used at most, 0 = all"
-SIZE = "side of the images of a folder: they are resized, once"
-FRACTION = "share of the training images of each class of a folder"
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The data set that a run loads."""
+
+    dataset: str = setting("cifar10", "shapes, cifar10, cifar100 or imagenet; own data: --data")
+    images: int = setting(0, "training images used at most, 0 = all", bounds=(0, 10**12))
+    size: int = setting(32, "side of the images of a folder: they are resized, once", bounds=(8, 1024))
+    fraction: float = setting(1.0, "share of the training images of each class of a folder", bounds=(1e-9, 1))
+
+
 DETERMINISTIC = "the same bits in every run on a GPU too, where this costs time"
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchSettings(pdarts.SearchConfig):
+class SearchSettings(DataSettings, pdarts.SearchConfig):
     """A search as a run: the data set that it loads, and how it computes."""
 
-    dataset: str = setting("cifar10", DATASET)
-    images: int = setting(0, IMAGES, bounds=(0, 10**12))
-    size: int = setting(32, SIZE, bounds=(8, 1024))
-    fraction: float = setting(1.0, FRACTION, bounds=(1e-9, 1))
     unrolled: bool = setting(False, "second-order architecture steps (DARTS, eq. 7) instead of first-order")
     deterministic: bool = setting(False, DETERMINISTIC)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(pdarts.EvaluateConfig):
+class EvaluateSettings(DataSettings, pdarts.EvaluateConfig):
     """An evaluation as a run."""
 
-    dataset: str = setting("cifar10", DATASET)
-    images: int = setting(0, IMAGES, bounds=(0, 10**12))
-    size: int = setting(32, SIZE, bounds=(8, 1024))
-    fraction: float = setting(1.0, FRACTION, bounds=(1e-9, 1))
     augment: str = setting(
         "cifar",
         "cifar: crop of the padded image, flip, cutout; imagenet: random resized crop of a file, flip, colour jitter",

@@ -46,22 +46,8 @@ def register():
         return [(n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size]
 
     @torch.library.register_fake("pdarts::cell")
-    def _(
-        inputs,
-        weights,
-        gammas,
-        betas,
-        probabilities,
-        statistics,
-        key,
-        rates,
-        dropped,
-        program,
-        outputs,
-        batch,
-        eps,
-        keep,
-    ):
+    def _(inputs, weights, gammas, betas, probabilities, statistics, key, rates, dropped, program, outputs, *settings):
+        *_, keep = settings
         sizes, numbers = [x.shape[1:] for x in inputs], iter(program)
         between, on_cuda = [], inputs[0].device.type == "cuda"  # what convolutions leave for the pointwise ones
         pools, again = set(), []  # pools that are there already
@@ -94,24 +80,8 @@ def register():
         return cell_map(x, x.shape[0], c * len(outputs), *size), of_values, values
 
     @torch.library.register_fake("pdarts::cell_backward")
-    def _(
-        grad,
-        y,
-        values,
-        inputs,
-        weights,
-        gammas,
-        betas,
-        probabilities,
-        statistics,
-        key,
-        rates,
-        dropped,
-        program,
-        outputs,
-        batch,
-        needs,
-    ):
+    def _(grad, y, values, inputs, weights, gammas, betas, probabilities, *settings):
+        *_, needs = settings
         none = [None] * (len(inputs) + len(weights) // 2)
         of_inputs = [lambda x=x: cell_map(grad, *x.shape) for x in inputs]
         return needed(needs, *of_inputs, *map(fresh, (*weights, *(gammas or none), *(betas or none), probabilities)))

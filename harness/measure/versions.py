@@ -11,9 +11,8 @@ import sys
 import tempfile
 from xml.etree import ElementTree
 
-from harness.measure.timing import commit
+from harness.measure.timing import ROOT, commit
 
-ROOT = pathlib.Path(__file__).parents[2]
 VERSIONS = ("2.10.0", "2.11.0", "2.13.0", "newest")
 COLUMNS = ("torch", "Python", "tests", "passed", "failed", "skipped", "minutes", "date", "commit")
 
